@@ -1,0 +1,71 @@
+"""Every error the user can meet.
+
+CompressError                 exit 1   anything we can name; one line that says what and what to do
+├── RecipeError               exit 2   the recipe is wrong: all problems at once, with line and nearest name
+├── PlanError                 exit 2   the recipe is well-formed but impossible for this model or container
+├── UnsupportedModel          exit 2   architecture or option we do not implement
+├── CheckpointError           exit 1   missing, truncated or non-finite weights
+├── CalibrationError          exit 1   no such set, empty text, sequences longer than the model allows
+├── NumericalError            exit 1   non-finite activations, gram that no damping repairs
+├── OutputError               exit 1   output folder holds something else, disk full
+├── ResumeError               exit 1   the journal belongs to another recipe
+├── MissingExtra              exit 1   an optional package is not installed
+└── GateFailed                exit 3   the artifact was written but is not fit to deliver
+"""
+
+from __future__ import annotations
+
+
+class CompressError(Exception):
+    """Base of every error raised on purpose; `str(error)` is the line shown to the user."""
+
+    exit_code = 1
+
+
+class RecipeError(CompressError):
+    """One or more problems in a recipe; `problems` holds one line each."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PlanError(RecipeError):
+    """The recipe cannot be carried out on this model or in this container."""
+
+
+class UnsupportedModel(CompressError):
+    exit_code = 2
+
+
+class CheckpointError(CompressError):
+    pass
+
+
+class CalibrationError(CompressError):
+    pass
+
+
+class NumericalError(CompressError):
+    pass
+
+
+class OutputError(CompressError):
+    pass
+
+
+class ResumeError(CompressError):
+    pass
+
+
+class MissingExtra(CompressError):
+    """An optional package is missing; names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs {package}; install it with: pip install 'compress-llm[{extra}]'")
+
+
+class GateFailed(CompressError):
+    exit_code = 3

@@ -1,0 +1,12 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
+
+from compress.models.base import Family
+
+FAMILY = Family(
+    model_types=("qwen2",),
+    hf_architecture="Qwen2ForCausalLM",
+    gguf_arch="qwen2",
+    attention_bias=True,
+    sliding_window=True,
+    defaults={"use_sliding_window": False},
+)
