@@ -1,0 +1,24 @@
+"""ggml Q8_0: blocks of 32, one half-precision scale, int8 levels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import Grid, ScalarCodec
+from compress.codecs.bits import half_bytes, read_half, u8
+
+
+class Q8_0(ScalarCodec):
+    name, span, sub, block_bytes = "q8_0", 32, 32, 34
+    low, high = -127, 127
+    shrinks = (1.0, 0.99, 0.98)
+
+    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+        return torch.cat((half_bytes(grid.scale), u8(units)), dim=1)
+
+    def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+        return blocks[:, 2:].contiguous().view(torch.int8).float(), read_half(blocks, 0), None
+
+
+CODEC = Q8_0()

@@ -1,0 +1,95 @@
+"""Uniform integers: b bits a weight, one half-precision scale (and zero point) per group, as GPTQ checkpoints store.
+
+Names: `int{2,3,4,8}-{g32,g64,g128,row}[-asym]`. Symmetric codecs have the zero point at 2^(b-1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import TINY, Grid, ScalarCodec, half
+from compress.weights import Packed
+
+
+class UniformCodec(ScalarCodec):
+    """One instance per (bits, group, symmetric); `group` None means the whole row."""
+
+    kind = "uniform"
+    signed_scale = False
+
+    def __init__(self, name: str, bits: int, group: int | None, symmetric: bool):
+        self.name, self.bits, self.group, self.symmetric = name, bits, group, symmetric
+        self.low, self.high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+        self.shrinks = tuple(1.0 - 0.025 * i for i in range(5 if bits == 8 else 16))
+
+    def for_row(self, in_features: int) -> UniformCodec:
+        """This codec with spans of `in_features` columns where the group is the row."""
+        bound = UniformCodec(self.name, self.bits, self.group, self.symmetric)
+        bound.span = bound.sub = self.group or in_features
+        return bound
+
+    def bits_per_weight(self, in_features: int) -> float:
+        groups = 1 if self.group is None else in_features / self.group
+        return self.bits + (16.0 + self.bits) * groups / in_features
+
+    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+        if not self.symmetric:
+            return super().fit(weight, importance)
+        grid = super().fit(weight, importance)
+        return replace(grid, zero=torch.zeros_like(grid.scale))
+
+    @property
+    def asymmetric(self) -> bool:
+        return not self.symmetric
+
+    def store(self, scale: Tensor, offset: Tensor | None, curvature: Tensor,
+              offset_curvature: Tensor | None = None) -> Grid:
+        # a half-precision scale of zero would silence the group: keep the smallest normal half instead
+        scale = half(scale.clamp_min(6.2e-5 / 2**10))
+        if offset is None:
+            return Grid(scale=scale)
+        return Grid(scale=scale, zero=(offset / scale).round().clamp(0, self.high))
+
+    def nearest(self, target: Tensor, weight: Tensor, metric: Tensor | None = None,
+                zero: Tensor | None = None) -> Tensor:
+        if self.symmetric or zero is None:
+            return self.round(target)
+        low = self.low - zero[:, None]
+        return torch.minimum(torch.maximum(target.round(), low), low + (self.high - self.low))
+
+    def _search_affine(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Shrunk ranges with an integer zero point, ranked by weighted error."""
+        lowest, highest = x.amin(2).clamp_max(0.0), x.amax(2).clamp_min(0.0)
+        best_error = torch.full_like(lowest, torch.inf)
+        best_scale, best_zero = torch.ones_like(lowest), torch.zeros_like(lowest)
+        for shrink in self.shrinks:
+            scale = half(((highest - lowest) * (shrink / self.high)).clamp_min(6.2e-5 / 2**10))
+            zero = (-lowest * shrink / scale).round().clamp(0, self.high)
+            u = (x / scale[..., None] + zero[..., None]).round().clamp(0, self.high) - zero[..., None]
+            xu, uu = (a * x * u).sum(2), (a * u * u).sum(2).clamp_min(TINY)
+            best_fit = half((xu / uu).clamp_min(6.2e-5 / 2**10))
+            error = (a * x * x).sum(2) - 2 * best_fit * xu + best_fit**2 * uu
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale, best_zero = torch.where(better, best_fit, best_scale), torch.where(better, zero, best_zero)
+        return best_scale, best_scale * best_zero, best_scale, best_scale
+
+    def pack(self, units: Tensor, grid: Grid) -> Packed:
+        middle = 2 ** (self.bits - 1)
+        zeros = torch.full_like(grid.scale, middle) if self.symmetric else grid.zero
+        codes = units + (middle if self.symmetric else self.columns(grid.zero, self.sub))
+        return Packed(self.name, tuple(units.shape), {
+            "codes": codes.round().to(torch.uint8),
+            "scales": grid.scale.half(),
+            "zeros": zeros.round().to(torch.uint8),
+        })
+
+    def unpack(self, packed: Packed) -> Tensor:
+        rows, n = packed.shape
+        codes, scales, zeros = (packed.parts[k].float() for k in ("codes", "scales", "zeros"))
+        repeat = math.ceil(n / scales.shape[1])
+        return (codes - zeros.repeat_interleave(repeat, 1)) * scales.repeat_interleave(repeat, 1)

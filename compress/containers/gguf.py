@@ -1,0 +1,544 @@
+"""GGUF: one file that stock llama.cpp runs.
+
+`write` streams tensors to disk, `read` and `load_dense` go back through the independent reader of the `gguf` package,
+`check_representable` says what llama.cpp would compute differently. Tensor names come from `TensorSpec.gguf`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compress.containers._atomic import atomic_files
+from compress.errors import CheckpointError, OutputError
+from compress.models.base import ModelSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import gguf
+    import numpy as np
+    from torch import Tensor
+
+    from compress.weights import Packed
+
+_METADATA_BYTES = 32 << 20  # room for tokenizer and tensor list when the free space is checked
+_MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
+
+# codec with the most bytes -> general.file_type, which engines only show
+_FILE_TYPES = {
+    "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q4_0": "MOSTLY_Q4_0", "q4_1": "MOSTLY_Q4_1",
+    "q5_0": "MOSTLY_Q5_0", "q5_1": "MOSTLY_Q5_1", "q8_0": "MOSTLY_Q8_0", "q2_k": "MOSTLY_Q2_K", "q3_k": "MOSTLY_Q3_K_M",
+    "q4_k": "MOSTLY_Q4_K_M", "q5_k": "MOSTLY_Q5_K_M", "q6_k": "MOSTLY_Q6_K", "iq2_xxs": "MOSTLY_IQ2_XXS",
+    "iq2_xs": "MOSTLY_IQ2_XS", "iq2_s": "MOSTLY_IQ2_S", "iq3_xxs": "MOSTLY_IQ3_XXS", "iq3_s": "MOSTLY_IQ3_S",
+    "iq4_nl": "MOSTLY_IQ4_NL", "iq4_xs": "MOSTLY_IQ4_XS", "iq1_s": "MOSTLY_IQ1_S", "iq1_m": "MOSTLY_IQ1_M",
+    "tq1_0": "MOSTLY_TQ1_0", "tq2_0": "MOSTLY_TQ2_0",
+}  # fmt: skip
+_FLOATS = ("f32", "f16", "bf16")
+
+
+class PlannedTensor(Protocol):
+    """One line of the plan: what `write` reads of it."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+    @property
+    def codec(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """`max_shard_size` in bytes (None: one file); `name` becomes general.name; `tokenizer` False writes none."""
+
+    max_shard_size: int | None = None
+    name: str | None = None
+    tokenizer: bool = True
+
+
+# --- what llama.cpp can hold ------------------------------------------------------------------------------------------
+
+
+def check_representable(spec: ModelSpec) -> list[str]:
+    """Reasons why llama.cpp would refuse this model or compute something else; empty when there are none.
+
+    From llama.cpp's src/models/{llama,qwen2,qwen2moe,qwen3,qwen3moe}.cpp and src/llama-model.cpp. No torch.
+    """
+    arch, reasons = spec.family.gguf_arch, []
+    if spec.experts and arch in ("llama", "qwen3moe") and not spec.norm_topk:
+        reasons.append(
+            f"llama.cpp's {arch} always normalises the chosen experts' weights; this model does not"
+        )
+    if spec.experts and arch == "qwen2moe" and spec.norm_topk:
+        reasons.append("llama.cpp's qwen2moe never normalises the chosen experts' weights; this model does")
+    if arch in ("qwen2moe", "qwen3moe") and len(spec.sparse_layers) < spec.layers:
+        dense = next(layer for layer in range(spec.layers) if not spec.is_sparse(layer))
+        reasons.append(f"llama.cpp's {arch} wants experts in every layer; layer {dense} is dense")
+    if spec.experts > _MAX_EXPERTS:
+        reasons.append(f"llama.cpp holds at most {_MAX_EXPERTS} experts; this model has {spec.experts}")
+    if arch in ("qwen2", "qwen2moe") and spec.heads * spec.head_dim != spec.hidden_size:
+        reasons.append(
+            f"llama.cpp's {arch} wants heads x head_dim = hidden_size; {spec.heads} x {spec.head_dim} is not"
+        )
+    if arch == "qwen2moe" and spec.tied:
+        reasons.append("llama.cpp's qwen2moe has no tied output head")
+    biases = {tensor.gguf.split(".", 2)[-1] for tensor in spec.tensors() if tensor.gguf.endswith(".bias")}
+    allowed = {"attn_q.bias", "attn_k.bias", "attn_v.bias"} if arch != "llama" else biases
+    if arch in ("qwen3", "qwen3moe"):
+        allowed = set()
+    if arch == "llama" and spec.experts:
+        allowed = {"attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"}
+    if biases - allowed:
+        reasons.append(f"llama.cpp's {arch} has no {', '.join(sorted(biases - allowed))}")
+    if spec.config.get("hidden_act", "silu") not in ("silu", "swish"):
+        reasons.append(f"llama.cpp's {arch} computes silu, not {spec.config['hidden_act']}")
+    reasons.extend(_rope_problems(spec))
+    return reasons
+
+
+def caveats(spec: ModelSpec) -> list[str]:
+    """Differences that concern long texts only: worth a line in the report, no reason to refuse."""
+    lines = []
+    if spec.sliding_window and spec.sliding_window < spec.max_positions:
+        lines.append(
+            f"llama.cpp ignores this model's sliding window: texts over {spec.sliding_window} tokens are attended in full"
+        )
+    if _rope_type(spec) == "dynamic":
+        lines.append(f"llama.cpp ignores dynamic rope scaling: texts over {spec.max_positions} tokens differ")
+    return lines
+
+
+def _rope_type(spec: ModelSpec) -> str:
+    scaling = spec.rope_scaling or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def _rope_problems(spec: ModelSpec) -> list[str]:
+    kind, scaling = _rope_type(spec), spec.rope_scaling or {}
+    arch = spec.family.gguf_arch
+    if kind in ("default", "linear", "dynamic"):
+        return []
+    if kind == "llama3":
+        return [] if arch == "llama" else [f"llama.cpp's {arch} has no llama3 rope scaling"]
+    if kind != "yarn":
+        return [f"rope scaling {kind!r} cannot be expressed in GGUF for {arch}"]
+    unusual = [key for key in ("mscale", "mscale_all_dim") if scaling.get(key)]
+    if scaling.get("truncate", True) is False:
+        unusual.append("truncate: false")
+    return [f"llama.cpp's yarn has no {', '.join(unusual)}"] if unusual else []
+
+
+def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
+    """Why `tensor` cannot be stored as `codec` in a file llama.cpp runs, or None."""
+    if len(tensor.shape) == 1 and codec != "f32":
+        return f"{tensor.name} is 1-D: llama.cpp computes with it in f32, not {codec}"
+    if tensor.role == "router" and codec not in ("f32", "f16"):
+        return f"{tensor.name} is a router: llama.cpp keeps it in f32 or f16, not {codec}"
+    if codec not in _FILE_TYPES:
+        return f"{tensor.name}: {codec} is no GGUF type"
+    return None
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One GGUF tensor: a matrix, a vector, or the stack of a layer's experts."""
+
+    name: str
+    codec: str
+    shape: tuple[int, ...]
+    parts: tuple[TensorSpec, ...]
+
+
+def _entries(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[_Entry]:
+    groups: dict[str, list[PlannedTensor]] = {}
+    for planned in tensors:
+        problem = codec_problem(planned.spec, planned.codec)
+        if problem:
+            raise OutputError(problem)
+        groups.setdefault(planned.spec.gguf, []).append(planned)
+    entries = []
+    for name, group in groups.items():
+        codecs, shapes = {planned.codec for planned in group}, {planned.spec.shape for planned in group}
+        if len(codecs) > 1 or len(shapes) > 1:
+            raise OutputError(
+                f"{name} stacks experts of one codec and shape; got {', '.join(sorted(codecs))}"
+            )
+        parts = [planned.spec for planned in group]
+        shape = parts[0].shape
+        if parts[0].expert is not None:
+            parts.sort(key=lambda part: part.expert or 0)
+            if [part.expert for part in parts] != list(range(spec.experts)):
+                raise OutputError(f"{name} needs all {spec.experts} experts, in the plan are {len(parts)}")
+            shape = (len(parts), *shape)
+        elif len(parts) > 1:
+            raise OutputError(f"{name} is planned {len(parts)} times")
+        entries.append(_Entry(name, codecs.pop(), shape, tuple(parts)))
+    return entries
+
+
+def _type(codec: str) -> gguf.GGMLQuantizationType:
+    import gguf
+
+    return gguf.GGMLQuantizationType[codec.upper()]
+
+
+def _row_bytes(codec: str, columns: int) -> int:
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[_type(codec)]
+    if columns % block:
+        raise OutputError(f"{codec} stores blocks of {block} columns; rows of {columns} do not divide")
+    return columns // block * size
+
+
+def _bytes(entry: _Entry) -> int:
+    return math.prod(entry.shape[:-1]) * _row_bytes(entry.codec, entry.shape[-1])
+
+
+def _row_order(spec: ModelSpec, tensor: TensorSpec) -> np.ndarray | None:
+    """GGUF row -> checkpoint row, where they differ.
+
+    llama.cpp's `llama` architecture rotates neighbouring pairs where transformers rotates halves of a head; its
+    converter interleaves the rows of q and k (LlamaModel.permute in conversion/llama.py).
+    """
+    import numpy as np
+
+    leaf = tensor.gguf.split(".")[-2]
+    if spec.family.gguf_arch != "llama" or leaf not in ("attn_q", "attn_k"):
+        return None
+    heads = spec.heads if leaf == "attn_q" else spec.kv_heads
+    rows = np.arange(tensor.shape[0]).reshape(heads, 2, tensor.shape[0] // heads // 2)
+    return rows.swapaxes(1, 2).reshape(-1)
+
+
+def _rows(packed: Packed, tensor: TensorSpec, codec: str, spec: ModelSpec) -> np.ndarray:
+    """The bytes of one checkpoint tensor, uint8 [rows, row_bytes], in GGUF's row order."""
+    import numpy as np
+    import torch
+
+    if packed.codec != codec or tuple(packed.shape) != tensor.shape:
+        raise OutputError(
+            f"{tensor.name} arrived as {packed.codec} {tuple(packed.shape)}, planned as {codec} {tensor.shape}"
+        )
+    part = packed.parts["values" if codec in _FLOATS else "blocks"].detach().cpu().contiguous()
+    rows = math.prod(tensor.shape[:-1])
+    data = part.reshape(rows, -1).view(torch.uint8).numpy()
+    expected = (rows, _row_bytes(codec, tensor.shape[-1]))
+    if data.shape != expected:
+        raise OutputError(f"{tensor.name} packs to {data.shape} bytes, {codec} needs {expected}")
+    order = _row_order(spec, tensor)
+    if order is None:
+        return data
+    if len(tensor.shape) == 1:
+        return np.ascontiguousarray(data.reshape(len(order), -1)[order]).reshape(expected)
+    return np.ascontiguousarray(data[order])
+
+
+def _stored(entry: _Entry, spec: ModelSpec, fetch: Callable[[str], Packed]) -> np.ndarray:
+    import numpy as np
+
+    if len(entry.parts) == 1:
+        return _rows(fetch(entry.parts[0].name), entry.parts[0], entry.codec, spec)
+    out = np.empty((len(entry.parts), _bytes(entry) // len(entry.parts)), dtype=np.uint8)
+    for target, tensor in zip(out, entry.parts, strict=True):
+        target[:] = _rows(fetch(tensor.name), tensor, entry.codec, spec).reshape(-1)
+    return out
+
+
+def write(
+    path: Path,
+    spec: ModelSpec,
+    tensors: Sequence[PlannedTensor],
+    fetch: Callable[[str], Packed],
+    *,
+    source: Path,
+    options: GgufOptions | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write `path`, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
+
+    `fetch(checkpoint name)` is called once per tensor, in file order, and only one GGUF tensor (a layer's stacked
+    experts at most) is in memory at a time. `source` is the model folder with the tokenizer. `provenance` lands as
+    string keys (`compress.recipe`, ...). OutputError for a plan that does not fit the format or a full disk;
+    UnsupportedModel for a tokenizer llama.cpp has no equivalent of. Nothing partial ever has a final name.
+    """
+    import gguf
+    import numpy as np
+
+    options = options or GgufOptions()
+    path = Path(path)
+    entries = _entries(spec, tensors)
+    factors = _llama3_factors(spec)
+    total = sum(_bytes(entry) for entry in entries)
+    split = options.max_shard_size if options.max_shard_size and total > options.max_shard_size else 0
+    with atomic_files(path, total + _METADATA_BYTES) as folder:
+        writer = gguf.GGUFWriter(folder / path.name, spec.family.gguf_arch, split_max_size=split)
+        try:
+            _add_general(writer, spec, entries, Path(source), options)
+            _add_architecture(writer, spec)
+            if options.tokenizer:
+                _add_tokenizer(writer, spec, Path(source))
+            else:
+                writer.add_tokenizer_model("none")
+            for key, value in (provenance or {}).items():
+                writer.add_string(key, value)
+            if factors is not None:
+                writer.add_tensor_info(
+                    "rope_freqs.weight", factors.shape, np.dtype("f4"), factors.nbytes, _type("f32")
+                )
+            for entry in entries:
+                writer.add_tensor_info(
+                    entry.name, entry.shape, np.dtype("f4"), _bytes(entry), _type(entry.codec)
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if factors is not None:
+                writer.write_tensor_data(factors)
+            for entry in entries:
+                writer.write_tensor_data(_stored(entry, spec, fetch))
+            writer.flush()
+            names = [Path(file.name).name for file in writer.fout or ()]
+        finally:
+            writer.close()
+    return [path.parent / name for name in names]
+
+
+def _add_general(
+    writer: gguf.GGUFWriter, spec: ModelSpec, entries: Sequence[_Entry], source: Path, options: GgufOptions
+) -> None:
+    import gguf
+
+    writer.add_type(gguf.GGUFType.MODEL)
+    original = str(spec.config.get("_name_or_path") or source.name)
+    writer.add_name(options.name or source.name)
+    parameters = sum(math.prod(entry.shape) for entry in entries)
+    writer.add_size_label(
+        f"{spec.experts}x{_count(parameters // spec.experts)}" if spec.experts else _count(parameters)
+    )
+    license_name = _license(source / "README.md")
+    if license_name:
+        writer.add_license(license_name)
+    if original:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, original)
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        if len(entry.shape) > 1:
+            sizes[entry.codec] = sizes.get(entry.codec, 0) + _bytes(entry)
+    most = max(sizes, key=lambda codec: sizes[codec]) if sizes else "f32"
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[most]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _count(parameters: int) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{unit}"
+    return str(parameters)
+
+
+def _license(readme: Path) -> str | None:
+    """`license:` of a model card's front matter."""
+    if not readme.is_file():
+        return None
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = re.search(r"^license:\s*([\w.+-]+)\s*$", match[1], re.MULTILINE) if match else None
+    return found[1] if found else None
+
+
+def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    import gguf
+
+    writer.add_vocab_size(spec.vocab_size)
+    writer.add_block_count(spec.layers)
+    writer.add_context_length(spec.max_positions)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.heads)
+    writer.add_head_count_kv(spec.kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.norm_eps)
+    writer.add_rope_dimension_count(spec.rope_dim)
+    writer.add_rope_freq_base(spec.rope_theta)
+    if spec.sliding_window:
+        writer.add_sliding_window(spec.sliding_window)
+    if spec.experts:
+        writer.add_expert_count(spec.experts)
+        writer.add_expert_used_count(spec.experts_per_token)
+        if spec.family.gguf_arch != "llama":  # Mixtral's experts are as wide as feed_forward_length
+            writer.add_expert_feed_forward_length(spec.moe_intermediate_size)
+        if spec.shared_intermediate_size:
+            writer.add_expert_shared_feed_forward_length(spec.shared_intermediate_size)
+    kind, scaling = _rope_type(spec), spec.rope_scaling or {}
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+    elif kind == "yarn":
+        factor = float(scaling["factor"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_orig_ctx_len(
+            int(scaling.get("original_max_position_embeddings") or spec.max_positions)
+        )
+        for key, add in (
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if scaling.get(key) is not None:
+                add(float(scaling[key]))
+        attention = scaling.get("attention_factor")
+        if attention is not None:
+            # llama.cpp multiplies this by yarn's own 1 + 0.1 ln(factor); transformers takes it as the whole
+            writer.add_rope_scaling_attn_factors(float(attention) / (1.0 + 0.1 * math.log(factor)))
+
+
+def _llama3_factors(spec: ModelSpec) -> np.ndarray | None:
+    """Llama 3's frequency divisors, float32 [head_dim / 2], stored as rope_freqs.weight; None for other scalings."""
+    import numpy as np
+
+    if _rope_type(spec) != "llama3":
+        return None
+    scaling = spec.rope_scaling or {}
+    factor = float(scaling.get("factor", 8.0))
+    low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
+    original = float(scaling.get("original_max_position_embeddings", 8192))
+    wavelength = 2 * math.pi * spec.rope_theta ** (np.arange(0, spec.rope_dim, 2) / spec.rope_dim)
+    smooth = (original / wavelength - low) / (high - low)
+    middle = 1.0 / ((1.0 - smooth) / factor + smooth)
+    out = np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, middle))
+    return out.astype(np.float32)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, spec: ModelSpec, source: Path) -> None:
+    from compress.containers._gguf_tokenizer import read_vocabulary
+
+    vocabulary = read_vocabulary(source, spec.config, spec.vocab_size)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for name, index in vocabulary.special.items():
+        writer.add_uint32(
+            f"tokenizer.ggml.{'unknown' if name == 'unk' else name.replace('pad', 'padding')}_token_id", index
+        )
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.chat_template:
+        template = vocabulary.chat_template
+        writer.add_chat_template(template if isinstance(template, str) else list(template))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of the set that `path` (its first shard, or a single file) belongs to, in order."""
+    path = Path(path)
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if not match:
+        return [path]
+    count = int(match[2])
+    return [path.with_name(f"{match[1]}-{index + 1:05d}-of-{count:05d}.gguf") for index in range(count)]
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    import gguf
+
+    if not path.is_file():
+        raise CheckpointError(f"no GGUF file at {path}")
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable GGUF file ({error}); write or download it again"
+        ) from error
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape.tolist()))
+
+
+def inventory(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """gguf name -> (codec, shape) of every tensor in the set, without decoding."""
+    out: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in shards(path):
+        for tensor in _open(file).tensors:
+            out[tensor.name] = (tensor.tensor_type.name.lower(), _shape(tensor))
+    return out
+
+
+def read(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]]:
+    """Metadata, and lazily (gguf name, codec, shape, float32 values [shape]) of every tensor in the set.
+
+    Goes through gguf.GGUFReader and gguf.dequantize only. CheckpointError for a missing or damaged file.
+    """
+    files = shards(path)
+    fields = {
+        key: field.contents() for key, field in _open(files[0]).fields.items() if not key.startswith("GGUF.")
+    }
+
+    def tensors() -> Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]:
+        for file in files:
+            for tensor in _open(file).tensors:
+                yield tensor.name, tensor.tensor_type.name.lower(), _shape(tensor), _decode(tensor)
+
+    return fields, tensors()
+
+
+def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
+    import gguf
+    import numpy as np
+
+    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    return np.ascontiguousarray(values, dtype=np.float32).reshape(_shape(tensor))
+
+
+def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+    """Checkpoint name -> float32 tensor: experts unstacked, q and k rows back in transformers' order.
+
+    `path` is the file, its first shard, or the list `write` returned. CheckpointError for missing or unknown tensors.
+    """
+    import numpy as np
+    import torch
+
+    first = Path(path) if isinstance(path, (str, Path)) else next(iter(path))
+    wanted: dict[str, list[TensorSpec]] = {}
+    for tensor in spec.tensors():
+        wanted.setdefault(tensor.gguf, []).append(tensor)
+    out: dict[str, Tensor] = {}
+    for name, _, shape, values in read(first)[1]:
+        if name == "rope_freqs.weight":
+            continue
+        parts = wanted.pop(name, None)
+        if parts is None:
+            raise CheckpointError(f"{first} holds {name}, which this architecture does not have")
+        stacked = (
+            values.reshape(-1, *parts[0].shape) if values.size == sum(p.parameters for p in parts) else None
+        )
+        if stacked is None or len(stacked) != len(parts):
+            raise CheckpointError(
+                f"{name} in {first} has shape {shape}, expected {len(parts)} x {parts[0].shape}"
+            )
+        for index, tensor in enumerate(parts):
+            array = stacked[tensor.expert if tensor.expert is not None else index]
+            order = _row_order(spec, tensor)
+            if order is not None:
+                restored = np.empty_like(array)
+                restored[order] = array
+                array = restored
+            out[tensor.name] = torch.from_numpy(np.array(array))
+    if wanted:
+        raise CheckpointError(f"{first} lacks {next(iter(wanted))} (and {len(wanted) - 1} more tensors)")
+    return out

@@ -1,0 +1,570 @@
+"""A recipe: one YAML file that says what to do to which model. Parsed strictly, without torch.
+
+`load_recipe` reports every problem of a file at once, each as `file:line: where: what; nearest: ...`. The
+models below are the schema; docs/recipes.md explains it to users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from compress.codecs.names import CONTAINERS, KIND_NAMES, codec_info
+from compress.errors import RecipeError
+from compress.schemes import expand, scheme_kind, scheme_name
+from compress.solvers.options import SOLVERS, GptqOptions, SolverOptions
+from compress.targets import (
+    FLOAT_ROLES,
+    Ignored,
+    Rule,
+    RuleMatcher,
+    Solver,
+    covers,
+    nearest,
+    problem,
+)
+
+if TYPE_CHECKING:
+    from compress.models.base import ModelSpec
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _size(value: Any) -> Any:
+    """'5GB' or '512MiB' to bytes."""
+    if not isinstance(value, str):
+        return value
+    if (match := _SIZE.fullmatch(value.strip())) is None:
+        raise problem(f"expected a size like 5GB, 500MB or 2GiB, got {value!r}")
+    unit = match[2].upper()
+    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
+
+
+def _file_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise problem(f"expected a plain file name (letters, digits and . _ + -), got {value!r}")
+    return value
+
+
+def _scheme(value: str) -> str:
+    try:
+        return scheme_name(value)
+    except ValueError as error:
+        raise problem(str(error)) from None
+
+
+def _container(value: str) -> str:
+    if value.lower() not in CONTAINERS:
+        raise problem(f"unknown container {value!r}{nearest(value, CONTAINERS)}")
+    return value.lower()
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: unknown keys are errors, values are frozen, types are not bent ('8' is no
+    number).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Calibration(Section):
+    """Text the model reads while it is compressed: `samples` windows of `length` tokens from `dataset`."""
+
+    dataset: str = "mixed"
+    samples: int = Field(512, ge=1)
+    length: int = Field(512, ge=2)
+
+
+class Quantize(Section):
+    """Choose codes for the weights that `rules`, then `scheme`, name."""
+
+    kind: ClassVar[str] = "quantize"
+    solver: Solver = GptqOptions()
+    scheme: Annotated[str, AfterValidator(_scheme)] | None = None
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_tuple)] = ()
+    ignore: Ignored = ()
+
+    def expanded(self, model: ModelSpec) -> tuple[Rule, ...]:
+        """The explicit rules, then those of the scheme."""
+        return self.rules + (expand(self.scheme, model) if self.scheme else ())
+
+    def matcher(self, model: ModelSpec) -> RuleMatcher:
+        """Decides for each tensor of `model`; `.match(tensor)` is None for what keeps its own float type."""
+        return RuleMatcher(self.expanded(model), model.layers, self.ignore)
+
+    def solver_of(self, rule: Rule) -> SolverOptions:
+        """The solver that serves `rule`: its own, or the step's."""
+        return rule.solver or self.solver
+
+
+class Step(Section):
+    """One step of the chain: exactly one key, its kind. A new kind of step is one more field."""
+
+    quantize: Quantize | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) != 1:
+            raise problem(
+                f"expected exactly one key, the kind of step ({', '.join(STEP_KINDS)}), got {len(value)}"
+            )
+        if isinstance(value, dict) and None in value.values():
+            raise problem("this step says nothing; give it at least a scheme or rules")
+        return value
+
+    @property
+    def options(self) -> Quantize:
+        """The one value that is set."""
+        return next(value for name in STEP_KINDS if (value := getattr(self, name)) is not None)
+
+    @property
+    def kind(self) -> str:
+        return self.options.kind
+
+
+STEP_KINDS: tuple[str, ...] = tuple(Step.model_fields)
+
+
+class Export(Section):
+    """One artifact: its container, file name (default: the recipe's name) and shard limit in bytes."""
+
+    container: Annotated[str, AfterValidator(_container)]
+    name: FileName | None = None
+    max_shard_size: Annotated[Annotated[int, Field(ge=1_000_000)] | None, BeforeValidator(_size)] = None
+
+
+class Score(Section):
+    """What is measured when the artifacts are written."""
+
+    suite: str = "quick"
+
+
+class Gate(Section):
+    """Limits an artifact must keep to be delivered; None asks nothing."""
+
+    max_kld: float | None = Field(None, gt=0)
+    max_perplexity_ratio: float | None = Field(None, gt=0)
+
+
+def _score(value: Any) -> Any:
+    if isinstance(value, bool):
+        return Score() if value else None
+    if not isinstance(value, dict | Score):
+        raise problem(f"expected a mapping like {{suite: quick}}, or false, got {_short(value)}")
+    return value
+
+
+class Recipe(Section):
+    """A whole recipe; what `compress plan` and `compress run` work from."""
+
+    name: FileName
+    model: str
+    output: str
+    seed: int = Field(0, ge=0, lt=2**63)
+    calibration: Calibration = Calibration()
+    steps: Annotated[tuple[Step, ...], BeforeValidator(_tuple)] = ()
+    export: Annotated[tuple[Export, ...], BeforeValidator(_tuple), Field(min_length=1)]
+    score: Annotated[Score | None, BeforeValidator(_score)] = Score()
+    gate: Gate = Gate()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, defaults filled in and names in canonical form, ready for JSON or YAML."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        return {**plain, "score": plain.get("score", False)}
+
+    def digest(self) -> str:
+        """sha256 (hex) of all that decides the bytes of the output; not `output`, `score` and `gate`."""
+        decisive = self.model_dump(mode="json", exclude={"output", "score", "gate"})
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(
+    path_or_name: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    output: str | None = None,
+) -> Recipe:
+    """Read a recipe file, or a bundled recipe by name, with `key=value` overrides applied in order.
+
+    Keys are dotted paths with list indices (`steps[0].quantize.solver.damping=0.05`), values are YAML. Raises
+    RecipeError with all problems.
+    """
+    path = _find(path_or_name)
+    document = _read(path)
+    if isinstance(document.data, dict):
+        document.data.setdefault("name", path.stem)
+        for key, value in (("model", model), ("output", output)):
+            if value is not None:
+                document.put((key,), value, f"--{key} {value}")
+        for text in overrides:
+            document.override(text)
+        if isinstance(document.data["name"], str):
+            document.data.setdefault("output", f"out/{document.data['name']}")
+    problems = document.problems
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        problems += [_explain(document, item) for item in error.errors(include_url=False)]
+    problems += [document.at(where, what) for where, what in _impossible(document.data)]
+    if problems:
+        raise RecipeError(sorted(dict.fromkeys(problems), key=document.line_of))
+    return recipe
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(_recipes_folder().glob("*.yaml"))}
+
+
+def _recipes_folder() -> Path:
+    try:
+        from compress.text import data_root
+    except ImportError:
+        return Path(__file__).resolve().parent.parent / "recipes"
+    return Path(data_root("recipes"))
+
+
+def _find(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    known = bundled_recipes()
+    if str(path_or_name) in known:
+        return known[str(path_or_name)]
+    what = "is a folder, not a recipe" if path.is_dir() else "no such file or bundled recipe"
+    raise RecipeError(f"{path_or_name}: {what}{nearest(path.stem, known) if known else ''}")
+
+
+# --- YAML with line numbers -------------------------------------------------------------------
+
+# YAML 1.2's core types only: with PyYAML's 1.1 rules `1e-3` is a string, `no` a bool and `4:30` the number 270.
+_SCALARS = (
+    (re.compile(r"|~|null|Null|NULL"), lambda text: None),
+    (re.compile(r"true|True|TRUE"), lambda text: True),
+    (re.compile(r"false|False|FALSE"), lambda text: False),
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
+)
+Path_ = tuple[str | int, ...]
+
+
+class _Document:
+    """Plain values of a YAML text, where each came from, and the problems met while reading."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.data: Any = None
+        self.origins: dict[Path_, str] = {(): label}
+        self.problems: list[str] = []
+
+    def at(self, path: Path_, what: str) -> str:
+        """One problem line for the value at `path`, or for the nearest parent that is written down."""
+        known = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in self.origins)
+        where = _dotted(path)
+        return f"{self.origins[known]}: {where}: {what}" if where else f"{self.origins[known]}: {what}"
+
+    def line_of(self, problem_line: str) -> float:
+        """Where a problem line points in the file; overrides come last."""
+        match = re.match(re.escape(self.label) + r":(\d+)", problem_line)
+        return int(match[1]) if match else float("inf")
+
+    def put(self, path: Path_, value: Any, origin: str) -> None:
+        """Set a value below the root, making mappings on the way; IndexError or TypeError when it has no
+        place.
+        """
+        here: Any = self.data
+        for depth, key in enumerate(path[:-1]):
+            following = here[key] if isinstance(key, int) else here.get(key)
+            if key == "solver" and isinstance(following, str):
+                following = {"name": following}
+            elif following is None or (isinstance(path[depth + 1], str) and isinstance(following, bool)):
+                following = {}
+            here[key] = following
+            here = following
+        if isinstance(here, list) and path[-1] == len(here):
+            here.append(value)
+        elif isinstance(here, dict) and isinstance(path[-1], int):
+            raise TypeError
+        else:
+            here[path[-1]] = value
+        self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}
+        self.origins[path] = origin
+
+    def override(self, text: str) -> None:
+        """Apply one `key=value`; what is wrong with it becomes a problem."""
+        key, equals, value = text.partition("=")
+        path = _parse_path(key.strip())
+        if not equals or path is None:
+            self.problems.append(f"--set {text}: expected key=value, e.g. calibration.samples=64")
+            return
+        try:
+            parsed = _parse(value, f"--set {text}")
+            self.problems += parsed.problems
+            self.put(path, parsed.data, f"--set {text}")
+        except RecipeError as error:
+            self.problems += error.problems
+        except IndexError:
+            self.problems.append(f"--set {text}: {_dotted(path)}: the list is shorter than that")
+        except (TypeError, AttributeError):
+            self.problems.append(f"--set {text}: {_dotted(path)}: there is no such place in this recipe")
+
+
+def _read(path: Path) -> _Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"{path}: cannot be read: {reason}") from None
+    document = _parse(text, str(path), lines=True)
+    if document.data is None and not document.problems:
+        raise RecipeError(f"{path}: the recipe is empty; see docs/recipes.md")
+    return document
+
+
+def _parse(text: str, label: str, *, lines: bool = False) -> _Document:
+    """YAML text to a document; with `lines`, origins are `label:line`. Syntax errors raise RecipeError."""
+    document = _Document(label)
+
+    def origin(node: yaml.Node) -> str:
+        return f"{label}:{node.start_mark.line + 1}" if lines else label
+
+    def build(node: yaml.Node, path: Path_, parents: tuple[int, ...]) -> Any:
+        document.origins.setdefault(path, origin(node))
+        if id(node) in parents:
+            document.problems.append(document.at(path, "this alias contains itself"))
+            return None
+        if not node.tag.endswith((":str", ":seq", ":map")):
+            document.problems.append(document.at(path, f"YAML tags like {node.tag!r} have no meaning here"))
+        if isinstance(node, yaml.SequenceNode):
+            return [build(item, (*path, i), (*parents, id(node))) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            mapping: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+                if key in mapping:
+                    document.problems.append(f"{origin(key_node)}: {_dotted((*path, key))}: given twice")
+                    continue
+                document.origins[(*path, key)] = origin(key_node)
+                mapping[key] = build(value_node, (*path, key), (*parents, id(node)))
+            return mapping
+        return node.value if node.style in ("'", '"', "|", ">") else _scalar(node.value)
+
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if lines and mark is not None else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{label}{line}: not valid YAML: {reason}") from None
+    if root is not None:
+        document.data = build(root, (), ())
+        document.origins[()] = f"{label}:1" if lines else label
+    return document
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that guesses no types: scalars without a tag stay strings, and we read them ourselves."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+def _scalar(text: str) -> Any:
+    for pattern, convert in _SCALARS:
+        if pattern.fullmatch(text):
+            return convert(text)
+    return text
+
+
+def _parse_path(text: str) -> Path_ | None:
+    """'steps[0].quantize' -> ('steps', 0, 'quantize'); None when malformed."""
+    if not re.fullmatch(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", text):
+        return None
+    return tuple(int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\w+|\[\d+\]", text))
+
+
+def _dotted(path: Path_) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+# --- problems in words ------------------------------------------------------------------------
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "tuple_type": "a list",
+    "is_instance_of": "a solver's name or options",
+}
+
+
+def _explain(document: _Document, error: Any) -> str:
+    """One of pydantic's errors in the words of a recipe."""
+    kind, given, context = error["type"], error["input"], error.get("ctx", {})
+    path = _written(document.data, error["loc"])
+    if kind == "extra_forbidden":
+        return document.at(
+            path, f"unknown key {path[-1]!r}{nearest(str(path[-1]), _keys_at(document.data, path[:-1]))}"
+        )
+    if kind == "missing":
+        return document.at(path, _MISSING_KEYS.get(_dotted(path), "missing"))
+    if kind in _EXPECTED:
+        return document.at(path, f"expected {_EXPECTED[kind]}, got {_short(given)}")
+    if kind == "recipe":
+        return document.at(path, error["msg"])
+    if kind == "too_short":
+        return document.at(path, "expected at least one item")
+    for name, words in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
+        if name in context:
+            return document.at(path, f"must be {words} {context[name]:g}, got {_short(given)}")
+    return document.at(path, f"{error['msg'][0].lower()}{error['msg'][1:]}, got {_short(given)}")
+
+
+_MISSING_KEYS = {
+    "model": "missing; name a folder, a hub id or a bundled model here, or pass --model",
+    "export": "missing; say which container to write, e.g. export: [{container: gguf}]",
+}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return "nothing" if value is None else repr(value)
+
+
+def _written(data: Any, loc: Path_) -> Path_:
+    """`loc` without what pydantic adds: the index into a list that was written as one word, tags of unions."""
+    path: list[str | int] = []
+    here = data
+    for position, part in enumerate(loc):
+        if isinstance(here, dict) and isinstance(part, str) and (part in here or position == len(loc) - 1):
+            here = here.get(part)
+        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+            here = here[part]
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _keys_at(data: Any, path: Path_) -> tuple[str, ...]:
+    """The keys a mapping at `path` may have."""
+    model: type[BaseModel] = Recipe
+    for part in path:
+        data = data[part]
+        if part == "solver":
+            model = SOLVERS[data["name"].lower()]
+        elif isinstance(part, str):
+            model = next(_models_in(model.model_fields[part].annotation), model)
+    return tuple(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _impossible(data: Any) -> Iterator[tuple[Path_, str]]:
+    """Combinations no model could make possible, from raw values, so that they join all other problems."""
+    exports = _get(data, "export") if isinstance(_get(data, "export"), list) else []
+    containers = [
+        (i, name) for i, item in enumerate(exports) if (name := _lower(_get(item, "container"))) in CONTAINERS
+    ]
+    seen: dict[tuple[Any, Any], int] = {}
+    for i, container in containers:
+        first = seen.setdefault((container, _get(exports[i], "name") or _get(data, "name")), i)
+        if first != i:
+            yield ("export", i), f"the same file as export[{first}]; give one of them another name"
+    for s, step in enumerate(_get(data, "steps") if isinstance(_get(data, "steps"), list) else []):
+        at: Path_ = ("steps", s, "quantize")
+        quantize = _get(step, "quantize")
+        if isinstance(scheme := _get(quantize, "scheme"), str):
+            try:
+                kind = scheme_kind(scheme)
+            except ValueError:
+                kind = None
+            for i, container in containers:
+                if kind is not None and kind not in CONTAINERS[container].kinds:
+                    yield (*at, "scheme"), _refusal(scheme, container, i)
+        rules = _get(quantize, "rules")
+        for r, rule in enumerate(rules if isinstance(rules, list) else []):
+            yield from _impossible_rule(rule, (*at, "rules", r), containers)
+
+
+def _impossible_rule(rule: Any, at: Path_, containers: list[tuple[int, str]]) -> Iterator[tuple[Path_, str]]:
+    codec, targets = _get(rule, "codec"), _get(rule, "targets")
+    targets = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
+    try:
+        info = codec_info(codec) if isinstance(codec, str) else None
+    except KeyError:
+        info = None
+    if info is None or info.fallback_only or info.kind == "float":  # unknown ones are reported by the schema
+        return
+    for target in targets:
+        if any(covers(str(target), role) for role in FLOAT_ROLES):
+            yield (
+                (*at, "codec"),
+                f"{target} is never quantized; use f32, f16 or bf16, or list it under ignore",
+            )
+    for i, container in containers:
+        if info.kind not in CONTAINERS[container].kinds:
+            yield (*at, "codec"), _refusal(info.name, container, i)
+        elif any(
+            covers(str(target), role) for target in targets for role in CONTAINERS[container].float_roles
+        ):
+            roles = ", ".join(CONTAINERS[container].float_roles)
+            yield (
+                (*at, "codec"),
+                f"container {container} (export[{i}]) holds {roles} only as f32, f16 or bf16",
+            )
+
+
+def _refusal(what: str, container: str, index: int) -> str:
+    holds = " and ".join(KIND_NAMES[kind] for kind in KIND_NAMES if kind in CONTAINERS[container].kinds)
+    others = [name for name, info in CONTAINERS.items() if _kind(what) in info.kinds]
+    return f"container {container} (export[{index}]) cannot hold {what}; it holds {holds}; use {' or '.join(others)}"
+
+
+def _kind(what: str) -> str:
+    try:
+        return codec_info(what).kind
+    except KeyError:
+        return scheme_kind(what)
+
+
+def _get(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value

@@ -1,0 +1,221 @@
+"""scorecard.json: what a run made, what it cost, and what it did to the model.
+
+The file's minimum is fixed so that scripts can rely on it: "model", "recipe", "artifacts" (each "container",
+"path", "bytes", "bits_per_weight", "scores": {"perplexity", "kld", "top1_agreement"}), "base" ("bytes", "scores"),
+"experts", "fallbacks", "gate" ("passed"), "stages" ("name", "seconds", "peak_bytes"). Keys are only ever added;
+`format` rises when that is not enough. What was not measured is null or absent, never zero; a number that is not
+finite is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.errors import CompressError, OutputError
+from compress.scoring.divergence import Scores
+
+FORMAT = 1
+FILE_NAME = "scorecard.json"
+
+
+class _Value(BaseModel):
+    """Frozen; unknown keys are kept out on reading so that a newer minor version's file still opens."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class TaskScore(_Value):
+    """One row of compress.scoring.tasks.run_tasks. `difference` is against the original, paired by document:
+    {"value", "low", "high"} from compress.scoring.tasks.compare."""
+
+    metric: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int
+    difference: dict[str, Any] | None = None
+
+
+class Artifact(_Value):
+    """One delivered file set.
+
+    path is relative to the scorecard; bytes all files that must be shipped to run it; bits_per_weight everything
+    stored for the weights (scales, zero points, padding) * 8 / weights of the original. `ratio` is bytes over the
+    original's bytes. `scores.engine` says which engine gave the logits.
+    """
+
+    container: str
+    path: str
+    bytes: int
+    bits_per_weight: float
+    ratio: float | None = None
+    sha256: str | None = None
+    delivered: bool = True
+    scores: Scores | None = None
+    tasks: dict[str, TaskScore] = Field(default_factory=dict)
+
+
+class Base(_Value):
+    """The original: bytes of its weight files and its own scores on the same windows and documents."""
+
+    bytes: int
+    bits_per_weight: float | None = None
+    parameters: int | None = None
+    scores: Scores | None = None
+    tasks: dict[str, TaskScore] = Field(default_factory=dict)
+
+
+class Experts(_Value):
+    """Routing of one layer during calibration.
+
+    tokens[e]: tokens routed to expert e; cold: experts that saw too few to stand alone; borrowed[e]: share of
+    expert e's statistics taken from the layer's pooled statistics, 0..1 (empty: none was borrowed).
+    """
+
+    layer: int
+    tokens: tuple[int, ...]
+    cold: tuple[int, ...] = ()
+    borrowed: tuple[float, ...] = ()
+
+
+class Fallback(_Value):
+    """Something done otherwise than planned: `subject` (a tensor, usually) was to get `wanted` and got `used`."""
+
+    subject: str
+    wanted: str
+    used: str
+    reason: str
+
+
+class Check(_Value):
+    """One integrity check and, in `detail`, what was measured against which limit."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+class Gate(_Value):
+    passed: bool
+    checks: tuple[Check, ...] = ()
+
+
+class Stage(_Value):
+    """Wall time in seconds and peak resident memory in bytes up to the stage's end."""
+
+    name: str
+    seconds: float
+    peak_bytes: int | None = None
+
+
+class Scorecard(_Value):
+    """The whole file. recipe is the recipe's name, recipe_digest identifies its content after overrides."""
+
+    model: str
+    recipe: str
+    artifacts: tuple[Artifact, ...] = ()
+    base: Base
+    experts: tuple[Experts, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    gate: Gate
+    stages: tuple[Stage, ...] = ()
+    recipe_digest: str | None = None
+    created: str | None = None
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Indented JSON; absent scores are left out, numbers that are not finite become null."""
+        return json.dumps(_plain(self.model_dump(mode="python")), indent=2, allow_nan=False) + "\n"
+
+
+def write(scorecard: Scorecard, path: str | Path) -> Path:
+    """Write atomically (temporary name, fsync, rename) to a file, or into an existing folder as scorecard.json.
+
+    Raises OutputError when the disk refuses.
+    """
+    target = Path(path)
+    if target.is_dir():
+        target = target / FILE_NAME
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(scorecard.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {target}: {error.strerror or error}; free space or choose another --output") from error
+    return target
+
+
+def read(path: str | Path) -> Scorecard:
+    """Read a scorecard.json, or the one in a run's folder. Raises CompressError in one line."""
+    source = Path(path)
+    if source.is_dir():
+        source = source / FILE_NAME
+    try:
+        raw = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressError(f"no scorecard at {source}; give a finished run's folder or its {FILE_NAME}") from None
+    except OSError as error:
+        raise CompressError(f"cannot read {source}: {error.strerror}; check the path and its permissions") from error
+    except ValueError as error:
+        raise CompressError(f"{source} is not valid JSON ({error}); run or score the model again") from error
+    if not isinstance(raw, dict):
+        raise CompressError(f"{source} is not a scorecard: it holds no JSON object; give a run's {FILE_NAME}")
+    if isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
+        raise CompressError(f"{source} has format {raw['format']}, this version reads {FORMAT}; upgrade compress-llm")
+    try:
+        return Scorecard.model_validate(_revive(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise CompressError(f"{source} is not a scorecard: {where}: {first['msg'].lower()}{more}; score again") from error
+
+
+# Estimates that overflow (perplexity of a destroyed model) are null in JSON, which has no infinity.
+_ESTIMATES = {"perplexity": ("value",), "base_perplexity": ("value",), "perplexity_ratio": ("value",)}
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: dataclasses and tuples unfolded, None fields of scores dropped, non-finite numbers to None."""
+    if isinstance(value, dict):
+        kept = {key: _plain(item) for key, item in value.items()}
+        if "text_digest" in kept:  # the scores of one engine: what was not measured is absent
+            kept = {key: item for key, item in kept.items() if item is not None}
+        return kept
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _revive(value: Any) -> Any:
+    """Undo `_plain` where a required estimate was infinite."""
+    if isinstance(value, list):
+        return [_revive(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    out = {key: _revive(item) for key, item in value.items()}
+    for name, fields in _ESTIMATES.items():
+        if isinstance(out.get(name), dict) and "text_digest" in out:
+            out[name] = {**out[name], **{f: math.inf for f in fields if out[name].get(f, 0.0) is None}}
+    return out

@@ -1,0 +1,70 @@
+"""What every solver returns, and the linear algebra they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import TINY, BlockCodec, Grid
+from compress.errors import NumericalError
+from compress.weights import Packed
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes for one matrix and what it took to find them.
+
+    units: float32 [R, n]; damping: fraction of the mean diagonal that was added to the gram (0 when unused);
+    retries: how often the damping had to be raised; error: tr((W-Q) G (W-Q)^T) / tr(W G W^T) on the undamped gram.
+    """
+
+    units: Tensor
+    grid: Grid
+    codec: BlockCodec
+    damping: float
+    retries: int
+    error: float
+
+    def decode(self) -> Tensor:
+        return self.codec.decode(self.units, self.grid)
+
+    def pack(self) -> Packed:
+        return self.codec.pack(self.units, self.grid)
+
+
+def relative_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
+    """tr((W-Q) G (W-Q)^T) / tr(W G W^T)."""
+    delta = weight - quantized
+    return float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp_min(TINY))
+
+
+def damped_factor(gram: Tensor, damping: float, tries: int = 8) -> tuple[Tensor, Tensor, float, int]:
+    """Damped gram and the upper Cholesky factor U of its inverse, `inverse = U^T U`.
+
+    gram: [n, n], symmetric positive semi-definite. Damping is a fraction of the mean diagonal; when the factorisation
+    fails it is raised tenfold, `tries` times at most, and the value that worked is returned with the number of
+    retries. Works in float64, returns float32. Raises NumericalError when no damping helps (non-finite statistics).
+    """
+    wide = gram.double()
+    mean = float(wide.diagonal().mean())
+    if not torch.isfinite(wide).all():
+        raise NumericalError("gram is not finite; calibration activations overflowed")
+    mean = mean if mean > 0 else 1.0
+    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    for retry in range(tries):
+        damped = wide + damping * mean * eye
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return damped.float(), upper.float(), damping, retry
+        damping = max(damping * 10, 1e-8)
+    raise NumericalError(f"gram cannot be factorised even with damping {damping:g}; check the calibration data")
+
+
+def safe_divisor(values: Tensor) -> Tensor:
+    """Zeros replaced by one, so that empty sub-blocks decode to zero instead of NaN."""
+    return torch.where(values.abs() < TINY, torch.ones_like(values), values)

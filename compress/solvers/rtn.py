@@ -1,0 +1,31 @@
+"""Round to nearest: scales by importance-weighted search, no error feedback. The control every solver must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import BlockCodec
+from compress.solvers.base import Solution, relative_error, safe_divisor
+from compress.solvers.options import RtnOptions
+
+NEEDS_GRAM = False
+
+
+def solve(weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOptions) -> Solution:
+    """weight: float32 [R, n]; gram: [n, n] or None (unweighted). The diagonal weighs the columns."""
+    n = weight.shape[1]
+    importance = torch.ones(n, device=weight.device) if gram is None else gram.diagonal().float().clamp_min(0)
+    if float(importance.sum()) == 0:
+        importance = torch.ones_like(importance)
+    grid = codec.fit(weight, importance)
+    shifted = weight if grid.offset is None else weight + codec.columns(grid.offset)
+    target = (shifted / codec.columns(safe_divisor(grid.scale))).reshape(-1, codec.step)
+    zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
+    weights = importance.reshape(1, -1, codec.step).expand(weight.shape[0], -1, -1).reshape(-1, codec.step)
+    chunks = range(0, len(target), 1 << 15)
+    units = torch.cat([codec.nearest(target[i : i + (1 << 15)], weights[i : i + (1 << 15)], None,
+                                     None if zero is None else zero[i : i + (1 << 15)]) for i in chunks])
+    units = units.reshape(weight.shape)
+    reference = torch.diag(importance) if gram is None else gram.float()
+    return Solution(units, grid, codec, 0.0, 0, relative_error(weight, codec.decode(units, grid), reference))
