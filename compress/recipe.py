@@ -262,7 +262,7 @@ def _find(path_or_name: str | Path) -> Path:
 
 # --- YAML with line numbers -------------------------------------------------------------------
 
-# YAML 1.2's core types only: with PyYAML's 1.1 rules `1e-3` is a string, `no` a bool and `4:30` the number 270.
+# YAML 1.2's core types only: with 1.1's rules `1e-3` is a string, `no` a bool and `4:30` the number 270.
 _SCALARS = (
     (re.compile(r"|~|null|Null|NULL"), lambda text: None),
     (re.compile(r"true|True|TRUE"), lambda text: True),
@@ -271,7 +271,7 @@ _SCALARS = (
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
     (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
 )
-Path_ = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 
 
 class _Document:
@@ -280,10 +280,10 @@ class _Document:
     def __init__(self, label: str):
         self.label = label
         self.data: Any = None
-        self.origins: dict[Path_, str] = {(): label}
+        self.origins: dict[Place, str] = {(): label}
         self.problems: list[str] = []
 
-    def at(self, path: Path_, what: str) -> str:
+    def at(self, path: Place, what: str) -> str:
         """One problem line for the value at `path`, or for the nearest parent that is written down."""
         known = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in self.origins)
         where = _dotted(path)
@@ -294,7 +294,7 @@ class _Document:
         match = re.match(re.escape(self.label) + r":(\d+)", problem_line)
         return int(match[1]) if match else float("inf")
 
-    def put(self, path: Path_, value: Any, origin: str) -> None:
+    def put(self, path: Place, value: Any, origin: str) -> None:
         """Set a value below the root, making mappings on the way; IndexError or TypeError when it has no
         place.
         """
@@ -354,7 +354,7 @@ def _parse(text: str, label: str, *, lines: bool = False) -> _Document:
     def origin(node: yaml.Node) -> str:
         return f"{label}:{node.start_mark.line + 1}" if lines else label
 
-    def build(node: yaml.Node, path: Path_, parents: tuple[int, ...]) -> Any:
+    def build(node: yaml.Node, path: Place, parents: tuple[int, ...]) -> Any:
         document.origins.setdefault(path, origin(node))
         if id(node) in parents:
             document.problems.append(document.at(path, "this alias contains itself"))
@@ -401,14 +401,14 @@ def _scalar(text: str) -> Any:
     return text
 
 
-def _parse_path(text: str) -> Path_ | None:
+def _parse_path(text: str) -> Place | None:
     """'steps[0].quantize' -> ('steps', 0, 'quantize'); None when malformed."""
     if not re.fullmatch(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", text):
         return None
     return tuple(int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\w+|\[\d+\]", text))
 
 
-def _dotted(path: Path_) -> str:
+def _dotted(path: Place) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
@@ -460,8 +460,8 @@ def _short(value: Any) -> str:
     return "nothing" if value is None else repr(value)
 
 
-def _written(data: Any, loc: Path_) -> Path_:
-    """`loc` without what pydantic adds: the index into a list that was written as one word, tags of unions."""
+def _written(data: Any, loc: Place) -> Place:
+    """`loc` without what pydantic adds: the index into a list written as one word, tags of unions."""
     path: list[str | int] = []
     here = data
     for position, part in enumerate(loc):
@@ -475,7 +475,7 @@ def _written(data: Any, loc: Path_) -> Path_:
     return tuple(path)
 
 
-def _keys_at(data: Any, path: Path_) -> tuple[str, ...]:
+def _keys_at(data: Any, path: Place) -> tuple[str, ...]:
     """The keys a mapping at `path` may have."""
     model: type[BaseModel] = Recipe
     for part in path:
@@ -494,7 +494,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def _impossible(data: Any) -> Iterator[tuple[Path_, str]]:
+def _impossible(data: Any) -> Iterator[tuple[Place, str]]:
     """Combinations no model could make possible, from raw values, so that they join all other problems."""
     exports = _get(data, "export") if isinstance(_get(data, "export"), list) else []
     containers = [
@@ -506,7 +506,7 @@ def _impossible(data: Any) -> Iterator[tuple[Path_, str]]:
         if first != i:
             yield ("export", i), f"the same file as export[{first}]; give one of them another name"
     for s, step in enumerate(_get(data, "steps") if isinstance(_get(data, "steps"), list) else []):
-        at: Path_ = ("steps", s, "quantize")
+        at: Place = ("steps", s, "quantize")
         quantize = _get(step, "quantize")
         if isinstance(scheme := _get(quantize, "scheme"), str):
             try:
@@ -521,7 +521,7 @@ def _impossible(data: Any) -> Iterator[tuple[Path_, str]]:
             yield from _impossible_rule(rule, (*at, "rules", r), containers)
 
 
-def _impossible_rule(rule: Any, at: Path_, containers: list[tuple[int, str]]) -> Iterator[tuple[Path_, str]]:
+def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, str]]) -> Iterator[tuple[Place, str]]:
     codec, targets = _get(rule, "codec"), _get(rule, "targets")
     targets = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
     try:
@@ -552,7 +552,8 @@ def _impossible_rule(rule: Any, at: Path_, containers: list[tuple[int, str]]) ->
 def _refusal(what: str, container: str, index: int) -> str:
     holds = " and ".join(KIND_NAMES[kind] for kind in KIND_NAMES if kind in CONTAINERS[container].kinds)
     others = [name for name, info in CONTAINERS.items() if _kind(what) in info.kinds]
-    return f"container {container} (export[{index}]) cannot hold {what}; it holds {holds}; use {' or '.join(others)}"
+    refused = f"container {container} (export[{index}]) cannot hold {what}"
+    return f"{refused}; it holds {holds}; use {' or '.join(others)}"
 
 
 def _kind(what: str) -> str:

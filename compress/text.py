@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import yaml
 
-from compress.errors import CalibrationError, MissingExtra
+from compress.errors import CalibrationError, CheckpointError, MissingExtra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -392,3 +392,14 @@ def _too_few(what: str, name: str, tokens: int, count: int, length: int, field_n
     fix = f"set {field_name} to at most {fit}" if fit else f"set length to at most {tokens}"
     need = f"{count} {field_name if count > 1 else 'window'} of {length} need {count * length:,}"
     return f"{what} '{name}' has {tokens:,} tokens, but {need}; {fix}, or use another set"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer; CheckpointError when it has none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here
+        line = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder} has no tokenizer that loads ({line}); fetch tokenizer.json too") from None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import re
 from functools import cache
+from typing import TYPE_CHECKING
 
-from compress.codecs.base import BlockCodec, Codec
+if TYPE_CHECKING:
+    from compress.codecs.base import BlockCodec, Codec
 
 _UNIFORM = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
 

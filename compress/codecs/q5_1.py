@@ -17,7 +17,7 @@ class Q5_1(ScalarCodec):
     low, high = 0, 31
     # one sub-block a span: the "integer" is always 1 and d, dmin carry the values
     scale_rule = min_rule = IntegerScale(1, 1)
-    shrinks = (1.0, 0.95, 0.9, 0.85)
+    shrinks = (1.02, 1.0, 0.98, 0.96, 0.94, 0.92)
 
     def store(self, scale: Tensor, offset: Tensor | None, curvature: Tensor,
               offset_curvature: Tensor | None = None) -> Grid:

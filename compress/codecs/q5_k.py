@@ -13,7 +13,7 @@ class Q5_K(ScalarCodec):
     name, span, sub, block_bytes = "q5_k", 256, 32, 176
     low, high = 0, 31
     scale_rule = min_rule = IntegerScale(0, 63)
-    shrinks = (1.0, 0.95, 0.9, 0.85)
+    shrinks = (1.02, 1.0, 0.98, 0.96, 0.94, 0.92)
 
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         q = u8(units).reshape(-1, 8, 32)

@@ -5,7 +5,6 @@ Names: `int{2,3,4,8}-{g32,g64,g128,row}[-asym]`. Symmetric codecs have the zero 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -89,7 +88,6 @@ class UniformCodec(ScalarCodec):
         })
 
     def unpack(self, packed: Packed) -> Tensor:
-        rows, n = packed.shape
         codes, scales, zeros = (packed.parts[k].float() for k in ("codes", "scales", "zeros"))
-        repeat = math.ceil(n / scales.shape[1])
+        repeat = self.group or packed.shape[1]
         return (codes - zeros.repeat_interleave(repeat, 1)) * scales.repeat_interleave(repeat, 1)

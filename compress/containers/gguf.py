@@ -123,10 +123,28 @@ def _rope_problems(spec: ModelSpec) -> list[str]:
         return [] if arch == "llama" else [f"llama.cpp's {arch} has no llama3 rope scaling"]
     if kind != "yarn":
         return [f"rope scaling {kind!r} cannot be expressed in GGUF for {arch}"]
-    unusual = [key for key in ("mscale", "mscale_all_dim") if scaling.get(key)]
+    unusual = []
+    if (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1) != (32, 1):
+        unusual.append(
+            "beta_fast and beta_slow other than 32 and 1"
+        )  # keys exist, these architectures ignore them
     if scaling.get("truncate", True) is False:
         unusual.append("truncate: false")
-    return [f"llama.cpp's yarn has no {', '.join(unusual)}"] if unusual else []
+    return [f"llama.cpp's yarn for {arch} has no {' and no '.join(unusual)}"] if unusual else []
+
+
+def _yarn_attention(scaling: Mapping[str, Any]) -> float:
+    """llama.cpp's attn_factor, which multiplies yarn's own 1 + 0.1 ln(factor); transformers takes it as the whole."""
+    own = 1.0 + 0.1 * math.log(float(scaling["factor"]))
+
+    def mscale(value: float) -> float:  # transformers' get_mscale
+        return 1.0 + (own - 1.0) * value
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"]) / own
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(float(scaling["mscale"])) / mscale(float(scaling["mscale_all_dim"])) / own
+    return 1.0
 
 
 def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
@@ -380,22 +398,12 @@ def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
     elif kind == "yarn":
-        factor = float(scaling["factor"])
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
         writer.add_rope_scaling_orig_ctx_len(
             int(scaling.get("original_max_position_embeddings") or spec.max_positions)
         )
-        for key, add in (
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if scaling.get(key) is not None:
-                add(float(scaling[key]))
-        attention = scaling.get("attention_factor")
-        if attention is not None:
-            # llama.cpp multiplies this by yarn's own 1 + 0.1 ln(factor); transformers takes it as the whole
-            writer.add_rope_scaling_attn_factors(float(attention) / (1.0 + 0.1 * math.log(factor)))
+        writer.add_rope_scaling_attn_factors(_yarn_attention(scaling))
 
 
 def _llama3_factors(spec: ModelSpec) -> np.ndarray | None:
@@ -505,40 +513,49 @@ def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32).reshape(_shape(tensor))
 
 
-def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
-    """Checkpoint name -> float32 tensor: experts unstacked, q and k rows back in transformers' order.
+def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+    """A function that decodes one tensor by its checkpoint name to float32: experts unstacked, q and k rows back in
+    transformers' order.
 
-    `path` is the file, its first shard, or the list `write` returned. CheckpointError for missing or unknown tensors.
+    `path` is the file, its first shard, or the list `write` returned. Goes through gguf.GGUFReader and gguf.dequantize
+    only. CheckpointError for missing, unknown or misshapen tensors.
     """
     import numpy as np
     import torch
 
     first = Path(path) if isinstance(path, (str, Path)) else next(iter(path))
-    wanted: dict[str, list[TensorSpec]] = {}
+    stored = {tensor.name: tensor for file in shards(first) for tensor in _open(file).tensors}
+    parts: dict[str, list[TensorSpec]] = {}
     for tensor in spec.tensors():
-        wanted.setdefault(tensor.gguf, []).append(tensor)
-    out: dict[str, Tensor] = {}
-    for name, _, shape, values in read(first)[1]:
-        if name == "rope_freqs.weight":
-            continue
-        parts = wanted.pop(name, None)
-        if parts is None:
-            raise CheckpointError(f"{first} holds {name}, which this architecture does not have")
-        stacked = (
-            values.reshape(-1, *parts[0].shape) if values.size == sum(p.parameters for p in parts) else None
-        )
-        if stacked is None or len(stacked) != len(parts):
-            raise CheckpointError(
-                f"{name} in {first} has shape {shape}, expected {len(parts)} x {parts[0].shape}"
-            )
-        for index, tensor in enumerate(parts):
-            array = stacked[tensor.expert if tensor.expert is not None else index]
-            order = _row_order(spec, tensor)
-            if order is not None:
-                restored = np.empty_like(array)
-                restored[order] = array
-                array = restored
-            out[tensor.name] = torch.from_numpy(np.array(array))
-    if wanted:
-        raise CheckpointError(f"{first} lacks {next(iter(wanted))} (and {len(wanted) - 1} more tensors)")
-    return out
+        parts.setdefault(tensor.gguf, []).append(tensor)
+    if unknown := sorted(set(stored) - set(parts) - {"rope_freqs.weight"}):
+        raise CheckpointError(f"{first} holds {unknown[0]}, which this architecture does not have")
+    if missing := sorted(set(parts) - set(stored)):
+        raise CheckpointError(f"{first} lacks {missing[0]} (and {len(missing) - 1} more tensors)")
+    for name, group in parts.items():
+        lead = (len(group),) if group[0].expert is not None else ()
+        if _shape(stored[name]) != (*lead, *group[0].shape):
+            raise CheckpointError(f"{name} in {first} has shape {_shape(stored[name])}, expected {(*lead, *group[0].shape)}")
+    by_name = {tensor.name: tensor for group in parts.values() for tensor in group}
+
+    def load(name: str) -> Tensor:
+        import gguf
+
+        tensor = by_name[name]
+        entry = stored[tensor.gguf]
+        data = entry.data if tensor.expert is None else entry.data[tensor.expert]
+        array = np.array(gguf.dequantize(data, entry.tensor_type), dtype=np.float32).reshape(tensor.shape)
+        order = _row_order(spec, tensor)
+        if order is not None:
+            restored = np.empty_like(array)
+            restored[order] = array
+            array = restored
+        return torch.from_numpy(array)
+
+    return load
+
+
+def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+    """All tensors of `open_dense` at once."""
+    load = open_dense(path, spec)
+    return {tensor.name: load(tensor.name) for tensor in spec.tensors()}

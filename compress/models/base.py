@@ -192,6 +192,8 @@ def families() -> Mapping[str, Family]:
     found: dict[str, Family] = {}
     package = importlib.import_module("compress.models")
     for module in pkgutil.iter_modules(package.__path__):
+        if module.name == "decoder":  # needs torch; planning must not
+            continue
         family = getattr(importlib.import_module(f"compress.models.{module.name}"), "FAMILY", None)
         if family is not None:
             found.update({model_type: family for model_type in family.model_types})
@@ -227,7 +229,8 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", merged.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModel("partial_rotary_factor other than 1 is not supported")
-    experts = merged.get("num_experts") or merged.get("num_local_experts") or 0
+    # saved configs carry either name; a family's default stands in only when both are absent
+    experts = next((c[k] for c in (config, family.defaults) for k in ("num_experts", "num_local_experts") if c.get(k)), 0)
     sparse: frozenset[int] = frozenset()
     if family.moe is not None and experts:
         step, dense = merged.get("decoder_sparse_step", 1), set(merged.get("mlp_only_layers") or ())

@@ -38,6 +38,17 @@ class Routing:
     weights: Tensor
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """Cold experts that also see every `stride`-th token of the block, routed to them or not.
+
+    Their activations are observed as `experts.{e}.act.pool`, without a gate; the block's output does not change.
+    """
+
+    experts: frozenset[int]
+    stride: int
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -135,13 +146,14 @@ def route(spec: ModelSpec, logits: Tensor) -> Routing:
 def forward_block(
     spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, *,
     observe: Observer | None = None, until: int | None = None, routing: Routing | None = None,
-    on_route: Callable[[Routing], None] | None = None,
+    on_route: Callable[[Routing], None] | None = None, pooled: Pooled | None = None,
 ) -> Tensor | None:
     """Run one block.
 
     weights: full checkpoint names -> float32; hidden: float32 [B, T, hidden_size], not modified.
     observe(input_key, x [n, in], routing weight [n] or None) sees the input of every group of linears before it is
-    used. until: observe up to this stage and return None. routing: use these experts instead of the router's choice.
+    used; "residual" is the residual stream behind the attention. until: observe up to this stage and return None.
+    routing: use these experts instead of the router's choice. pooled: see Pooled.
     """
     root = f"model.layers.{layer}."
 
@@ -173,6 +185,7 @@ def forward_block(
     if until == 1:
         return None
     hidden = hidden + linear("self_attn.o_proj", x)
+    see("residual", hidden)
     x = norm("post_attention_layernorm", hidden)
     if not spec.is_sparse(layer):
         see("mlp.in", x)
@@ -182,12 +195,13 @@ def forward_block(
         see("mlp.act", act)
         return None if until == 3 else hidden + linear("mlp.down_proj", act)
     flat = x.reshape(-1, x.shape[-1])
-    out = _mixture(spec, root, weights, flat, see, until, routing, on_route)
+    out = _mixture(spec, root, weights, flat, see, until, routing, on_route, pooled)
     return None if out is None else hidden + out.view_as(hidden)
 
 
 def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tensor, see: Callable[..., None],
-             until: int | None, routing: Routing | None, on_route: Callable[[Routing], None] | None) -> Tensor | None:
+             until: int | None, routing: Routing | None, on_route: Callable[[Routing], None] | None,
+             pooled: Pooled | None) -> Tensor | None:
     """Routed and shared experts of one block. x: [tokens, hidden]."""
     moe = spec.family.moe
     assert moe is not None
@@ -197,17 +211,23 @@ def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tenso
     if on_route is not None:
         on_route(routing)
     out = torch.zeros_like(x)
+
+    def activate(prefix: str, rows: Tensor) -> Tensor:
+        return F.silu(rows @ weights[f"{prefix}{moe.gate}.weight"].T) * (rows @ weights[f"{prefix}{moe.up}.weight"].T)
+
     for e in range(spec.experts):
+        prefix = root + moe.expert.format(e=e)
+        if pooled is not None and e in pooled.experts:
+            see(f"experts.{e}.act.pool", activate(prefix, x[:: pooled.stride]))
         tokens, slot = (routing.experts == e).nonzero(as_tuple=True)
         if not len(tokens):
             continue
         gate_weight = routing.weights[tokens, slot]
-        prefix = root + moe.expert.format(e=e)
         rows = x[tokens]
         see(f"experts.{e}.in", rows, gate_weight)
         if until == 2:
             continue
-        act = F.silu(rows @ weights[f"{prefix}{moe.gate}.weight"].T) * (rows @ weights[f"{prefix}{moe.up}.weight"].T)
+        act = activate(prefix, rows)
         see(f"experts.{e}.act", act, gate_weight)
         if until == 3:
             continue

@@ -1,10 +1,10 @@
 """scorecard.json: what a run made, what it cost, and what it did to the model.
 
 The file's minimum is fixed so that scripts can rely on it: "model", "recipe", "artifacts" (each "container",
-"path", "bytes", "bits_per_weight", "scores": {"perplexity", "kld", "top1_agreement"}), "base" ("bytes", "scores"),
-"experts", "fallbacks", "gate" ("passed"), "stages" ("name", "seconds", "peak_bytes"). Keys are only ever added;
-`format` rises when that is not enough. What was not measured is null or absent, never zero; a number that is not
-finite is null.
+"path", "bytes", "bits_per_weight", "scores": {"perplexity", "kld", "top1_agreement"}), "base" ("bytes",
+"scores"), "experts", "fallbacks", "gate" ("passed"), "stages" ("name", "seconds", "peak_bytes"). Keys are
+only ever added; `format` rises when that is not enough. What was not measured is null or absent, never 0; a
+number that is not finite is null.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class TaskScore(_Value):
 class Artifact(_Value):
     """One delivered file set.
 
-    path is relative to the scorecard; bytes all files that must be shipped to run it; bits_per_weight everything
-    stored for the weights (scales, zero points, padding) * 8 / weights of the original. `ratio` is bytes over the
-    original's bytes. `scores.engine` says which engine gave the logits.
+    path is relative to the scorecard; bytes all files that must be shipped to run it; bits_per_weight
+    everything stored for the weights (scales, zero points, padding) * 8 / weights of the original. `ratio` is
+    bytes over the original's bytes. `scores.engine` says which engine gave the logits.
     """
 
     container: str
@@ -86,7 +86,8 @@ class Experts(_Value):
 
 
 class Fallback(_Value):
-    """Something done otherwise than planned: `subject` (a tensor, usually) was to get `wanted` and got `used`."""
+    """Something done otherwise than planned: `subject` (a tensor, usually) was to get `wanted` and got
+    `used`."""
 
     subject: str
     wanted: str
@@ -139,7 +140,8 @@ class Scorecard(_Value):
 
 
 def write(scorecard: Scorecard, path: str | Path) -> Path:
-    """Write atomically (temporary name, fsync, rename) to a file, or into an existing folder as scorecard.json.
+    """Write atomically (temporary name, fsync, rename) to a file, or into an existing folder as
+    scorecard.json.
 
     Raises OutputError when the disk refuses.
     """
@@ -160,7 +162,9 @@ def write(scorecard: Scorecard, path: str | Path) -> Path:
             os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {target}: {error.strerror or error}; free space or choose another --output") from error
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another --output"
+        ) from error
     return target
 
 
@@ -172,22 +176,30 @@ def read(path: str | Path) -> Scorecard:
     try:
         raw = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CompressError(f"no scorecard at {source}; give a finished run's folder or its {FILE_NAME}") from None
+        raise CompressError(
+            f"no scorecard at {source}; give a finished run's folder or its {FILE_NAME}"
+        ) from None
     except OSError as error:
-        raise CompressError(f"cannot read {source}: {error.strerror}; check the path and its permissions") from error
+        raise CompressError(
+            f"cannot read {source}: {error.strerror}; check the path and its permissions"
+        ) from error
     except ValueError as error:
         raise CompressError(f"{source} is not valid JSON ({error}); run or score the model again") from error
     if not isinstance(raw, dict):
         raise CompressError(f"{source} is not a scorecard: it holds no JSON object; give a run's {FILE_NAME}")
     if isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
-        raise CompressError(f"{source} has format {raw['format']}, this version reads {FORMAT}; upgrade compress-llm")
+        raise CompressError(
+            f"{source} has format {raw['format']}, this version reads {FORMAT}; upgrade compress-llm"
+        )
     try:
         return Scorecard.model_validate(_revive(raw))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise CompressError(f"{source} is not a scorecard: {where}: {first['msg'].lower()}{more}; score again") from error
+        raise CompressError(
+            f"{source} is not a scorecard: {where}: {first['msg'].lower()}{more}; score again"
+        ) from error
 
 
 # Estimates that overflow (perplexity of a destroyed model) are null in JSON, which has no infinity.
@@ -195,7 +207,7 @@ _ESTIMATES = {"perplexity": ("value",), "base_perplexity": ("value",), "perplexi
 
 
 def _plain(value: Any) -> Any:
-    """JSON-ready: dataclasses and tuples unfolded, None fields of scores dropped, non-finite numbers to None."""
+    """JSON-ready: tuples to lists, None fields of scores dropped, numbers that are not finite to None."""
     if isinstance(value, dict):
         kept = {key: _plain(item) for key, item in value.items()}
         if "text_digest" in kept:  # the scores of one engine: what was not measured is absent

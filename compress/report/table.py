@@ -54,12 +54,15 @@ def _significant(value: float | None, digits: int = 3) -> str:
         return "∞"
     if value == 0:
         return "0"
+    value = float(f"{value:.{digits - 1}e}")  # 0.9999 has the decimals of 1.00
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:.{min(max(decimals, 0), 8)}f}"
 
 
-def _estimate(value: float | None, low: float | None, high: float | None, scale: float = 1.0, unit: str = "") -> str:
-    """"12.34 [11.90, 12.81]": enough decimals to show the interval's second digit."""
+def _estimate(
+    value: float | None, low: float | None, high: float | None, scale: float = 1.0, unit: str = ""
+) -> str:
+    """Like 12.34 [11.90, 12.81]: enough decimals to show the interval's second digit."""
     if value is None:
         return DASH
     if not math.isfinite(value):
@@ -68,6 +71,8 @@ def _estimate(value: float | None, low: float | None, high: float | None, scale:
     if low is None or high is None or not math.isfinite(high):
         return f"{_significant(value, 4)}{unit}"
     low, high = low * scale, high * scale
+    if 0 < abs(value) < 1e-4:
+        return f"{value:.2e}{unit} [{low:.2e}, {high:.2e}]"
     width = high - low
     decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else (1 if unit == "%" else 4)
     return f"{value:.{decimals}f}{unit} [{low:.{decimals}f}, {high:.{decimals}f}]"
@@ -91,7 +96,8 @@ def _task(score: TaskScore | None) -> str:
 def scorecard_table(scorecard: Scorecard) -> RenderableType:
     """Everything a person wants to know after a run; fits 100 columns with up to two artifacts."""
     parts: list[RenderableType] = [
-        Text.assemble((scorecard.model, "bold"), "  ·  recipe ", (scorecard.recipe, "bold")), _main_table(scorecard),
+        Text.assemble((scorecard.model, "bold"), "  ·  recipe ", (scorecard.recipe, "bold")),
+        _main_table(scorecard),
     ]  # fmt: skip
     if facts := _evaluation_facts(scorecard):
         parts.append(Text(facts, style="dim"))
@@ -125,12 +131,19 @@ def _main_table(scorecard: Scorecard) -> Table:
     row("size", [human_bytes(column.bytes) for column in columns])
     row("bytes", [f"{column.bytes:,}" for column in columns])
     row("bits per weight", [_bits(column.bits_per_weight) for column in columns])
-    row("share of original", ["100%", *(_share(artifact, scorecard.base) for artifact in scorecard.artifacts)], True)
+    row(
+        "share of original",
+        ["100%", *(_share(artifact, scorecard.base) for artifact in scorecard.artifacts)],
+        True,
+    )
     row("perplexity", scored(lambda scores: _interval(scores.perplexity)))
     row("  ratio to original", scored(lambda scores: _interval(scores.perplexity_ratio)))
     row("KL divergence, mean", divergence(lambda kld: _estimate(kld.mean, kld.low, kld.high)))
     row("  median", divergence(lambda kld: _significant(kld.median)))
-    row("  99% · 99.9% · max", divergence(lambda kld: " · ".join(map(_significant, (kld.p99, kld.p999, kld.max)))))
+    row(
+        "  99% · 99.9% · max",
+        divergence(lambda kld: " · ".join(map(_significant, (kld.p99, kld.p999, kld.max)))),
+    )
     row("same top-1 token", scored(lambda scores: _interval(scores.top1_agreement, 100, "%")))
     row("scored by", scored(lambda scores: scores.engine), True)
     names = dict.fromkeys(name for column in columns for name in column.tasks if _headline(name))
@@ -146,7 +159,9 @@ def _bits(value: float | None) -> str:
 
 
 def _share(artifact: Artifact, base: Base) -> str:
-    ratio = artifact.ratio if artifact.ratio is not None else artifact.bytes / base.bytes if base.bytes else None
+    ratio = (
+        artifact.ratio if artifact.ratio is not None else artifact.bytes / base.bytes if base.bytes else None
+    )
     return DASH if not ratio else f"{100 * ratio:.1f}% (1/{1 / ratio:.1f})"
 
 
@@ -170,12 +185,15 @@ def _change(score: TaskScore | None) -> str:
 
 
 def _evaluation_facts(scorecard: Scorecard) -> str:
-    scores = next((artifact.scores for artifact in scorecard.artifacts if artifact.scores), scorecard.base.scores)
+    scores = next(
+        (artifact.scores for artifact in scorecard.artifacts if artifact.scores), scorecard.base.scores
+    )
     if scores is None:
         return ""
     return (
-        f"Token perplexity, {scores.windows} windows of {scores.window_length} tokens, stride {scores.stride},\n"
-        f"tokenizer {scores.tokenizer}, text {scores.text_digest}. KL divergence in nats per token.\n"
+        f"Token perplexity, {scores.windows} windows of {scores.window_length} tokens, stride "
+        f"{scores.stride},\ntokenizer {scores.tokenizer}, text {scores.text_digest}. "
+        "KL divergence in nats per token.\n"
         "[low, high]: 95% intervals; the independent units are windows and task documents."
     )
 
@@ -191,9 +209,14 @@ def _expert_table(scorecard: Scorecard) -> Table:
         everything = [count for layer in layers for count in layer.tokens]
         cold = sum(len(layer.cold) for layer in layers)
         table.add_row(
-            f"all {len(layers)} layers", str(len(everything)), *_spread(everything), str(cold) if cold else "none"
+            f"all {len(layers)} layers",
+            str(len(everything)),
+            *_spread(everything),
+            str(cold) if cold else "none",
         )
-        layers = sorted((layer for layer in layers if layer.cold), key=lambda layer: min(layer.tokens))[:SHOWN_LAYERS]
+        layers = sorted((layer for layer in layers if layer.cold), key=lambda layer: min(layer.tokens))[
+            :SHOWN_LAYERS
+        ]
     for layer in layers:
         cold = ", ".join(_cold(layer, expert) for expert in layer.cold[:6])
         cold += f" and {len(layer.cold) - 6} more" if len(layer.cold) > 6 else ""
@@ -202,7 +225,9 @@ def _expert_table(scorecard: Scorecard) -> Table:
 
 
 def _spread(counts: Sequence[int]) -> tuple[str, str, str]:
-    return (f"{min(counts):,}", f"{median(counts):,.0f}", f"{max(counts):,}") if counts else (DASH, DASH, DASH)
+    return (
+        (f"{min(counts):,}", f"{median(counts):,.0f}", f"{max(counts):,}") if counts else (DASH, DASH, DASH)
+    )
 
 
 def _cold(layer: Any, expert: int) -> str:
@@ -243,7 +268,9 @@ def _fallback_lines(scorecard: Scorecard) -> RenderableType:
 def _gate_lines(scorecard: Scorecard) -> RenderableType:
     gate = scorecard.gate
     verdict = ("passed", "bold green") if gate.passed else ("FAILED", "bold red")
-    done = f" ({sum(check.passed for check in gate.checks)} of {len(gate.checks)} checks)" if gate.checks else ""
+    done = (
+        f" ({sum(check.passed for check in gate.checks)} of {len(gate.checks)} checks)" if gate.checks else ""
+    )
     lines = [Text.assemble("Integrity gate: ", verdict, done)]
     for check in gate.checks:
         mark = ("  ok   ", "green") if check.passed else ("  FAIL ", "red")
@@ -267,9 +294,9 @@ class Row:
 
 
 def compare_rows(scorecards: Sequence[Scorecard]) -> list[Row]:
-    """Every artifact, smallest first; on_front marks those that no other artifact of the same model, scored on the
-    same text, beats in both bytes and mean KL divergence. Artifacts without KL, or that failed their gate, are
-    neither on the front nor rivals."""
+    """Every artifact, smallest first; on_front marks those that no other artifact of the same model, scored
+    on the same text, beats in both bytes and mean KL divergence. Artifacts without KL, or that failed their
+    gate, are neither on the front nor rivals."""
     rows = [
         Row(card, artifact, (card.model, artifact.scores.text_digest if artifact.scores else ""), False)
         for card in scorecards
@@ -321,7 +348,11 @@ def _failed(row: Row) -> bool:
 
 
 def _top1(scores: Scores | None) -> str:
-    return DASH if scores is None or scores.top1_agreement is None else f"{100 * scores.top1_agreement.value:.1f}%"
+    return (
+        DASH
+        if scores is None or scores.top1_agreement is None
+        else f"{100 * scores.top1_agreement.value:.1f}%"
+    )
 
 
 def _base_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -342,7 +373,9 @@ def _base_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _compare_notes(rows: Sequence[Row]) -> list[str]:
-    notes = ["* on the front: nothing else for this model and text is both smaller and closer to the original"]
+    notes = [
+        "* on the front: nothing else for this model and text is both smaller and closer to the original"
+    ]
     if any(map(_failed, rows)):
         notes.append("! failed its integrity gate; never on the front")
     if len({row.group for row in rows}) > 1:
@@ -359,7 +392,9 @@ def compare_table(scorecards: Sequence[Scorecard]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     # The last Markdown column does not fit beside a full interval.
     for index, heading in enumerate(_HEADINGS[:-1]):
-        table.add_column(heading, justify="left" if index < 3 else "right", overflow="fold", no_wrap=index != 1)
+        table.add_column(
+            heading, justify="left" if index < 3 else "right", overflow="fold", no_wrap=index != 1
+        )
     table.columns[1].min_width = 12
     for row in rows:
         table.add_row(*_cells(row)[:-1], style="bold" if row.on_front else "")

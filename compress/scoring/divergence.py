@@ -3,9 +3,9 @@
 Every window of T tokens is scored on its own: position t (0 <= t <= T-2) predicts token t+1, windows do not
 overlap (stride = T), and the last row of logits is unused. This is token perplexity, never word perplexity.
 
-Tokens inside a window are alike, so a standard error over tokens is too small (llama-perplexity's is up to 1.5x
-too small). All intervals here are 95% Student t intervals over window means, N-1 degrees of freedom, which is the
-cluster-robust interval for clusters of one size. One window gives no interval (None).
+Tokens inside a window are alike, so a standard error over tokens is too small (llama-perplexity's is up to
+1.5x too small). All intervals here are 95% Student t intervals over window means, N-1 degrees of freedom,
+which is the cluster-robust interval for clusters of one size. One window gives no interval (None).
 
 Units: nats per token. KL is KL(reference || candidate), as in llama-perplexity --kl-divergence.
 """
@@ -113,9 +113,9 @@ class TokenStats:
 def token_stats(ref_logits: np.ndarray, cand_logits: np.ndarray, targets: np.ndarray) -> TokenStats:
     """Compare two models token by token, in float64.
 
-    ref_logits, cand_logits: [T, V] finite floats, row t predicting targets[t]; targets: integers [T] in [0, V).
-    KL is clipped at 0: its terms cancel to about 1e-15, so only rounding is removed. Ties for the first rank go
-    to the lower token id.
+    ref_logits, cand_logits: [T, V] finite floats, row t predicting targets[t]; targets: integers [T] in [0,
+    V). KL is clipped at 0: its terms cancel to about 1e-15, so only rounding is removed. Ties for the first
+    rank go to the lower token id.
     """
     rows, vocabulary = ref_logits.shape
     nll_ref, nll_cand, kld = np.empty(rows), np.empty(rows), np.empty(rows)
@@ -257,7 +257,9 @@ def score_many(
         if progress is not None:
             progress(number + 1, count)
 
-    digest = hashlib.sha256(np.ascontiguousarray(windows, dtype="<i8").tobytes() + f"{windows.shape}".encode())
+    digest = hashlib.sha256(
+        np.ascontiguousarray(windows, dtype="<i8").tobytes() + f"{windows.shape}".encode()
+    )
     results = []
     for index, candidate in enumerate(candidates):
         facts = {
@@ -294,7 +296,7 @@ def _summary(parts: list[TokenStats], facts: dict) -> tuple[Scores, WindowStats]
 def _check(windows: np.ndarray, sources: Sequence[LogitSource]) -> None:
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise CalibrationError(
-            f"scoring needs at least one window of two tokens, got shape {windows.shape}; give more evaluation text"
+            f"scoring needs windows of two tokens or more, got {windows.shape}; give more evaluation text"
         )
     if not np.issubdtype(windows.dtype, np.integer):
         raise CalibrationError(f"windows must hold integer token ids, not {windows.dtype}")
@@ -304,9 +306,9 @@ def _check(windows: np.ndarray, sources: Sequence[LogitSource]) -> None:
         raise CheckpointError(f"vocabularies differ ({listing}); compare a variant with its own original")
     top, bottom = int(windows.max()), int(windows.min())
     if bottom < 0 or top >= min(sizes):
+        token = top if top >= min(sizes) else bottom
         raise CalibrationError(
-            f"token id {top if top >= min(sizes) else bottom} is outside the model's vocabulary of {min(sizes)}; "
-            "use the model's own tokenizer"
+            f"token id {token} is not in the model's vocabulary of {min(sizes)}; use its own tokenizer"
         )
 
 

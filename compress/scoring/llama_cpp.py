@@ -69,7 +69,8 @@ class _Log:
     def reason(self) -> str:
         """The last error, as one line for a message; empties the memory."""
         lines, self.errors = self.errors, []
-        return " ".join(lines[:2]) or "llama.cpp gave no reason"
+        text = " ".join(word for line in lines for word in line.split() if word.strip("=-"))
+        return text[-300:] or "llama.cpp gave no reason"
 
 
 _log = _Log()

@@ -1,7 +1,7 @@
 """Where logits come from: one small protocol, and its transformers implementation.
 
-Everything that is scored (the original, a decoded model, a GGUF inside llama.cpp) is a `LogitSource`, so every
-number in a scorecard comes from the same arithmetic over whichever engine produced the logits.
+Everything that is scored (the original, a decoded model, a GGUF inside llama.cpp) is a `LogitSource`, so
+every number in a scorecard comes from the same arithmetic over whichever engine produced the logits.
 """
 
 from __future__ import annotations
@@ -42,14 +42,20 @@ class TransformersSource:
     """Logits of a transformers causal language model: a local folder, a hub id, or a loaded module.
 
     Loading is strict: a weight that is missing from the checkpoint, and that transformers would silently
-    initialise at random, is a CheckpointError, and so is a weight of another shape. `ignored` lists checkpoint
-    tensors that the architecture does not use. Remote code is never executed.
+    initialise at random, is a CheckpointError, and so is a weight of another shape. `ignored` lists
+    checkpoint tensors that the architecture does not use. Remote code is never executed.
 
-    Raises CheckpointError, MissingExtra (transformers), CalibrationError (sequence longer than the model's limit).
+    Raises CheckpointError, MissingExtra (transformers), CalibrationError (sequence longer than the model's
+    limit).
     """
 
     def __init__(
-        self, model: str | Path | Any, dtype: str = "float32", *, name: str = "transformers", device: str = "cpu"
+        self,
+        model: str | Path | Any,
+        dtype: str = "float32",
+        *,
+        name: str = "transformers",
+        device: str = "cpu",
     ):
         self.name = name
         self.device = device
@@ -70,7 +76,7 @@ class TransformersSource:
             length = len(batch[0])
             if self.max_positions and length > self.max_positions:
                 raise CalibrationError(
-                    f"a sequence has {length} tokens but the model allows {self.max_positions}; use shorter windows"
+                    f"a sequence of {length} tokens, the model allows {self.max_positions}: shorten it"
                 )
             tokens = torch.as_tensor(np.stack(batch).astype(np.int64), device=self.device)
             with torch.inference_mode():
@@ -104,7 +110,9 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
     folder = Path(model).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} has no config.json; give a Hugging Face model folder or a hub id")
+            raise CheckpointError(
+                f"{folder} has no config.json; give a Hugging Face model folder or a hub id"
+            )
         location = str(folder)
     elif isinstance(model, Path) or str(model).startswith((".", "/", "~")):
         raise CheckpointError(f"no such model folder: {model}; check the path or give a hub id")
@@ -133,8 +141,12 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
         ("conversion_errors", "cannot be converted for"),
         ("error_msgs", "cannot be read for"),
     ):
-        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(problem) or ())
+        names = sorted(
+            str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(problem) or ()
+        )
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{model} {what} {names[0]}{more}; scores would be meaningless, fetch the model again")
+            raise CheckpointError(
+                f"{model} {what} {names[0]}{more}; scores would be meaningless, fetch the model again"
+            )
     return loaded, tuple(sorted(str(name) for name in info.get("unexpected_keys") or ()))

@@ -1,10 +1,11 @@
 """Task accuracy through lm-eval, offline, on bundled slices, over any LogitSource.
 
-One adapter turns a LogitSource into an lm-eval model, so the original (streamed), a decoded model and a GGUF inside
-llama.cpp answer the very same requests. Tokenizing, prompts, truncation and metrics are lm-eval's own (0.4.13).
+One adapter turns a LogitSource into an lm-eval model, so the original (streamed), a decoded model and a GGUF
+inside llama.cpp answer the very same requests. Tokenizing, prompts, truncation and metrics are lm-eval's own
+(0.4.13).
 
-Intervals, 95%: accuracy has Wilson's score interval over documents; word perplexity exp of a Student t interval
-over documents; differences between two models are paired by document.
+Intervals, 95%: accuracy has Wilson's score interval over documents; word perplexity exp of a Student t
+interval over documents; differences between two models are paired by document.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Score `source` on bundled tasks: {name: {"metric", "value", "low", "high", "n"}}.
 
-    tasks maps "blimp" or "lambada" to the number of documents (the first so many of the file, whose BLiMP rows go
-    round the 67 paradigms; 0: all). Extra rows: "blimp.<phenomenon>" and "lambada.perplexity". The other arguments
-    and the errors are those of `task_outcomes`.
+    tasks maps "blimp" or "lambada" to the number of documents (the first so many of the file, whose BLiMP
+    rows go round the 67 paradigms; 0: all). Extra rows: "blimp.<phenomenon>" and "lambada.perplexity". The
+    other arguments and the errors are those of `task_outcomes`.
     """
     return summarise(task_outcomes(source, tokenizer, tasks, max_length=max_length, progress=progress))
 
@@ -70,8 +71,8 @@ def task_outcomes(
     max_length  tokens the model can see; longer requests lose their beginning, as lm-eval does
     progress    called with (sequences done, sequences)
 
-    Never touches the network. Raises MissingExtra (lm-eval), RecipeError (unknown task), CalibrationError (a token
-    id outside the vocabulary), NumericalError (non-finite logits).
+    Never touches the network. Raises MissingExtra (lm-eval), RecipeError (unknown task), CalibrationError (a
+    token id outside the vocabulary), NumericalError (non-finite logits).
     """
     if unknown := [name for name in tasks if name not in TASKS]:
         raise RecipeError(f"unknown task {unknown[0]!r}; bundled tasks are: {', '.join(TASKS)}")
@@ -95,7 +96,7 @@ def task_outcomes(
 
 
 def load_documents(name: str, **_: Any) -> dict[str, Any]:
-    """The bundled documents of a task as lm-eval wants them ({"test": Dataset}); called from eval/tasks/*.yaml."""
+    """A task's bundled documents as lm-eval wants them ({"test": Dataset}); called from eval/tasks/*.yaml."""
     from datasets import Dataset
 
     from compress.text import task_documents
@@ -124,8 +125,8 @@ def summarise(outcomes: Mapping[str, Outcomes]) -> dict[str, dict[str, Any]]:
 def compare(candidate: Outcomes, reference: Outcomes) -> dict[str, Any]:
     """Accuracy of the candidate less that of the reference on the same documents, paired.
 
-    Returns {"metric", "value", "low", "high", "n"}. The interval is Agresti and Min's adjusted Wald interval for
-    matched pairs (half a document added to each cell), which stays honest when few or no answers differ.
+    Returns {"metric", "value", "low", "high", "n"}. The interval is Agresti and Min's adjusted Wald interval
+    for matched pairs (half a document added to each cell), which stays honest when few or no answers differ.
     """
     if not np.array_equal(candidate.documents, reference.documents):
         raise ValueError("task results to compare must come from the same documents")
@@ -170,7 +171,9 @@ def _adapter() -> Callable[..., Any]:
         raise MissingExtra("lm-eval", "eval", "Task accuracy") from error
 
     class LogitSourceLM(TemplateLM):
-        def __init__(self, source: LogitSource, tokenizer: Any, max_length: int | None, progress: Progress | None):
+        def __init__(
+            self, source: LogitSource, tokenizer: Any, max_length: int | None, progress: Progress | None
+        ):
             super().__init__()
             self.source, self.tokenizer = source, tokenizer
             self.max_length, self.progress = max_length, progress
@@ -181,7 +184,7 @@ def _adapter() -> Callable[..., Any]:
 
         @property
         def prefix_token_id(self) -> int:
-            """What an empty context becomes: BOS, or EOS for tokenizers without one (lm-eval's HFLM does the same)."""
+            """What an empty context becomes: BOS, or EOS for tokenizers without one, as in lm-eval's HFLM."""
             bos = self.tokenizer.bos_token_id
             return self.eot_token_id if bos is None else bos
 
@@ -217,8 +220,8 @@ def answer(
 ) -> list[tuple[float, bool]]:
     """(log-likelihood in nats, is it the greedy continuation) for each (context ids, continuation ids) pair.
 
-    Both parts hold at least one id. Sequences run through `source` longest first, so that running out of memory
-    shows at once and equal lengths stand together for batching.
+    Both parts hold at least one id. Sequences run through `source` longest first, so that running out of
+    memory shows at once and equal lengths stand together for batching.
     """
     inputs: dict[tuple[int, ...], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
@@ -230,7 +233,9 @@ def answer(
             )
         if max_length is not None:
             if len(continuation) > max_length:
-                raise CalibrationError(f"a task answer of {len(continuation)} tokens exceeds the limit of {max_length}")
+                raise CalibrationError(
+                    f"a task answer of {len(continuation)} tokens exceeds the limit of {max_length}"
+                )
             tokens = tokens[-(max_length + 1) :]
         inputs.setdefault(tokens[:-1], []).append(index)  # the last token is predicted, never read
     order = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))

@@ -15,31 +15,29 @@ class SolverOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     name: str
+    shrinkage: float = Field(
+        1.0, ge=0, description="an expert's statistics are shrunk towards its block's pool as if the pool had seen "
+        "this many tokens per input column"
+    )
 
 
 class RtnOptions(SolverOptions):
-    """Round to nearest, weighted by the activations' second moment where the codec can use it."""
+    """Round to nearest; the activations' second moment weighs the columns in the search for scales."""
 
     name: Literal["rtn"] = "rtn"
 
 
 class GptqOptions(SolverOptions):
-    """Error feedback (GPTQ): each rounded column's error is spread over the columns still to come."""
+    """Error feedback (GPTQ), coordinate descent on codes and scales, and compensation of drifted inputs."""
 
     name: Literal["gptq"] = "gptq"
-    damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
-    act_order: bool = Field(
-        True, description="solve columns by falling activation energy where the codec allows"
-    )
-    sweeps: int = Field(2, ge=0, description="passes of coordinate descent over the codes after the solve")
-    refits: int = Field(3, ge=0, description="times the scales are solved again once the codes are known")
-    shrinkage: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="weight of the gram's diagonal against the full gram; null: from token count",
-    )
-    routing_weighted: bool = Field(True, description="weight an expert's tokens by their routing probability")
+    damping: float = Field(0.05, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
+    act_order: bool = Field(True, description="round columns (steps of eight for lattices) by falling activation energy")
+    sweeps: int = Field(2, ge=0, description="passes of coordinate descent over codes and scales after the feedback")
+    refits: int = Field(2, ge=0, description="passes over the scales alone before the sweeps")
+    drift: float = Field(1.0, ge=0, le=1, description="how far to compensate what earlier rounding did to the inputs")
+    residual: float = Field(0.0, ge=0, le=1, description="how far o_proj and down_proj also repair the residual stream")
+    drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
 
 
 SOLVERS: dict[str, type[SolverOptions]] = {"rtn": RtnOptions, "gptq": GptqOptions}

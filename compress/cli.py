@@ -1,0 +1,147 @@
+"""The command line: thin. Parses, calls the library, prints; every CompressError becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress import __version__
+from compress.errors import CompressError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Shrink language models: recipes in, files that stock engines run and honest scores out.")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub id, instead of the recipe's model.")]
+OutputOption = Annotated[str | None, typer.Option("--output", help="Output folder, instead of the recipe's.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. calibration.samples=64; repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print what every stage does.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    console.print(renderable)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = None, set: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished run in the output folder.")] = False,
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
+    quiet: QuietOption = False, verbose: VerboseOption = False,
+) -> None:
+    """Carry out a recipe: calibrate, quantize, export, check, score."""
+    from compress.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set or (), model=model, output=output)
+    from compress.report.progress import Reporter
+    from compress.report.table import scorecard_table
+    from compress.run import run as run_recipe
+
+    card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=Reporter(0 if quiet else 2 if verbose else 1))
+    _print(scorecard_table(card))
+    for artifact in card.artifacts:
+        typer.echo(str(Path(loaded.output) / artifact.path))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = None, set: SetOption = None,
+    as_json: JsonOption = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block for real to estimate the time.")] = False,
+) -> None:
+    """Prove a recipe legal for its model and show sizes, memory and disk; reads no weights."""
+    from compress.plan import make_plan
+    from compress.recipe import load_recipe
+
+    made = make_plan(load_recipe(recipe, set or (), model=model, output=output), weights=rehearse)
+    facts: dict[str, Any] = {}
+    if rehearse:
+        from compress.rehearse import rehearse as rehearse_plan
+
+        facts["estimated_seconds"] = rehearse_plan(made)
+    if as_json:
+        typer.echo(json.dumps({**made.as_dict(), **facts}))
+        return
+    from compress.report.plan_table import plan_table
+
+    _print(plan_table(made, facts.get("estimated_seconds")))
+
+
+@app.command()
+def score(
+    target: Annotated[str, typer.Argument(help="A GGUF file, a Hugging Face folder or a hub id.")],
+    against: Annotated[str | None, typer.Option("--against", help="The original: folder or hub id.")] = None,
+    suite: Annotated[str, typer.Option("--suite", help="quick, full, or a suite file.")] = "quick",
+    as_json: JsonOption = False, quiet: QuietOption = False,
+) -> None:
+    """Perplexity, KL divergence and task accuracy of a file or folder against the original."""
+    from compress.report.progress import Reporter
+    from compress.report.table import scorecard_table
+    from compress.scoring.target import score_target
+
+    card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1))
+    if as_json:
+        typer.echo(card.to_json())
+    else:
+        _print(scorecard_table(card))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Folders of finished runs, or their scorecard.json.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """One table over several runs."""
+    from compress.report.scorecard import read
+    from compress.report.table import compare_markdown, compare_table
+
+    cards = [read(r) for r in runs]
+    if markdown:
+        typer.echo(compare_markdown(cards))
+    else:
+        _print(compare_table(cards))
+
+
+def main() -> None:
+    """Entry point of the `compress` command."""
+    try:
+        app(standalone_mode=False)
+    except CompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; run the same command again to continue from the last finished block", file=sys.stderr)
+        raise SystemExit(130) from None
+    except typer.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except Exception as error:
+        if type(error).__name__ in ("UsageError", "NoSuchOption", "BadParameter", "MissingParameter", "NoArgsIsHelpError"):
+            error.show()
+            raise SystemExit(2) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Streaming safetensors: sharded files whose tensors are produced one source at a time.
+
+The format: 8 bytes little-endian header length, a JSON header, the data without holes (safetensors README).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+_COMPANIONS = (
+    "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
+    "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor to come: its name, safetensors dtype ("F32", "F16", "BF16", "I32") and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _SIZES[self.dtype]
+
+
+def total_bytes(sources: Iterable[tuple[str, Sequence[Slot]]]) -> int:
+    return sum(slot.bytes for _, slots in sources for slot in slots)
+
+
+def write_shards(
+    folder: Path,
+    sources: Sequence[tuple[str, Sequence[Slot]]],
+    produce: Callable[[str], Mapping[str, Tensor]],
+    max_shard_size: int,
+) -> list[Path]:
+    """Write model.safetensors, or numbered shards and their index, into `folder`; returns the files in order.
+
+    Every source (one checkpoint tensor) becomes the slots listed with it; `produce(source)` is called once each, in
+    order, so one source is in memory at a time. OutputError if what it returns differs from the slots.
+    """
+    shards: list[list[tuple[str, Sequence[Slot]]]] = [[]]
+    size = 0
+    for source, slots in sources:
+        needed = sum(slot.bytes for slot in slots)
+        if shards[-1] and size + needed > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append((source, slots))
+        size += needed
+    count, files, index = len(shards), [], {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_file(folder / name, shard, produce)
+        files.append(folder / name)
+        index.update({slot.name: name for _, slots in shard for slot in slots})
+    if count > 1:
+        text = {"metadata": {"total_size": total_bytes(sources)}, "weight_map": dict(sorted(index.items()))}
+        write_json(folder / "model.safetensors.index.json", text)
+    return files
+
+
+def _write_file(
+    path: Path, sources: Sequence[tuple[str, Sequence[Slot]]], produce: Callable[[str], Mapping[str, Tensor]]
+) -> None:
+    import torch
+
+    # wide types first, as the reference writer does: every tensor stays aligned without holes
+    slots = sorted((slot for _, group in sources for slot in group), key=lambda slot: -_SIZES[slot.dtype])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, position = {}, 0
+    for slot in slots:
+        header[slot.name] = {
+            "dtype": slot.dtype,
+            "shape": list(slot.shape),
+            "data_offsets": [position, position + slot.bytes],
+        }
+        offsets[slot.name] = position
+        position += slot.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        start = file.tell()
+        file.truncate(start + position)
+        for source, group in sources:
+            tensors = produce(source)
+            for slot in group:
+                data = tensors[slot.name].detach().cpu().contiguous()
+                if tuple(data.shape) != slot.shape or data.numel() * data.element_size() != slot.bytes:
+                    raise OutputError(
+                        f"{slot.name} came out as {tuple(data.shape)} {data.dtype}, planned {slot}"
+                    )
+                file.seek(start + offsets[slot.name])
+                file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings and licence of the model in `source`."""
+    for pattern in _COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

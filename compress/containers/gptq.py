@@ -1,0 +1,301 @@
+"""GPTQ checkpoints, the format of AutoGPTQ: int32 words of packed codes, one scale and zero point per group.
+
+A linear layer `m` of [out, in] becomes `m.qweight` int32 [in / 32 * bits, out] (32 codes of a column in `bits` words,
+lowest bits first), `m.qzeros` int32 [groups, out / 32 * bits], `m.scales` float16 [groups, out] and `m.g_idx` int32
+[in] (group of every input). Symmetric codecs are stored as format v1 ("gptq": zero points minus one); asymmetric ones
+as v2 ("gptq_v2": zero points as they are), because v1 cannot hold a zero point of 0 (0 - 1 overflows into its
+neighbours; the loaders' v1 to v2 conversion adds ones word by word). Source: AutoGPTQ's qlinear_cuda_old.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import __version__
+from compress.containers._atomic import atomic_folder
+from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
+from compress.errors import CheckpointError, OutputError
+from compress.models.base import ModelSpec, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from compress.containers.gguf import PlannedTensor
+    from compress.weights import Packed
+
+_COMPANION_BYTES = 32 << 20
+_CODEC = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
+_FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
+_PACK = 32  # codes per pack of `bits` words
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """`max_shard_size` in bytes; `replace` an existing folder."""
+
+    max_shard_size: int = 5_000_000_000
+    replace: bool = False
+
+
+@dataclass(frozen=True, order=True)
+class Format:
+    """One module's numeric format; `group` is -1 for one group per row."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def groups(self, columns: int) -> int:
+        return 1 if self.group == -1 else math.ceil(columns / self.group)
+
+
+def parse_codec(name: str) -> Format | None:
+    """The format of a uniform codec's name ("int4-g128", "int3-row-asym"), None for other codecs."""
+    match = _CODEC.fullmatch(name)
+    return (
+        Format(int(match[1]), -1 if match[2] == "row" else int(match[2][1:]), match[3] is None)
+        if match
+        else None
+    )
+
+
+def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
+    """Why `tensor` cannot be stored as `codec` in a GPTQ checkpoint, or None."""
+    if codec in _FLOATS:
+        return None
+    if parse_codec(codec) is None:
+        return f"{tensor.name}: GPTQ checkpoints hold intN codecs and floats, not {codec}"
+    if len(tensor.shape) != 2 or tensor.role in ("embeddings", "router"):
+        return f"{tensor.name}: GPTQ checkpoints keep {tensor.role} in float, not {codec}"
+    if tensor.shape[0] % _PACK or tensor.shape[1] % _PACK:
+        return f"{tensor.name} is {tensor.shape[0]} x {tensor.shape[1]}: GPTQ packs {_PACK} rows and columns at a time"
+    return None
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _slots(tensor: TensorSpec, codec: str) -> list[Slot]:
+    form = parse_codec(codec)
+    if form is None:
+        return [Slot(tensor.name, _FLOATS[codec][0], tensor.shape)]
+    rows, columns = tensor.shape
+    module, groups = _module(tensor.name), form.groups(columns)
+    return [
+        Slot(f"{module}.qweight", "I32", (columns // _PACK * form.bits, rows)),
+        Slot(f"{module}.qzeros", "I32", (groups, rows // _PACK * form.bits)),
+        Slot(f"{module}.g_idx", "I32", (columns,)),
+        Slot(f"{module}.scales", "F16", (groups, rows)),
+    ]
+
+
+def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes [n, m] -> int32 words [n / 32 * bits, m]: 32 codes fill `bits` words, lowest bits first.
+
+    Codes of 3 bits cross word borders; n must be a multiple of 32.
+    """
+    import numpy as np
+
+    count, width = values.shape
+    codes = values.reshape(count // _PACK, _PACK, width).astype(np.uint64)
+    words = np.zeros((count // _PACK, bits, width), dtype=np.uint64)
+    for index in range(_PACK):
+        word, shift = divmod(index * bits, 32)
+        words[:, word] |= codes[:, index] << np.uint64(shift)
+        if shift + bits > 32:
+            words[:, word + 1] |= codes[:, index] >> np.uint64(32 - shift)
+    return (words & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32).reshape(-1, width)
+
+
+def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `pack_words`, by single bits: int32 [n / 32 * bits, m] -> uint8 [n, m]."""
+    import numpy as np
+
+    columns = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
+    single = np.unpackbits(columns, axis=1, bitorder="little").reshape(words.shape[1], -1, bits)
+    return np.ascontiguousarray(np.packbits(single, axis=2, bitorder="little")[:, :, 0].T)
+
+
+def _encode(packed: Packed, tensor: TensorSpec, codec: str) -> dict[str, Tensor]:
+    """Checkpoint tensors of one weight: `_slots` filled."""
+    import numpy as np
+    import torch
+
+    if packed.codec != codec or tuple(packed.shape) != tensor.shape:
+        raise OutputError(
+            f"{tensor.name} arrived as {packed.codec} {tuple(packed.shape)}, planned as {codec} {tensor.shape}"
+        )
+    form = parse_codec(codec)
+    if form is None:
+        return {tensor.name: packed.parts["values"]}
+    codes, scales, zeros = (packed.parts[key].detach().cpu() for key in ("codes", "scales", "zeros"))
+    rows, columns = tensor.shape
+    groups = form.groups(columns)
+    if tuple(scales.shape) != (rows, groups) or tuple(zeros.shape) != (rows, groups):
+        raise OutputError(f"{tensor.name} needs {groups} scales a row for {codec}, got {tuple(scales.shape)}")
+    offset = 1 if form.symmetric else 0
+    stored_zeros = zeros.numpy().astype(np.uint8) - np.uint8(offset)
+    if form.symmetric and bool((zeros == 0).any()):
+        raise OutputError(f"{tensor.name} has a zero point of 0, which GPTQ's v1 format cannot hold")
+    module = _module(tensor.name)
+    qzeros = pack_words(np.ascontiguousarray(stored_zeros), form.bits)  # over rows of the weight
+    return {
+        f"{module}.qweight": torch.from_numpy(pack_words(np.ascontiguousarray(codes.numpy().T), form.bits)),
+        f"{module}.qzeros": torch.from_numpy(np.ascontiguousarray(qzeros.T)),
+        f"{module}.g_idx": torch.arange(columns, dtype=torch.int32)
+        // (columns if form.group == -1 else form.group),
+        f"{module}.scales": scales.to(torch.float16).T.contiguous(),
+    }
+
+
+def quantization_config(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a plan: the commonest format, and what departs from it.
+
+    `dynamic` maps regular expressions over module names to what differs: "-:" leaves a module in float, "+:" gives it
+    other bits or groups. OutputError if nothing is quantized or symmetric and asymmetric codecs are mixed.
+    """
+    formats = {_module(p.spec.name): parse_codec(p.codec) for p in tensors if len(p.spec.shape) == 2}
+    counts = Counter(form for form in formats.values() if form is not None)
+    if not counts:
+        raise OutputError(
+            "nothing in this plan is quantized to intN; a GPTQ checkpoint needs at least one such module"
+        )
+    if len({form.symmetric for form in counts}) > 1:
+        raise OutputError(
+            "a GPTQ checkpoint is symmetric or asymmetric throughout; choose one for all modules"
+        )
+    base = max(counts, key=lambda form: (counts[form], form))
+    linears = {
+        _module(p.spec.name): parse_codec(p.codec)
+        for p in tensors
+        if len(p.spec.shape) == 2 and p.spec.role not in ("embeddings", "lm_head")
+    }
+    dynamic = {}
+    for pattern, form in _patterns(linears):
+        if form is None:
+            dynamic[f"-:{pattern}"] = {}
+        elif form != base:
+            dynamic[f"+:{pattern}"] = {"bits": form.bits, "group_size": form.group}
+    head = formats.get("lm_head")
+    if head is not None and head != base:
+        dynamic[r"+:^lm_head$"] = {"bits": head.bits, "group_size": head.group}
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": base.bits,
+        "group_size": base.group,
+        "desc_act": False,
+        "sym": base.symmetric,
+        "lm_head": head is not None,
+        "checkpoint_format": "gptq" if base.symmetric else "gptq_v2",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"compress:{__version__}"]},
+    }
+    return {**config, "dynamic": dynamic} if dynamic else config
+
+
+def _patterns(formats: Mapping[str, Format | None]) -> list[tuple[str, Format | None]]:
+    """(regular expression, format) covering every module once: one expression for all layers and experts of a kind
+    where they agree, else one each."""
+    kinds: dict[str, dict[str, Format | None]] = {}
+    for module, form in formats.items():
+        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".#", module), {})[module] = form
+    out = []
+    for kind, modules in kinds.items():
+        if len(set(modules.values())) == 1:
+            expression = re.escape(kind).replace(r"\#", "#").replace("#", r"\d+")
+            out.append((f"^{expression}$", next(iter(modules.values()))))
+        else:
+            out.extend((f"^{re.escape(module)}$", form) for module, form in modules.items())
+    return out
+
+
+def write(
+    path: Path,
+    spec: ModelSpec,
+    tensors: Sequence[PlannedTensor],
+    fetch: Callable[[str], Packed],
+    *,
+    source: Path,
+    options: GptqOptions | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+
+    intN tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor, in
+    file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
+    folder that holds something else.
+    """
+    options = options or GptqOptions()
+    path = Path(path)
+    problems = [p for p in (codec_problem(planned.spec, planned.codec) for planned in tensors) if p]
+    if problems:
+        raise OutputError(problems[0])
+    quantization = quantization_config(tensors)
+    by_name = {planned.spec.name: planned for planned in tensors}
+
+    def produce(name: str) -> dict[str, Tensor]:
+        return _encode(fetch(name), by_name[name].spec, by_name[name].codec)
+
+    sources = [(planned.spec.name, _slots(planned.spec, planned.codec)) for planned in tensors]
+    floats = Counter(
+        planned.codec for planned in tensors if planned.codec in _FLOATS and len(planned.spec.shape) == 2
+    )
+    dtype = _FLOATS[floats.most_common(1)[0][0] if floats else "f16"][1]
+    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
+        files = write_shards(folder, sources, produce, options.max_shard_size)
+        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
+        write_json(folder / "config.json", {**config, "dtype": dtype, "quantization_config": quantization})
+        write_json(folder / "quantize_config.json", quantization)  # what AutoGPTQ reads
+        copy_companions(Path(source), folder)
+        write_json(folder / "compress.json", provenance or {})
+    return [path / file.name for file in files]
+
+
+def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+    """A function that decodes one tensor of a GPTQ folder by its checkpoint name to float32.
+
+    Unpacks bit by bit, not by inverting the writer. Bits follow from the tensors' shapes, groups from g_idx, the zero
+    points' convention from config.json. CheckpointError for missing tensors or shapes that contradict each other.
+    """
+    import torch
+
+    from compress.checkpoint import Checkpoint
+
+    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    checkpoint = Checkpoint.open(folder)
+    settings = checkpoint.config.get("quantization_config") or {}
+    offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
+
+    def load(name: str) -> Tensor:
+        if name in checkpoint:
+            return checkpoint.load(name).float()
+        module = _module(name)
+        qweight = checkpoint.load(f"{module}.qweight").numpy()
+        qzeros = checkpoint.load(f"{module}.qzeros").numpy()
+        scales = checkpoint.load(f"{module}.scales").float()
+        group = checkpoint.load(f"{module}.g_idx").long()
+        rows, columns = shapes[name]
+        bits = qweight.shape[0] * 32 // columns
+        if qweight.shape != (columns * bits // 32, rows) or scales.shape[1] != rows or len(group) != columns:
+            raise CheckpointError(f"{module} in {folder} does not fit the model's {rows} x {columns}")
+        codes = torch.from_numpy(unpack_words(qweight, bits)).float()  # [in, out]
+        stored = unpack_words(qzeros.T, bits).T.astype("int32")
+        zeros = torch.from_numpy((stored + offset) % (1 << bits)).float()  # [groups, out]
+        return ((codes - zeros[group]) * scales[group]).T.contiguous()
+
+    return load
+
+
+def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+    """All tensors of `open_dense` at once."""
+    load = open_dense(path, spec)
+    return {tensor.name: load(tensor.name) for tensor in spec.tensors()}

@@ -1,0 +1,78 @@
+"""Dense safetensors: the compressed weights decoded to a float type, loadable by anything that reads the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.containers._atomic import atomic_folder
+from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
+from compress.models.base import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.containers.gguf import PlannedTensor
+    from compress.weights import Packed
+
+_COMPANION_BYTES = 32 << 20
+_DTYPES = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
+
+
+@dataclass(frozen=True)
+class SafetensorsOptions:
+    """`dtype` f32, f16 or bf16; `max_shard_size` in bytes; `replace` an existing folder."""
+
+    dtype: str = "bf16"
+    max_shard_size: int = 5_000_000_000
+    replace: bool = False
+
+
+def write(
+    path: Path,
+    spec: ModelSpec,
+    tensors: Sequence[PlannedTensor],
+    fetch: Callable[[str], Packed],
+    *,
+    source: Path,
+    options: SafetensorsOptions | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+
+    Every tensor is decoded by its codec and rounded to `options.dtype`. `fetch` is called once per tensor, in file
+    order; one tensor is in memory at a time. OutputError for a full disk or a folder that holds something else.
+    """
+    import torch
+
+    from compress.codecs import get_codec
+
+    options = options or SafetensorsOptions()
+    path = Path(path)
+    kind, name = _DTYPES[options.dtype]
+    dtype = getattr(torch, name)
+
+    def produce(tensor: str) -> dict[str, Tensor]:
+        packed = fetch(tensor)
+        return {tensor: get_codec(packed.codec).unpack(packed).to(dtype)}
+
+    sources = [
+        (planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in tensors
+    ]
+    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
+        files = write_shards(folder, sources, produce, options.max_shard_size)
+        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
+        write_json(folder / "config.json", {**config, "dtype": name})
+        copy_companions(Path(source), folder)
+        write_json(folder / "compress.json", provenance or {})
+    return [path / file.name for file in files]
+
+
+def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+    """A function that reads one tensor of a dense folder by its checkpoint name."""
+    from compress.checkpoint import Checkpoint
+
+    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    return Checkpoint.open(folder).load

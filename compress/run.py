@@ -1,0 +1,210 @@
+"""The loop: plan, then block by block collect, solve, forward, journal; then containers, gate, scores."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress import __version__
+from compress.checkpoint import Checkpoint
+from compress.codecs import get_codec
+from compress.deliver import Delivery, deliver
+from compress.errors import GateFailed, OutputError
+from compress.journal import Activations, Journal, write_synced
+from compress.plan import Plan, PlannedTensor, make_plan
+from compress.recipe import Recipe
+from compress.report import scorecard as scorecards
+from compress.report.progress import Reporter
+from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
+from compress.stream import (
+    Streams,
+    advance,
+    as_stored,
+    compress_block,
+    embed,
+    head_statistics,
+    solve_tensor,
+)
+from compress.text import calibration_windows, load_tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WORK = ".work"
+OURS = {WORK, scorecards.FILE_NAME, "recipe.json", "rejected", ".checking"}
+
+
+def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporter: Reporter | None = None) -> Scorecard:
+    """Carry out a recipe and return its scorecard; artifacts lie in `recipe.output`.
+
+    A run that was killed continues where it stopped. Raises GateFailed (exit code 3) after writing the scorecard when
+    an artifact is not fit to deliver, and the other CompressErrors before anything has its final name.
+    """
+    reporter = reporter or Reporter(0)
+    with reporter.stage("plan"):
+        plan = make_plan(recipe, weights=True)
+        output = claim(Path(recipe.output), plan)
+        journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
+    for warning in plan.warnings:
+        reporter.say(f"note: {warning}")
+    if journal.units:
+        reporter.say(f"continuing: {len(journal.units)} of {plan.spec.layers + 2} units are already done")
+    checkpoint = Checkpoint.open(plan.source)
+    with torch.inference_mode():
+        compress_model(plan, checkpoint, journal, reporter)
+        results = deliver(plan, checkpoint, journal, output, reporter)
+    card = _scorecard(plan, journal, results, reporter)
+    scorecards.write(card, output)
+    write_synced(output / "recipe.json", json.dumps(recipe.as_dict(), indent=2).encode())
+    if not keep_work:
+        shutil.rmtree(output / WORK, ignore_errors=True)
+    if not card.gate.passed:
+        failed = [check for check in card.gate.checks if not check.passed]
+        raise GateFailed(f"gate failed: {failed[0].name}: {failed[0].detail}; the artifacts are in {output / 'rejected'}, "
+                         f"the figures in {output / scorecards.FILE_NAME}")
+    return card
+
+
+def claim(output: Path, plan: Plan) -> Path:
+    """Make the output folder ours: new, empty, or of an earlier run. Raises OutputError otherwise or on a full disk."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; choose another --output")
+    if output.is_dir():
+        names = {p.name for p in output.iterdir()}
+        if names and not names & {WORK, scorecards.FILE_NAME}:
+            raise OutputError(f"{output} holds something else ({sorted(names)[0]}); choose another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output).free
+    except OSError as error:
+        raise OutputError(f"cannot create {output}: {error.strerror or error}; choose another --output") from error
+    if free < plan.disk_bytes and not (output / WORK).exists():
+        raise OutputError(f"{output} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB; "
+                          "free some space or choose another --output")
+    return output
+
+
+def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter) -> None:
+    """Every unit that the journal does not hold yet: embeddings, blocks, head."""
+    spec = plan.spec
+    shape: tuple[int, int, int] | None = None
+    ids: np.ndarray | None = None
+    if plan.needs_calibration:
+        with reporter.stage("calibration text"):
+            ids = load_calibration(plan)
+        shape = (*ids.shape, spec.hidden_size)
+    with reporter.stage("embeddings"):
+        if "embeddings" not in journal:
+            table = plan.by_name["model.embed_tokens.weight"]
+            packed, report = _alone(table, checkpoint.load(table.name))
+            if ids is not None and shape is not None:
+                streams = _streams(plan, journal, 0, shape)
+                embed(get_codec(table.codec).unpack(packed), ids, streams.compressed, streams.batch)
+                if streams.original is not None:
+                    embed(checkpoint.load(table.name), ids, streams.original, streams.batch)
+            journal.finish("embeddings", {table.name: packed}, report)
+    with reporter.stage("blocks") as progress:
+        for layer in range(spec.layers):
+            if f"block-{layer:05d}" not in journal:
+                _block(plan, layer, checkpoint, journal, shape,
+                       lambda part, n=layer: progress((n + part) / spec.layers, f"block {n + 1} of {spec.layers}"))
+    with reporter.stage("head"):
+        if "head" not in journal:
+            _head(plan, checkpoint, journal, shape)
+
+
+def load_calibration(plan: Plan) -> np.ndarray:
+    """Token windows [samples, length] of the recipe's calibration set."""
+    settings = plan.recipe.calibration
+    return calibration_windows(settings.dataset, load_tokenizer(plan.source), samples=settings.samples,
+                               length=settings.length, seed=plan.recipe.seed, max_positions=plan.spec.max_positions)
+
+
+def _streams(plan: Plan, journal: Journal, layer: int, shape: tuple[int, int, int]) -> Streams:
+    """The activation files at the input of block `layer`."""
+    two = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in plan.tensors)
+    compressed = Activations(journal.folder / f"activations-{layer:05d}.f32", shape)
+    return Streams(compressed, Activations(journal.folder / f"original-{layer:05d}.f32", shape) if two else None)
+
+
+def _alone(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
+    """A tensor without inputs of its own: embeddings, the last norm."""
+    if planned.solver is None:
+        return as_stored(planned, weight), {}
+    packed, solved = solve_tensor(planned, weight.float(), None)
+    return packed, {"solved": [vars(solved)]}
+
+
+def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, shape: tuple[int, int, int] | None,
+           progress: Callable[[float], None]) -> None:
+    streams = None if shape is None else _streams(plan, journal, layer, shape)
+    result, original, weights = compress_block(plan.spec, layer, plan.block(layer), checkpoint.load, streams, progress)
+    if streams is not None and shape is not None:
+        following = _streams(plan, journal, layer + 1, shape)
+        advance(plan.spec, layer, weights, streams.compressed, following.compressed, streams.batch)
+        if streams.original is not None and following.original is not None:
+            advance(plan.spec, layer, original, streams.original, following.original, streams.batch)
+    journal.finish(f"block-{layer:05d}", result.packed, result.report())
+    if streams is not None:
+        streams.delete()
+    progress(1.0)
+
+
+def _head(plan: Plan, checkpoint: Checkpoint, journal: Journal, shape: tuple[int, int, int] | None) -> None:
+    spec = plan.spec
+    norm = plan.by_name["model.norm.weight"]
+    packed = {norm.name: as_stored(norm, checkpoint.load(norm.name))}
+    report: dict[str, Any] = {}
+    head = plan.by_name.get("lm_head.weight")
+    streams = None if shape is None else _streams(plan, journal, spec.layers, shape)
+    if head is not None and head.solver is not None and streams is not None:
+        scale = get_codec(norm.codec).unpack(packed[norm.name])
+        statistics = head_statistics(spec, scale, streams, bool(getattr(head.solver, "drift", 0.0)))
+        packed[head.name], solved = solve_tensor(head, checkpoint.load(head.name).float(), statistics)
+        report = {"solved": [vars(solved)]}
+    elif head is not None:
+        packed[head.name], report = _alone(head, checkpoint.load(head.name))
+    journal.finish("head", packed, report)
+    if streams is not None:
+        streams.delete()
+
+
+def _scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Reporter) -> Scorecard:
+    solved = [s for report in journal.units.values() for s in report.get("solved", ())]
+    fallbacks = [Fallback(subject=t.name, wanted=t.wanted or "", used=t.codec,
+                          reason=f"rows of {t.spec.shape[-1]} do not divide into {t.wanted} blocks") for t in plan.fallbacks]
+    fallbacks += [Fallback(subject=s["name"], wanted=f"damping {t.solver.damping:g}", used=f"damping {s['damping']:g}",
+                           reason=f"gram not positive definite, {s['retries']} retries")
+                  for s in solved if s["retries"] and (t := plan.by_name[s["name"]])]
+    experts = []
+    for layer in range(plan.spec.layers):
+        tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()
+        if not tokens:
+            continue
+        borrowed = [0.0] * len(tokens)
+        for s in solved:
+            tensor = plan.by_name[s["name"]].spec
+            if tensor.layer == layer and tensor.expert is not None:
+                borrowed[tensor.expert] = max(borrowed[tensor.expert], s["borrowed"])
+        cold = tuple(e for e, share in enumerate(borrowed) if share > 0.5)
+        fallbacks += [Fallback(subject=f"block {layer} expert {e}", wanted="own statistics",
+                               used=f"{borrowed[e]:.0%} of the block's pool",
+                               reason=f"{tokens[e]} calibration tokens reached it") for e in cold]
+        experts.append(Experts(layer=layer, tokens=tuple(tokens), cold=cold, borrowed=tuple(round(b, 4) for b in borrowed)))
+    fallbacks += results.fallbacks
+    base = Base(bytes=plan.source_bytes, bits_per_weight=8 * plan.source_bytes / plan.parameters,
+                parameters=plan.parameters, scores=results.base_scores, tasks=results.base_tasks)
+    return Scorecard(
+        model=plan.recipe.model, recipe=plan.recipe.name, artifacts=tuple(results.artifacts), base=base,
+        experts=tuple(experts), fallbacks=tuple(fallbacks), gate=Gate(passed=results.passed, checks=tuple(results.checks)),
+        stages=tuple(reporter.stages), recipe_digest=plan.recipe.digest(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        calibration=plan.recipe.calibration.model_dump() if plan.needs_calibration else {},
+        versions={"compress": __version__, "torch": torch.__version__}, notes=tuple(plan.warnings),
+    )

@@ -1,0 +1,121 @@
+"""Accumulators of what a linear's input looks like, in the compressed model and against the original.
+
+Moments are sums over tokens in float32. With x the input in the compressed model and x0 the same input in the
+original, `gram` is sum w x x^T and `drift` sum w (x0 - x) x^T. A weight W that should reproduce W x0 from x has the
+least-squares target W + W drift (gram + damping)^-1 (GPTAQ, arXiv 2504.02692, eq. 6, in this notation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+
+
+@dataclass
+class Moments:
+    """Second moments of one group of inputs of width n.
+
+    gram, drift: float32 [n, n] sums (drift None when only one model is run); residual: [m, n], sum of
+    w (r0 - r) x^T for the residual stream r that the output is added to, or None; weight: sum of w; tokens: count.
+    """
+
+    gram: Tensor
+    drift: Tensor | None = None
+    residual: Tensor | None = None
+    weight: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, n: int, *, drift: bool = False, residual: int | None = None) -> Moments:
+        return cls(
+            torch.zeros(n, n),
+            torch.zeros(n, n) if drift else None,
+            torch.zeros(residual, n) if residual else None,
+        )
+
+    def add(self, x: Tensor, original: Tensor | None = None, gate: Tensor | None = None,
+            lag: Tensor | None = None) -> None:
+        """x, original: float32 [tokens, n]; gate: routing weights [tokens], an expert's error being scaled by its gate
+        and its squared error by the gate squared; lag: r0 - r [tokens, m]. Raises NumericalError if not finite."""
+        if not torch.isfinite(x).all():
+            raise NumericalError("activations are not finite")
+        self.tokens += x.shape[0]
+        self.weight += float(x.shape[0] if gate is None else (gate.double() ** 2).sum())
+        scaled = x if gate is None else x * gate[:, None]
+        self.gram.addmm_(scaled.T, scaled)
+        if self.drift is not None and original is not None:
+            gap = original - x if gate is None else (original - x) * gate[:, None]
+            self.drift.addmm_(gap.T, scaled)
+        if self.residual is not None and lag is not None:
+            self.residual.addmm_((lag if gate is None else lag * gate[:, None]).T, scaled)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a solver receives: means per unit weight.
+
+    gram [n, n]; drift [n, n] or None; residual [m, n] or None; tokens seen; borrowed: share of the gram that comes
+    from the pool, 0 to 1.
+    """
+
+    gram: Tensor
+    drift: Tensor | None
+    residual: Tensor | None
+    tokens: int
+    borrowed: float = 0.0
+
+
+def blend(own: Moments, pool: Moments | None, strength: float) -> Statistics:
+    """An expert's statistics, shrunk towards its block's pool in proportion to how little the expert saw.
+
+    gram = (t own + k pool) / (t + k) with t the tokens seen and k = strength * n: a second moment of width n needs a
+    few n tokens before it can be trusted. Both are normalised by their own weight first. An expert without tokens
+    gets the pool alone; drift and residual are shrunk by the same share, towards the pool's where it has them.
+    """
+    share = 0.0
+    if pool is not None and pool.tokens:
+        prior = strength * own.gram.shape[0]
+        share = prior / (own.tokens + prior) if own.tokens + prior > 0 else 1.0
+
+    def mixed(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        if mine is None:
+            return None
+        out = (1.0 - share) * mine / max(own.weight, 1e-30)
+        return out if theirs is None or not share else out + share * theirs / max(pool.weight, 1e-30)
+
+    gram = mixed(own.gram, None if pool is None else pool.gram)
+    return Statistics(
+        gram, mixed(own.drift, None if pool is None else pool.drift),
+        mixed(own.residual, None if pool is None else pool.residual), own.tokens, share,
+    )
+
+
+def corrected_target(weight: Tensor, statistics: Statistics, damping: float, strength: float,
+                     residual_strength: float = 0.0) -> Tensor:
+    """The float weight that best reproduces the original's output from the compressed model's inputs.
+
+    weight: [m, n] -> [m, n]: W + (strength W drift + residual_strength residual) (gram + damping mean(diag) I)^-1.
+    """
+    pull = torch.zeros_like(weight)
+    if statistics.drift is not None and strength:
+        pull += strength * (weight @ statistics.drift)
+    if statistics.residual is not None and residual_strength:
+        pull += residual_strength * statistics.residual
+    if not pull.any():
+        return weight
+    gram = statistics.gram.double()
+    ridge = damping * gram.diagonal().mean().clamp_min(1e-30)
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=torch.float64))
+    if failed:
+        return weight
+    return weight + torch.cholesky_solve(pull.T.double(), factor).T.float()
+
+
+def token_counts(moments: Mapping[str, Moments], experts: int, suffix: str = "in") -> list[int]:
+    """Tokens routed to every expert of a block."""
+    return [moments[f"experts.{e}.{suffix}"].tokens if f"experts.{e}.{suffix}" in moments else 0 for e in range(experts)]

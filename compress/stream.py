@@ -1,0 +1,323 @@
+"""One block at a time: collect statistics, solve, run the compressed block, hand its activations on.
+
+Two streams of calibration activations go through the model side by side, the original's and the compressed
+model's, so that every solver sees the inputs its weight will really get and how far they have drifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.codecs import block_codec, get_codec
+from compress.errors import CheckpointError, NumericalError
+from compress.journal import Activations
+from compress.models.base import ModelSpec
+from compress.models.decoder import STAGES, Pooled, Routing, forward_block, rms_norm, stage_of
+from compress.plan import BATCH_TOKENS, PlannedTensor
+from compress.solvers.options import SolverOptions
+from compress.statistics import Moments, Statistics, blend, corrected_target
+from compress.weights import Packed
+
+POOL_TOKENS_PER_COLUMN = 8  # tokens that a cold expert's pool holds, per input column
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """How one tensor came out: relative gram-weighted error, damping used, tokens seen, share borrowed."""
+
+    name: str
+    codec: str
+    solver: str
+    error: float
+    damping: float = 0.0
+    retries: int = 0
+    tokens: int | None = None
+    borrowed: float = 0.0
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """packed: every tensor of the block as it ships; solved: one report a solved tensor; tokens: per expert."""
+
+    packed: Mapping[str, Packed]
+    solved: tuple[Solved, ...]
+    tokens: tuple[int, ...] = ()
+
+    def report(self) -> dict:
+        return {"solved": [asdict(s) for s in self.solved], "tokens": list(self.tokens)}
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Calibration activations at the input of a block. `original` is None when no solver looks at the drift."""
+
+    compressed: Activations
+    original: Activations | None
+
+    @property
+    def windows(self) -> int:
+        return self.compressed.shape[0]
+
+    @property
+    def batch(self) -> int:
+        return max(1, BATCH_TOKENS // self.compressed.shape[1])
+
+    def delete(self) -> None:
+        for stream in (self.compressed, self.original):
+            if stream is not None:
+                stream.delete()
+
+
+def embed(table: Tensor, ids: np.ndarray, into: Activations, batch: int) -> None:
+    """Write the embeddings of all windows. ids: [windows, length]."""
+    with into.writing() as out:
+        for start in range(0, len(ids), batch):
+            tokens = torch.from_numpy(np.ascontiguousarray(ids[start : start + batch])).long()
+            out.append(table[tokens].float())
+
+
+def as_stored(planned: PlannedTensor, weight: Tensor) -> Packed:
+    """A tensor that no solver touches, rounded to its float codec. Raises CheckpointError if it overflows."""
+    packed = get_codec(planned.codec).encode(weight)
+    if not torch.isfinite(packed.parts["values"]).all():
+        raise CheckpointError(f"{planned.name} does not fit into {planned.codec}: it holds values up to "
+                              f"{float(weight.abs().max()):.3g}; choose bf16 or f32 for it")
+    return packed
+
+
+def solve_tensor(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> tuple[Packed, Solved]:
+    """Run one tensor's solver. weight: float32 [m, n]."""
+    options = planned.solver
+    assert options is not None
+    module = import_module(f"compress.solvers.{options.name}")
+    codec = block_codec(planned.codec, weight.shape[1])
+    gram = None if statistics is None else statistics.gram
+    target = weight if statistics is None else corrected(weight, statistics, options)
+    if gram is None and module.NEEDS_GRAM:
+        gram = torch.eye(weight.shape[1])  # rows that are looked up, not multiplied: plain squared error
+    solution = module.solve(target, gram, codec, options)
+    packed = solution.pack()
+    report = Solved(planned.name, planned.codec, options.name, solution.error, solution.damping, solution.retries,
+                    None if statistics is None else statistics.tokens, 0.0 if statistics is None else statistics.borrowed)
+    return packed, report
+
+
+def corrected(weight: Tensor, statistics: Statistics, options: SolverOptions) -> Tensor:
+    """The target of solvers that compensate drift; the weight itself for the others."""
+    drift, residual = getattr(options, "drift", 0.0), getattr(options, "residual", 0.0)
+    return corrected_target(weight, statistics, getattr(options, "drift_damping", 0.1), drift, residual)
+
+
+@contextmanager
+def _single_threaded(jobs: int) -> Iterator[int]:
+    """Threads for `jobs` independent solves: one each when there are enough of them to fill the cores."""
+    cores = torch.get_num_threads()
+    if jobs < cores or cores == 1:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(cores)
+
+
+def compress_block(
+    spec: ModelSpec, layer: int, block: Sequence[PlannedTensor], load: Callable[[str], Tensor],
+    streams: Streams | None, progress: Progress = lambda done: None,
+) -> tuple[BlockResult, dict[str, Tensor], dict[str, Tensor]]:
+    """Compress one block stage by stage, each stage observing the stages before it as compressed.
+
+    load(name) gives a checkpoint tensor. Returns the result, the original weights and the decoded compressed
+    weights (both float32, by checkpoint name). progress receives the fraction of the block that is done.
+    """
+    original = {t.name: load(t.name).float() for t in block}
+    weights = dict(original)
+    packed: dict[str, Packed] = {}
+    solved: list[Solved] = []
+    for planned in block:
+        if planned.solver is None:
+            packed[planned.name] = as_stored(planned, original[planned.name])
+            weights[planned.name] = get_codec(planned.codec).unpack(packed[planned.name])
+    tokens: tuple[int, ...] = ()
+    for stage in range(len(STAGES)):
+        group = [t for t in block if t.solver is not None and stage_of(t.spec.input or "") == stage]
+        moments: dict[str, Moments] = {}
+        if streams is not None:
+            moments = collect(spec, layer, stage, group, original, weights, streams, tokens)
+            if spec.is_sparse(layer) and stage == 2:
+                tokens = tuple(moments[f"experts.{e}.in"].tokens if f"experts.{e}.in" in moments else 0
+                               for e in range(spec.experts))
+
+        def one(planned: PlannedTensor, moments: dict[str, Moments] = moments) -> tuple[Packed, Solved, Tensor]:
+            result, report = solve_tensor(planned, original[planned.name], _statistics(planned, moments))
+            return result, report, get_codec(planned.codec).unpack(result)
+
+        with _single_threaded(len(group)) as workers, ThreadPoolExecutor(workers) as pool:
+            for planned, (result, report, dense) in zip(group, pool.map(one, group), strict=True):
+                packed[planned.name], weights[planned.name] = result, dense
+                solved.append(report)
+                progress(len(packed) / len(block))
+    return BlockResult(packed, tuple(solved), tokens), original, weights
+
+
+def _statistics(planned: PlannedTensor, moments: Mapping[str, Moments]) -> Statistics | None:
+    key = planned.spec.input
+    own = moments.get(key) if key else None
+    if own is None:
+        return None
+    strength = getattr(planned.solver, "shrinkage", 0.0)
+    if planned.spec.expert is None:
+        return blend(own, None, 0.0)
+    pool = moments.get("router") if key.endswith(".in") else moments.get(f"{key}.pool")
+    return blend(own, pool, strength)
+
+
+def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[PlannedTensor]) -> dict[str, Moments]:
+    """Empty accumulators for a stage: the union of what its solvers need, shared where inputs are shared."""
+    wanted: dict[str, Moments] = {}
+    sparse = spec.is_sparse(layer)
+    for planned in group:
+        key, n = planned.spec.input, planned.spec.shape[-1]
+        drift = bool(getattr(planned.solver, "drift", 0.0))
+        residual = spec.hidden_size if stage in (1, 3) and getattr(planned.solver, "residual", 0.0) else None
+        if key is not None and key not in wanted:
+            wanted[key] = Moments.zeros(n, drift=drift, residual=residual)
+        if planned.spec.expert is not None and stage == 2 and "router" not in wanted:
+            wanted["router"] = Moments.zeros(n, drift=drift)
+    if sparse and stage == 2:
+        for e in range(spec.experts):  # tokens are counted even where nothing is solved
+            wanted.setdefault(f"experts.{e}.in", Moments.zeros(0))
+    return wanted
+
+
+def collect(
+    spec: ModelSpec, layer: int, stage: int, group: Sequence[PlannedTensor], original: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor], streams: Streams, tokens: Sequence[int] = (),
+) -> dict[str, Moments]:
+    """Moments of every input that `stage` of a block needs, over all calibration windows.
+
+    tokens: per expert, from the stage before; experts that saw fewer than `shrinkage * n` also get a pool.
+    Raises NumericalError naming block, input and sample when activations are not finite.
+    """
+    wanted = wanted_moments(spec, layer, stage, group)
+    if not wanted:
+        return wanted
+    pooled = _pools(stage, group, tokens, streams, wanted)
+    both = streams.original is not None and any(m.drift is not None or m.residual is not None for m in wanted.values())
+    for start in range(0, streams.windows, streams.batch):
+        stop = min(start + streams.batch, streams.windows)
+        seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+        routes: list[Routing] = []
+        hidden = streams.compressed.read(start, stop)
+
+        def note(key: str, x: Tensor, gate: Tensor | None, seen: dict = seen) -> None:
+            if key in wanted or key == "residual":
+                seen[key] = (x, gate)
+
+        forward_block(spec, layer, weights, hidden, observe=note, until=stage, on_route=routes.append, pooled=pooled)
+        before: dict[str, Tensor] = {}
+        if both:
+            assert streams.original is not None
+            reference = streams.original.read(start, stop)
+
+            def keep(key: str, x: Tensor, gate: Tensor | None, before: dict = before) -> None:
+                if key in wanted or key == "residual":
+                    before[key] = x
+
+            forward_block(spec, layer, original, reference, observe=keep, until=stage,
+                          routing=routes[0] if routes else None, pooled=pooled)
+            before.setdefault("residual", reference.reshape(-1, spec.hidden_size))
+            seen.setdefault("residual", (hidden.reshape(-1, spec.hidden_size), None))
+            lag = before["residual"] - seen["residual"][0]
+        for key, (x, gate) in seen.items():
+            if key not in wanted:
+                continue
+            moments = wanted[key]
+            if not moments.gram.numel():
+                moments.tokens += len(x)
+                continue
+            behind = None
+            if moments.residual is not None:
+                behind = lag[_rows_of(key, routes[0])] if key.startswith("experts.") and not key.endswith(".pool") else lag
+                behind = behind[:: pooled.stride] if key.endswith(".pool") and pooled else behind
+            try:
+                moments.add(x, before.get(key), gate, behind)
+            except NumericalError:
+                sample = start + _bad_window(spec, layer, weights, hidden)
+                raise NumericalError(f"activations at {key} of block {layer} are not finite for calibration sample "
+                                     f"{sample}; the checkpoint overflows there, drop the sample or check the weights") from None
+    return wanted
+
+
+def _pools(stage: int, group: Sequence[PlannedTensor], tokens: Sequence[int], streams: Streams,
+           wanted: dict[str, Moments]) -> Pooled | None:
+    """Accumulators for the activations of cold experts under everybody's tokens (stage "ffn.act")."""
+    if stage != 3 or not tokens:
+        return None
+    cold = {}
+    for planned in group:
+        if planned.spec.expert is not None:
+            strength, n = getattr(planned.solver, "shrinkage", 0.0), planned.spec.shape[-1]
+            if tokens[planned.spec.expert] < strength * n:
+                cold[planned.spec.expert] = planned
+    if not cold:
+        return None
+    for e, planned in cold.items():
+        key, n = f"experts.{e}.act", planned.spec.shape[-1]
+        wanted[f"{key}.pool"] = Moments.zeros(n, drift=wanted[key].drift is not None)
+    total = streams.windows * streams.compressed.shape[1]
+    widest = max(p.spec.shape[-1] for p in cold.values())
+    return Pooled(frozenset(cold), max(1, total // (POOL_TOKENS_PER_COLUMN * widest)))
+
+
+def _rows_of(key: str, routing: Routing) -> Tensor:
+    """Positions of the tokens that an expert saw, in the order it saw them."""
+    return (routing.experts == int(key.split(".")[1])).nonzero(as_tuple=True)[0]
+
+
+def _bad_window(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor) -> int:
+    """The first window of a batch whose block output is not finite."""
+    for i in range(len(hidden)):
+        out = forward_block(spec, layer, weights, hidden[i : i + 1])
+        if out is None or not torch.isfinite(out).all():
+            return i
+    return 0
+
+
+def advance(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], source: Activations, target: Activations,
+            batch: int) -> None:
+    """Run a whole block over all windows. Raises NumericalError naming the block and the sample."""
+    with target.writing() as out:
+        for start in range(0, source.shape[0], batch):
+            hidden = forward_block(spec, layer, weights, source.read(start, min(start + batch, source.shape[0])))
+            assert hidden is not None
+            finite = torch.isfinite(hidden).flatten(1).all(1)
+            if not finite.all():
+                sample = start + int((~finite).nonzero()[0])
+                raise NumericalError(f"the output of block {layer} is not finite for calibration sample {sample}; "
+                                     "the checkpoint overflows there, drop the sample or check the weights")
+            out.append(hidden)
+
+
+def head_statistics(spec: ModelSpec, norm: Tensor, streams: Streams, drift: bool) -> Statistics:
+    """Moments of what the language-model head sees: final hidden states after the last norm."""
+    moments = Moments.zeros(spec.hidden_size, drift=drift and streams.original is not None)
+    for start in range(0, streams.windows, streams.batch):
+        stop = min(start + streams.batch, streams.windows)
+
+        def states(stream: Activations, start: int = start, stop: int = stop) -> Tensor:
+            return rms_norm(stream.read(start, stop), norm, spec.norm_eps).reshape(-1, spec.hidden_size)
+
+        reference = states(streams.original) if moments.drift is not None and streams.original is not None else None
+        moments.add(states(streams.compressed), reference)
+    return blend(moments, None, 0.0)

@@ -1,0 +1,96 @@
+"""Tiny random models of every supported family, for tests."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+_COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+    "bos_token_id": 4093,
+    "eos_token_id": 4093,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+}
+
+
+def demo_model() -> Path:
+    """The trained demo model that ships in models/ (its tokenizer is the tiny models' tokenizer)."""
+    return Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3-moe"
+
+
+def tiny_model(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    tokenizer: bool = True,
+    max_shard_size: str = "50GB",
+    **overrides: Any,
+) -> Path:
+    """Save a random model of `family` to `folder` (config, safetensors, the demo tokenizer) and return `folder`.
+
+    `overrides` are config keys: hidden_size=72 (no multiple of 32 or 256), tie_word_embeddings=True,
+    num_key_value_heads=4, attention_bias=True, ... Weights are scaled up so that logits spread like a trained
+    model's, biases and norms are random too.
+    """
+    import torch
+    import transformers
+
+    prefix, defaults = FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")(**{**_COMMON, **defaults, **overrides})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.dim() == 1:
+                parameter.copy_(1.0 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                fan_in = parameter.shape[-1]
+                scale = 1.0 if "embed" in name else 2.0 / fan_in**0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(demo_model() / name, Path(folder) / name)
+    return Path(folder)

@@ -1,0 +1,91 @@
+"""What is calibrated on is never scored on: no shared article, no shared run of 13 words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+from compress.text import data_root, find_data, load_definition, load_documents, task_documents
+
+WORD = re.compile(r"[^\W_]+")  # letters and digits: case, punctuation and WikiText's " @-@ " do not count
+GRAM = 13
+CALIBRATION = ("wikipedia", "novels")
+EVALUATION = ("wikipedia", "wikitext2")
+
+
+def grams(text: str) -> Iterator[int]:
+    words = WORD.findall(text.lower())
+    for start in range(len(words) - GRAM + 1):
+        yield hash(tuple(words[start : start + GRAM]))
+
+
+def all_grams(texts: Iterable[str]) -> set[int]:
+    return {gram for text in texts for gram in grams(text)}
+
+
+def evaluation_texts() -> Iterator[str]:
+    for name in EVALUATION:
+        yield from load_documents(load_definition(find_data("eval", name)))
+    for row in task_documents("lambada"):
+        yield f"{row['context']} {row['continuation']}"
+    for row in task_documents("blimp"):
+        yield row["sentence_good"]
+        yield row["sentence_bad"]
+
+
+def test_grams_see_through_case_and_punctuation():
+    plain = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    marked = "... One two, THREE-four five @-@ six (seven) eight nine ten; eleven 'twelve' thirteen!"
+    assert all_grams([plain]) == all_grams([marked])
+    assert len(all_grams([plain])) == 1
+    assert not all_grams([plain.removesuffix(" thirteen")])
+
+
+def test_no_run_of_words_is_in_calibration_and_evaluation():
+    scored = all_grams(evaluation_texts())
+    assert len(scored) > 300_000
+    for name in CALIBRATION:
+        for document in load_documents(load_definition(find_data("calibration", name))):
+            shared = sum(gram in scored for gram in grams(document))
+            assert shared == 0, f"{name}: {shared} runs of {GRAM} words are scored too, in {document[:60]!r}"
+
+
+def test_no_article_is_in_calibration_and_evaluation():
+    calibration = {row["title"] for row in task_rows("calibration")}
+    evaluation = {row["title"] for row in task_rows("eval")}
+    assert len(calibration) > 300 and len(evaluation) > 150
+    assert not calibration & evaluation
+
+
+def task_rows(kind: str) -> list[dict]:
+    import json
+    import lzma
+
+    with lzma.open(data_root(kind) / "wikipedia.jsonl.xz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["calibration", "eval"])
+def test_every_set_says_whose_it_is(kind):
+    readme = (data_root(kind) / "README.md").read_text(encoding="utf-8")
+    definitions = sorted(data_root(kind).glob("*.yaml"))
+    assert definitions
+    for path in definitions:
+        definition = load_definition(path)
+        assert definition.name == path.stem
+        assert definition.description and definition.licence and definition.attribution
+        assert f"`{definition.name}`" in readme, f"{kind}/README.md does not mention {definition.name}"
+        for file in definition.files:
+            assert file.is_file()
+    shipped = {
+        file.name for file in data_root(kind).iterdir() if file.name.endswith((".xz", ".jsonl", ".txt"))
+    }
+    defined = {file.name for path in definitions for file in load_definition(path).files}
+    assert shipped == defined, "a file without a definition has no attribution"
+
+
+def test_the_demo_model_carries_its_attribution():
+    card = (data_root("models") / "tiny-qwen3-moe" / "README.md").read_text(encoding="utf-8")
+    assert "CC BY-SA" in card and "Wikipedia" in card

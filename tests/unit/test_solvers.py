@@ -1,0 +1,310 @@
+"""Solvers against naive float64 versions of the published algorithms, brute force and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.codecs import block_codec
+from compress.codecs.base import BlockCodec, Grid
+from compress.errors import NumericalError
+from compress.solvers import gptq, rtn
+from compress.solvers.base import Solution, damped_factor, relative_error
+from compress.solvers.options import GptqOptions, RtnOptions
+
+PLAIN = {"sweeps": 0, "refits": 0}
+DAMPING = 0.01
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _gram(n: int, tokens: int = 2000, seed: int = 1) -> Tensor:
+    """Correlated activations with a few loud channels, float32 [n, n]."""
+    mix = _randn(n, n, seed=seed) / n**0.5 + 0.5 * torch.eye(n)
+    x = (_randn(tokens, n, seed=seed + 1) @ mix) * torch.exp(0.7 * _randn(n, seed=seed + 2))
+    return x.T @ x / tokens
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def _objective(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
+    error = weight.double() - quantized.double()
+    return float(((error @ gram.double()) * error).sum())
+
+
+def _columns(values: Tensor, codec: BlockCodec) -> Tensor:
+    """Per sub-block -> per column, float64."""
+    return values.double().repeat_interleave(codec.sub, dim=1)
+
+
+def _values(units: Tensor, grid: Grid, codec: BlockCodec) -> Tensor:
+    out = units.double() * _columns(grid.scale, codec)
+    return out if grid.offset is None else out - _columns(grid.offset, codec)
+
+
+def _naive_gptq(weight: Tensor, gram: Tensor, codec: BlockCodec, grid: Grid, order: list[list[int]]) -> Tensor:
+    """Textbook optimal-brain error feedback in float64 with a static grid: returns units [R, n].
+
+    `order` lists the columns of every step in the order they are fixed. After each step its error is spread by
+    H^-1, and the step is struck from H^-1 by Gaussian elimination (OBC, arXiv 2208.11580; no Cholesky factor).
+    """
+    w, inverse = weight.double().clone(), torch.linalg.inv(gram.double())
+    scale = _columns(grid.scale, codec)
+    offset = None if grid.offset is None else _columns(grid.offset, codec)
+    zero = None if grid.zero is None else grid.zero.repeat_interleave(codec.sub, dim=1)
+    units = torch.zeros_like(w)
+    for at in order:
+        block = torch.linalg.inv(inverse[at][:, at])
+        target = (w[:, at] + (0 if offset is None else offset[:, at])) / scale[:, at]
+        metric = None if len(at) == 1 else block.float()
+        units[:, at] = codec.nearest(
+            target.float(), block.diagonal().float(), metric, None if zero is None else zero[:, at[0]]
+        ).double()
+        value = units[:, at] * scale[:, at] - (0 if offset is None else offset[:, at])
+        w -= (w[:, at] - value) @ block @ inverse[at]
+        inverse -= inverse[:, at] @ block @ inverse[at]
+    return units
+
+
+def _order(hessian: Tensor, step: int, act_order: bool) -> list[list[int]]:
+    steps = [list(range(i, i + step)) for i in range(0, len(hessian), step)]
+    if act_order:
+        steps.sort(key=lambda at: -float(hessian.diagonal()[at].mean()))
+    return steps
+
+
+# -- gptq against the textbook -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "q4_k", "q2_k", "iq4_xs", "q5_1", "iq2_xxs", "iq3_xxs"])
+def test_gptq_is_textbook_gptq(name: str, act_order: bool) -> None:
+    """Same codes as eliminating one step after the other from H^-1; a lattice step is eight columns (LDLQ)."""
+    n = 256
+    weight, gram = 0.05 * _randn(12, n, seed=3), _gram(n)
+    codec = block_codec(name, n)
+    solution = gptq.solve(weight, gram, codec, GptqOptions(damping=0.02, act_order=act_order, **PLAIN))
+    hessian = _damped(gram, 0.02)
+    units = _naive_gptq(weight, hessian, codec, solution.grid, _order(hessian, codec.step, act_order))
+    # a tie that float32 breaks the other way changes the rest of its row
+    same = (solution.units.double() == units).all(1)
+    assert same.sum() >= 11, f"{int((~same).sum())} of 12 rows differ"
+    naive = _objective(weight, _values(units, solution.grid, codec), hessian)
+    assert _objective(weight, solution.decode(), hessian) == pytest.approx(naive, rel=2e-2)
+
+
+def test_act_order_is_not_natural_order() -> None:
+    weight, gram = 0.05 * _randn(4, 256, seed=3), _gram(256)
+    codec = block_codec("int4-g128", 256)
+    orders = [gptq.solve(weight, gram, codec, GptqOptions(act_order=a, **PLAIN)).units for a in (True, False)]
+    assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int3-row-asym", "q4_k", "q6_k", "iq4_nl", "iq2_xs", "iq3_xxs"])
+def test_independent_columns_need_no_feedback(name: str) -> None:
+    """With a diagonal gram every column's optimum is its nearest level: gptq = nearest in the same grid."""
+    n = 256
+    weight = 0.05 * _randn(6, n, seed=4)
+    gram = torch.diag(torch.exp(_randn(n, seed=5)))
+    codec = block_codec(name, n)
+    solution = gptq.solve(weight, gram, codec, GptqOptions(damping=DAMPING, **PLAIN))
+    hessian = _damped(gram, DAMPING)
+    independent = _naive_gptq(weight, torch.diag(hessian.diagonal()), codec, solution.grid, _order(hessian, codec.step, False))
+    assert (solution.units.double() == independent).float().mean() > 0.998
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "q4_k", "q3_k", "iq4_nl", "iq2_xxs"])
+def test_gptq_of_white_inputs_is_rtn(name: str) -> None:
+    weight, gram = 0.05 * _randn(6, 256, seed=6), 3.0 * torch.eye(256)
+    codec = block_codec(name, 256)
+    nearest = rtn.solve(weight, gram, codec, RtnOptions())
+    solved = gptq.solve(weight, gram, codec, GptqOptions(**PLAIN))
+    assert (nearest.units == solved.units).float().mean() > 0.998
+    assert solved.error == pytest.approx(nearest.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int2-g64", "int4-g32-asym", "q4_0", "q5_1", "q4_k", "q6_k", "q3_k", "q2_k",
+                                  "iq4_xs", "iq2_xxs", "iq2_xs", "iq3_xxs"])  # fmt: skip
+def test_each_stage_lowers_the_damped_objective(name: str) -> None:
+    """rtn >= feedback >= + refits >= + sweeps, measured in float64."""
+    n = 512
+    weight, gram = 0.05 * _randn(16, n, seed=7), _gram(n, seed=8)
+    codec, hessian = block_codec(name, n), _damped(gram, DAMPING)
+    stages = [rtn.solve(weight, gram, codec, RtnOptions())]
+    stages += [
+        gptq.solve(weight, gram, codec, GptqOptions(damping=DAMPING, refits=refits, sweeps=sweeps))
+        for refits, sweeps in ((0, 0), (1, 0), (3, 0), (3, 1), (3, 2), (3, 4))
+    ]
+    costs = [_objective(weight, s.decode(), hessian) for s in stages]
+    for before, after in itertools.pairwise(costs):
+        assert after <= before * (1 + 1e-5), costs
+    assert costs[-1] < 0.9 * costs[0]
+
+
+# -- brute force ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("columns", [4, 8])
+def test_two_bit_rows_come_near_the_best_codes(columns: int) -> None:
+    """Every one of the 4^n codes of a row, in the grid the solver ended with."""
+    rows = 24
+    weight, gram = _randn(rows, columns, seed=9), _gram(columns, tokens=64, seed=10)
+    codec, hessian = block_codec("int2-row", columns), _damped(gram, DAMPING)
+    solution = gptq.solve(weight, gram, codec, GptqOptions(damping=DAMPING))
+    plain = gptq.solve(weight, gram, codec, GptqOptions(damping=DAMPING, **PLAIN))
+    nearest = rtn.solve(weight, gram, codec, RtnOptions())
+    levels = torch.arange(codec.low, codec.high + 1, dtype=torch.float64)
+    codes = torch.cartesian_prod(*[levels] * columns)
+    factor = torch.linalg.cholesky(hessian)
+
+    def rows_of(s: Solution) -> Tensor:
+        return (((weight - s.decode()).double() @ factor) ** 2).sum(1)
+
+    best = torch.stack([
+        (((weight[r].double() - codes * solution.grid.scale[r, 0].double()) @ factor) ** 2).sum(1).min() for r in range(rows)
+    ])  # fmt: skip
+    assert (rows_of(solution) >= best * (1 - 1e-5)).all()
+    assert rows_of(solution).sum() <= 1.25 * best.sum()
+    assert rows_of(solution).sum() <= rows_of(plain).sum() <= rows_of(nearest).sum()
+
+
+def test_sweeps_end_where_no_single_code_can_improve() -> None:
+    """Coordinate descent run long enough is a local optimum: changing any one code of any row costs more."""
+    n = 32
+    weight, gram = _randn(6, n, seed=11), _gram(n, tokens=100, seed=12)
+    codec, hessian = block_codec("int3-g32", n), _damped(gram, DAMPING)
+    solution = gptq.solve(weight, gram, codec, GptqOptions(damping=DAMPING, sweeps=60))
+    quantized = solution.decode().double()
+    error = weight.double() - quantized
+    base = ((error @ hessian) * error).sum(1)
+    scale = _columns(solution.grid.scale, codec)
+    for level in range(codec.low, codec.high + 1):
+        delta = level * scale - quantized  # of one column at a time
+        cost = base[:, None] - 2 * delta * (error @ hessian) + delta**2 * hessian.diagonal()
+        assert (cost >= base[:, None] * (1 - 1e-5)).all()
+
+
+# -- rtn -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["int4-g128", "int4-g32-asym", "q4_k", "q8_0", "iq4_nl", "iq2_xxs"])
+def test_rtn_rounds_to_the_nearest_value_of_its_grid(name: str) -> None:
+    n = 256
+    weight, gram = 0.05 * _randn(5, n, seed=13), _gram(n)
+    codec = block_codec(name, n)
+    solution = rtn.solve(weight, gram, codec, RtnOptions())
+    diagonal = torch.diag(gram.diagonal().double())
+    naive = _naive_gptq(weight, diagonal, codec, solution.grid, _order(diagonal, codec.step, False))
+    assert (solution.units.double() == naive).float().mean() > 0.998
+    assert (solution.damping, solution.retries) == (0.0, 0)
+    assert solution.error == pytest.approx(relative_error(weight, solution.decode(), gram))
+
+
+def test_rtn_without_gram_is_unweighted_and_an_empty_gram_counts_as_none() -> None:
+    weight = _randn(4, 128, seed=14)
+    codec = block_codec("int4-g64", 128)
+    none, empty, white = (rtn.solve(weight, g, codec, RtnOptions()) for g in (None, torch.zeros(128, 128), torch.eye(128)))
+    assert torch.equal(none.units, empty.units) and torch.equal(none.units, white.units)
+    assert none.error == pytest.approx(float(((weight - none.decode()) ** 2).sum() / (weight**2).sum()))
+
+
+def test_importance_moves_error_to_the_columns_that_matter_less() -> None:
+    weight = _randn(32, 256, seed=15)
+    codec = block_codec("q2_k", 256)
+    loud = torch.ones(256)
+    loud[::4] = 100.0
+    flat = rtn.solve(weight, None, codec, RtnOptions()).decode()
+    weighted = rtn.solve(weight, torch.diag(loud), codec, RtnOptions()).decode()
+    before, after = ((weight - q)[:, ::4].square().mean() for q in (flat, weighted))
+    assert after < 0.9 * before
+
+
+# -- damping and degenerate statistics -----------------------------------------------------------------------------
+def test_relative_error_is_the_trace_formula() -> None:
+    weight, gram = _randn(3, 16, seed=16), _gram(16, tokens=50)
+    quantized = weight + 0.1 * _randn(3, 16, seed=17)
+    expected = _objective(weight, quantized, gram) / _objective(weight, torch.zeros_like(weight), gram)
+    assert relative_error(weight, quantized, gram) == pytest.approx(expected, rel=1e-5)
+
+
+def test_damped_factor_inverts_the_damped_gram() -> None:
+    gram = _gram(48)
+    damped, upper, damping, retries = damped_factor(gram, 0.05)
+    assert (damping, retries) == (0.05, 0)
+    torch.testing.assert_close(damped.double(), _damped(gram, 0.05), rtol=1e-6, atol=1e-6)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close((upper.double().T @ upper.double()), torch.linalg.inv(_damped(gram, 0.05)), rtol=1e-4, atol=1e-6)
+
+
+def test_damping_ladder_is_climbed_and_recorded() -> None:
+    """A gram with a negative eigenvalue (float32 sums have them) needs damping of at least its size."""
+    basis = torch.linalg.qr(_randn(32, 32, seed=18))[0]
+    eigenvalues = torch.cat((torch.tensor([-1e-3]), torch.ones(31)))
+    gram = basis @ torch.diag(eigenvalues) @ basis.T
+    mean = float(gram.diagonal().mean())
+    damped, upper, damping, retries = damped_factor((gram + gram.T) / 2, 1e-6)
+    assert retries == 4 and damping == pytest.approx(1e-2)  # 1e-6, 1e-5, 1e-4, 1e-3 (just too small), 1e-2
+    assert float(torch.linalg.eigvalsh(damped.double())[0]) == pytest.approx(damping * mean - 1e-3, rel=1e-2)
+    assert torch.isfinite(upper).all()
+    codec = block_codec("int4-g32", 32)
+    solution = gptq.solve(_randn(4, 32), (gram + gram.T) / 2, codec, GptqOptions(damping=1e-6))
+    assert solution.retries >= retries and solution.damping >= damping * 0.99
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gram_is_a_numerical_error(bad: float) -> None:
+    gram = _gram(32)
+    gram[3, 5] = gram[5, 3] = bad
+    with pytest.raises(NumericalError) as error:
+        gptq.solve(_randn(4, 32), gram, block_codec("int4-g32", 32), GptqOptions())
+    assert "\n" not in str(error.value) and "gram" in str(error.value)
+
+
+def test_a_gram_no_damping_repairs_is_a_numerical_error() -> None:
+    with pytest.raises(NumericalError):
+        damped_factor(-1e12 * torch.eye(8) + torch.diag(torch.tensor([1.1e13] + [0.0] * 7)), 1e-8, tries=3)
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int3-row-asym", "q4_k", "q2_k", "iq2_xxs", "iq3_xxs"])
+def test_rank_deficient_gram_and_dead_columns(name: str) -> None:
+    """Eight tokens for 256 columns, a quarter of them always zero: still better than rounding, nothing blows up."""
+    n = 256
+    weight = 0.05 * _randn(8, n, seed=19)
+    x = _randn(8, n, seed=20)
+    x[:, ::4] = 0.0
+    gram, codec = x.T @ x / 8, block_codec(name, n)
+    nearest = rtn.solve(weight, gram, codec, RtnOptions())
+    solution = gptq.solve(weight, gram, codec, GptqOptions())
+    decoded = solution.decode()
+    assert torch.isfinite(decoded).all() and decoded.abs().max() < 10 * weight.abs().max()
+    assert solution.error < nearest.error
+    assert torch.equal(codec.unpack(solution.pack()), decoded)
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "q4_k", "iq2_xxs"])
+def test_an_expert_that_saw_nothing_is_rounded(name: str) -> None:
+    weight = 0.05 * _randn(4, 256, seed=21)
+    codec = block_codec(name, 256)
+    solution = gptq.solve(weight, torch.zeros(256, 256), codec, GptqOptions())
+    nearest = rtn.solve(weight, None, codec, RtnOptions())
+    ours, theirs = (float(((weight - s.decode()) ** 2).sum()) for s in (solution, nearest))
+    assert ours <= 1.001 * theirs
+
+
+def test_gram_of_any_size_gives_the_same_codes() -> None:
+    """The gram's unit does not matter: powers of two change nothing at all."""
+    weight, gram = 0.05 * _randn(6, 256, seed=22), _gram(256)
+    for name in ("int4-g128", "q4_k"):
+        codec = block_codec(name, 256)
+        one, big, small = (gptq.solve(weight, g, codec, GptqOptions()) for g in (gram, gram * 2.0**20, gram * 2.0**-20))
+        for other in (big, small):
+            assert (one.units == other.units).float().mean() > 0.99
+            assert other.error == pytest.approx(one.error, rel=1e-2)
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+def test_options_are_validated() -> None:
+    for wrong in ({"damping": 0.0}, {"sweeps": -1}, {"dampign": 0.1}, {"sweeps": "2"}):
+        with pytest.raises(ValueError):
+            GptqOptions(**wrong)
