@@ -105,8 +105,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Work folder (packed blocks, two copies of the activations) and one copy of every artifact."""
-        return self.bytes * (1 + len(self.recipe.export)) + 2 * self.activation_bytes
+        """Work folder (packed blocks; activations of both models at three places) and one copy of every artifact."""
+        return self.bytes * (1 + len(self.recipe.export)) + 6 * self.activation_bytes
 
     @cached_property
     def peak_memory_bytes(self) -> int:

@@ -23,15 +23,18 @@ from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
 from compress.stream import (
+    Half,
+    Solved,
     Streams,
     advance,
     as_stored,
-    compress_block,
+    compress_half,
     embed,
     head_statistics,
     solve_tensor,
 )
 from compress.text import calibration_windows, load_tokenizer
+from compress.weights import Packed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +107,7 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
             table = plan.by_name["model.embed_tokens.weight"]
             packed, report = _alone(table, checkpoint.load(table.name))
             if ids is not None and shape is not None:
-                streams = _streams(plan, journal, 0, shape)
+                streams = _streams(plan, journal, f"{0:05d}", shape)
                 embed(get_codec(table.codec).unpack(packed), ids, streams.compressed, streams.batch)
                 if streams.original is not None:
                     embed(checkpoint.load(table.name), ids, streams.original, streams.batch)
@@ -126,11 +129,11 @@ def load_calibration(plan: Plan) -> np.ndarray:
                                length=settings.length, seed=plan.recipe.seed, max_positions=plan.spec.max_positions)
 
 
-def _streams(plan: Plan, journal: Journal, layer: int, shape: tuple[int, int, int]) -> Streams:
-    """The activation files at the input of block `layer`."""
+def _streams(plan: Plan, journal: Journal, place: str, shape: tuple[int, int, int]) -> Streams:
+    """The activation files at a place: the input of a block (`00003`) or of its feed-forward half (`00003-ffn`)."""
     two = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in plan.tensors)
-    compressed = Activations(journal.folder / f"activations-{layer:05d}.f32", shape)
-    return Streams(compressed, Activations(journal.folder / f"original-{layer:05d}.f32", shape) if two else None)
+    compressed = Activations(journal.folder / f"activations-{place}.f32", shape)
+    return Streams(compressed, Activations(journal.folder / f"original-{place}.f32", shape) if two else None)
 
 
 def _alone(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
@@ -143,16 +146,30 @@ def _alone(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
 
 def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, shape: tuple[int, int, int] | None,
            progress: Callable[[float], None]) -> None:
-    streams = None if shape is None else _streams(plan, journal, layer, shape)
-    result, original, weights = compress_block(plan.spec, layer, plan.block(layer), checkpoint.load, streams, progress)
-    if streams is not None and shape is not None:
-        following = _streams(plan, journal, layer + 1, shape)
-        advance(plan.spec, layer, weights, streams.compressed, following.compressed, streams.batch)
-        if streams.original is not None and following.original is not None:
-            advance(plan.spec, layer, original, streams.original, following.original, streams.batch)
-    journal.finish(f"block-{layer:05d}", result.packed, result.report())
-    if streams is not None:
-        streams.delete()
+    """Both halves of one block, then its line in the journal; only then its inputs go."""
+    block = plan.block(layer)
+    places = (f"{layer:05d}", f"{layer:05d}-ffn", f"{layer + 1:05d}")
+    at = [None if shape is None else _streams(plan, journal, place, shape) for place in places]
+    packed: dict[str, Packed] = {}
+    solved: list[Solved] = []
+    tokens: tuple[int, ...] = ()
+    halves: tuple[Half, Half] = ("attention", "ffn")
+    for half, source, target in zip(halves, at[:2], at[1:], strict=True):
+        tensors = [t for t in block if t.spec.half == half]
+        result = compress_half(plan.spec, layer, half, tensors, checkpoint.load, source,
+                               lambda done, before=len(packed): progress((before + done) / len(block)))
+        if source is not None and target is not None:
+            advance(plan.spec, layer, half, result.weights, source.compressed, target.compressed, source.batch)
+            if source.original is not None and target.original is not None:
+                advance(plan.spec, layer, half, result.original, source.original, target.original, source.batch)
+        packed |= result.packed
+        solved += result.solved
+        tokens = result.tokens
+    report = {"solved": [vars(s) for s in solved], "tokens": list(tokens)}
+    journal.finish(f"block-{layer:05d}", packed, report)
+    for streams in at[:2]:
+        if streams is not None:
+            streams.delete()
     progress(1.0)
 
 
@@ -162,7 +179,7 @@ def _head(plan: Plan, checkpoint: Checkpoint, journal: Journal, shape: tuple[int
     packed = {norm.name: as_stored(norm, checkpoint.load(norm.name))}
     report: dict[str, Any] = {}
     head = plan.by_name.get("lm_head.weight")
-    streams = None if shape is None else _streams(plan, journal, spec.layers, shape)
+    streams = None if shape is None else _streams(plan, journal, f"{spec.layers:05d}", shape)
     if head is not None and head.solver is not None and streams is not None:
         scale = get_codec(norm.codec).unpack(packed[norm.name])
         statistics = head_statistics(spec, scale, streams, bool(getattr(head.solver, "drift", 0.0)))

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.errors import NumericalError
-
 
 @dataclass
 class Moments:
@@ -41,9 +39,7 @@ class Moments:
     def add(self, x: Tensor, original: Tensor | None = None, gate: Tensor | None = None,
             lag: Tensor | None = None) -> None:
         """x, original: float32 [tokens, n]; gate: routing weights [tokens], an expert's error being scaled by its gate
-        and its squared error by the gate squared; lag: r0 - r [tokens, m]. Raises NumericalError if not finite."""
-        if not torch.isfinite(x).all():
-            raise NumericalError("activations are not finite")
+        and its squared error by the gate squared; lag: r0 - r [tokens, m]."""
         self.tokens += x.shape[0]
         self.weight += float(x.shape[0] if gate is None else (gate.double() ** 2).sum())
         scaled = x if gate is None else x * gate[:, None]
@@ -53,6 +49,11 @@ class Moments:
             self.drift.addmm_(gap.T, scaled)
         if self.residual is not None and lag is not None:
             self.residual.addmm_((lag if gate is None else lag * gate[:, None]).T, scaled)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every activation so far was; one that is not spoils its gram for good."""
+        return bool(torch.isfinite(self.gram.diagonal()).all())
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from compress.codecs import block_codec, get_codec
 from compress.errors import CheckpointError, NumericalError
 from compress.journal import Activations
 from compress.models.base import ModelSpec
-from compress.models.decoder import STAGES, Pooled, Routing, forward_block, rms_norm, stage_of
+from compress.models.decoder import Pooled, Routing, forward_attention, forward_ffn, rms_norm, stage_of
 from compress.plan import BATCH_TOKENS, PlannedTensor
 from compress.solvers.options import SolverOptions
 from compress.statistics import Moments, Statistics, blend, corrected_target
 from compress.weights import Packed
 
+Half = Literal["attention", "ffn"]
+STAGES_OF: Mapping[Half, tuple[int, int]] = {"attention": (0, 1), "ffn": (2, 3)}
 POOL_TOKENS_PER_COLUMN = 8  # tokens that a cold expert's pool holds, per input column
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class Solved:
 
 
 @dataclass(frozen=True)
-class BlockResult:
-    """packed: every tensor of the block as it ships; solved: one report a solved tensor; tokens: per expert."""
+class HalfResult:
+    """packed: every tensor of half a block as it ships; solved: one report a solved tensor; tokens: per expert;
+    original, weights: the float32 weights before and after, by checkpoint name."""
 
     packed: Mapping[str, Packed]
     solved: tuple[Solved, ...]
-    tokens: tuple[int, ...] = ()
-
-    def report(self) -> dict:
-        return {"solved": [asdict(s) for s in self.solved], "tokens": list(self.tokens)}
+    tokens: tuple[int, ...]
+    original: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,14 @@ def _single_threaded(jobs: int) -> Iterator[int]:
         torch.set_num_threads(cores)
 
 
-def compress_block(
-    spec: ModelSpec, layer: int, block: Sequence[PlannedTensor], load: Callable[[str], Tensor],
-    streams: Streams | None, progress: Progress = lambda done: None,
-) -> tuple[BlockResult, dict[str, Tensor], dict[str, Tensor]]:
-    """Compress one block stage by stage, each stage observing the stages before it as compressed.
+def compress_half(
+    spec: ModelSpec, layer: int, half: Half, block: Sequence[PlannedTensor], load: Callable[[str], Tensor],
+    streams: Streams | None, progress: Callable[[int], None] = lambda done: None,
+) -> HalfResult:
+    """Compress the attention or the feed-forward half of a block, each stage observing the earlier ones as compressed.
 
-    load(name) gives a checkpoint tensor. Returns the result, the original weights and the decoded compressed
-    weights (both float32, by checkpoint name). progress receives the fraction of the block that is done.
+    block: the tensors of this half; load(name) gives a checkpoint tensor; streams: activations at the input of this
+    half. progress receives the number of tensors that are done.
     """
     original = {t.name: load(t.name).float() for t in block}
     weights = dict(original)
@@ -149,14 +151,13 @@ def compress_block(
             packed[planned.name] = as_stored(planned, original[planned.name])
             weights[planned.name] = get_codec(planned.codec).unpack(packed[planned.name])
     tokens: tuple[int, ...] = ()
-    for stage in range(len(STAGES)):
+    for stage in STAGES_OF[half]:
         group = [t for t in block if t.solver is not None and stage_of(t.spec.input or "") == stage]
         moments: dict[str, Moments] = {}
         if streams is not None:
             moments = collect(spec, layer, stage, group, original, weights, streams, tokens)
             if spec.is_sparse(layer) and stage == 2:
-                tokens = tuple(moments[f"experts.{e}.in"].tokens if f"experts.{e}.in" in moments else 0
-                               for e in range(spec.experts))
+                tokens = tuple(moments[f"experts.{e}.in"].tokens for e in range(spec.experts))
 
         def one(planned: PlannedTensor, moments: dict[str, Moments] = moments) -> tuple[Packed, Solved, Tensor]:
             result, report = solve_tensor(planned, original[planned.name], _statistics(planned, moments))
@@ -166,8 +167,8 @@ def compress_block(
             for planned, (result, report, dense) in zip(group, pool.map(one, group), strict=True):
                 packed[planned.name], weights[planned.name] = result, dense
                 solved.append(report)
-                progress(len(packed) / len(block))
-    return BlockResult(packed, tuple(solved), tokens), original, weights
+                progress(len(packed))
+    return HalfResult(packed, tuple(solved), tokens, original, weights)
 
 
 def _statistics(planned: PlannedTensor, moments: Mapping[str, Moments]) -> Statistics | None:
@@ -189,7 +190,7 @@ def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[Plan
     for planned in group:
         key, n = planned.spec.input, planned.spec.shape[-1]
         drift = bool(getattr(planned.solver, "drift", 0.0))
-        residual = spec.hidden_size if stage in (1, 3) and getattr(planned.solver, "residual", 0.0) else None
+        residual = spec.hidden_size if stage in (1, 3) and _whole_output(spec, planned) and getattr(planned.solver, "residual", 0.0) else None
         if key is not None and key not in wanted:
             wanted[key] = Moments.zeros(n, drift=drift, residual=residual)
         if planned.spec.expert is not None and stage == 2 and "router" not in wanted:
@@ -198,6 +199,12 @@ def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[Plan
         for e in range(spec.experts):  # tokens are counted even where nothing is solved
             wanted.setdefault(f"experts.{e}.in", Moments.zeros(0))
     return wanted
+
+
+def _whole_output(spec: ModelSpec, planned: PlannedTensor) -> bool:
+    """Whether this linear alone stands for all that is added to the residual stream: o_proj, a dense down_proj, or a
+    routed expert whose routing weights sum to one. Others would repair the same lag several times over."""
+    return planned.spec.expert is None or (spec.norm_topk and not spec.family.moe.shared)
 
 
 def collect(
@@ -214,48 +221,47 @@ def collect(
         return wanted
     pooled = _pools(stage, group, tokens, streams, wanted)
     both = streams.original is not None and any(m.drift is not None or m.residual is not None for m in wanted.values())
-    for start in range(0, streams.windows, streams.batch):
-        stop = min(start + streams.batch, streams.windows)
-        seen: dict[str, tuple[Tensor, Tensor | None]] = {}
-        routes: list[Routing] = []
-        hidden = streams.compressed.read(start, stop)
 
-        def note(key: str, x: Tensor, gate: Tensor | None, seen: dict = seen) -> None:
-            if key in wanted or key == "residual":
+    def observed(weights: Mapping[str, Tensor], hidden: Tensor, routing: Routing | None) -> tuple[dict, Routing | None]:
+        seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+        def note(key: str, x: Tensor, gate: Tensor | None) -> None:
+            if key in wanted:
                 seen[key] = (x, gate)
 
-        forward_block(spec, layer, weights, hidden, observe=note, until=stage, on_route=routes.append, pooled=pooled)
-        before: dict[str, Tensor] = {}
+        if stage in STAGES_OF["attention"]:
+            forward_attention(spec, layer, weights, hidden, observe=note, until=stage)
+            return seen, None
+        routes: list[Routing] = []
+        forward_ffn(spec, layer, weights, hidden, observe=note, until=stage, routing=routing, on_route=routes.append,
+                    pooled=pooled)
+        return seen, routes[0] if routes else None
+
+    for start in range(0, streams.windows, streams.batch):
+        stop = min(start + streams.batch, streams.windows)
+        hidden = streams.compressed.read(start, stop)
+        seen, routing = observed(weights, hidden, None)
+        before: dict[str, tuple[Tensor, Tensor | None]] = {}
+        lag = None
         if both:
             assert streams.original is not None
             reference = streams.original.read(start, stop)
-
-            def keep(key: str, x: Tensor, gate: Tensor | None, before: dict = before) -> None:
-                if key in wanted or key == "residual":
-                    before[key] = x
-
-            forward_block(spec, layer, original, reference, observe=keep, until=stage,
-                          routing=routes[0] if routes else None, pooled=pooled)
-            before.setdefault("residual", reference.reshape(-1, spec.hidden_size))
-            seen.setdefault("residual", (hidden.reshape(-1, spec.hidden_size), None))
-            lag = before["residual"] - seen["residual"][0]
+            before, _ = observed(original, reference, routing)  # the same experts, so that inputs pair up
+            lag = (reference - hidden).reshape(-1, spec.hidden_size)
         for key, (x, gate) in seen.items():
-            if key not in wanted:
-                continue
             moments = wanted[key]
             if not moments.gram.numel():
                 moments.tokens += len(x)
                 continue
             behind = None
-            if moments.residual is not None:
-                behind = lag[_rows_of(key, routes[0])] if key.startswith("experts.") and not key.endswith(".pool") else lag
-                behind = behind[:: pooled.stride] if key.endswith(".pool") and pooled else behind
-            try:
-                moments.add(x, before.get(key), gate, behind)
-            except NumericalError:
-                sample = start + _bad_window(spec, layer, weights, hidden)
-                raise NumericalError(f"activations at {key} of block {layer} are not finite for calibration sample "
-                                     f"{sample}; the checkpoint overflows there, drop the sample or check the weights") from None
+            if lag is not None and moments.residual is not None:
+                behind = lag[_rows_of(key, routing)] if routing is not None and key.startswith("experts.") else lag
+            moments.add(x, before[key][0] if both else None, gate, behind)
+    for key, moments in wanted.items():
+        if not moments.finite:
+            raise NumericalError(f"activations at {key} of block {layer} are not finite for calibration sample "
+                                 f"{_bad_sample(spec, layer, stage, weights, streams, key)}; the checkpoint overflows "
+                                 "there, drop the sample or check the weights")
     return wanted
 
 
@@ -285,26 +291,34 @@ def _rows_of(key: str, routing: Routing) -> Tensor:
     return (routing.experts == int(key.split(".")[1])).nonzero(as_tuple=True)[0]
 
 
-def _bad_window(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor) -> int:
-    """The first window of a batch whose block output is not finite."""
-    for i in range(len(hidden)):
-        out = forward_block(spec, layer, weights, hidden[i : i + 1])
-        if out is None or not torch.isfinite(out).all():
-            return i
-    return 0
+def _bad_sample(spec: ModelSpec, layer: int, stage: int, weights: Mapping[str, Tensor], streams: Streams,
+                wanted: str) -> int:
+    """The first calibration sample whose activations at `wanted` are not finite."""
+    forward = forward_attention if stage in STAGES_OF["attention"] else forward_ffn
+    found: list[bool] = []
+
+    def note(key: str, x: Tensor, gate: Tensor | None) -> None:
+        if key == wanted:
+            found.append(not bool(torch.isfinite(x).all()))
+
+    for sample in range(streams.windows):
+        forward(spec, layer, weights, streams.compressed.read(sample, sample + 1), observe=note, until=stage)
+        if any(found):
+            return sample
+    return -1
 
 
-def advance(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], source: Activations, target: Activations,
-            batch: int) -> None:
-    """Run a whole block over all windows. Raises NumericalError naming the block and the sample."""
+def advance(spec: ModelSpec, layer: int, half: Half, weights: Mapping[str, Tensor], source: Activations,
+            target: Activations, batch: int) -> None:
+    """Run half a block over all windows. Raises NumericalError naming the block and the sample."""
+    forward = forward_attention if half == "attention" else forward_ffn
     with target.writing() as out:
         for start in range(0, source.shape[0], batch):
-            hidden = forward_block(spec, layer, weights, source.read(start, min(start + batch, source.shape[0])))
+            hidden = forward(spec, layer, weights, source.read(start, min(start + batch, source.shape[0])))
             assert hidden is not None
-            finite = torch.isfinite(hidden).flatten(1).all(1)
-            if not finite.all():
-                sample = start + int((~finite).nonzero()[0])
-                raise NumericalError(f"the output of block {layer} is not finite for calibration sample {sample}; "
+            if not torch.isfinite(hidden.sum()):
+                sample = start + int((~torch.isfinite(hidden).flatten(1).all(1)).nonzero()[0])
+                raise NumericalError(f"the {half} output of block {layer} is not finite for calibration sample {sample}; "
                                      "the checkpoint overflows there, drop the sample or check the weights")
             out.append(hidden)
 

@@ -9,7 +9,6 @@ only this picture: they choose units through `nearest`, improve scales through `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.codecs.base import TINY, BlockCodec, Grid
 
-SHORTLIST = 8  # candidates that the exact metric re-ranks
+SHORTLIST = 10  # candidates that the exact metric re-ranks
 
 
 class LatticeCodec(BlockCodec):
@@ -21,7 +21,7 @@ class LatticeCodec(BlockCodec):
 
     step = 8
     table: str
-    stretches = (0.72, 0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.14)
+    stretches = (0.75, 0.84, 0.93, 1.02, 1.12)
 
     @cached_property
     def points(self) -> Tensor:
@@ -92,14 +92,17 @@ class LatticeCodec(BlockCodec):
         return points * sign
 
     def _shortlist(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor, keep: int) -> Tensor:
-        """The `keep` best points under the diagonal metric, with signs: [N, keep, 8]."""
-        dot, square, cheapest = self._correlations(magnitude, weight)
-        cost = square - 2 * (dot - 2 * odd[:, None] * cheapest)
+        """The `keep` best points under the diagonal metric, with signs: [N, keep, 8]. Exact for keep = 1; a longer
+        list, which is ranked again, is chosen before the price of the flip is added."""
+        points = self.points.to(magnitude.device)
+        pull = weight * magnitude
         if keep == 1:
-            best = cost.argmin(1, keepdim=True)
+            dot, square, cheapest = self._correlations(magnitude, weight)
+            best = (square - 2 * (dot - 2 * odd[:, None] * cheapest)).argmin(1, keepdim=True)
         else:
+            cost = torch.addmm(weight @ (points**2).T, pull, points.T, alpha=-2)
             best = cost.topk(keep, dim=1, largest=False, sorted=False).indices
-        return self._flip(self.points.to(magnitude.device)[best], weight * magnitude, negative, odd)
+        return self._flip(points[best], pull, negative, odd)
 
     def _shortlist_halves(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor, keep: int) -> Tensor:
         """The same for points of four columns: when parity is off, one of the two halves takes the flip."""

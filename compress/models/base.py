@@ -35,6 +35,11 @@ class TensorSpec:
     input: str | None
 
     @property
+    def half(self) -> str:
+        """Which half of its block the tensor belongs to: "attention" or "ffn"."""
+        return "attention" if ".self_attn." in self.name or self.gguf.endswith("attn_norm.weight") else "ffn"
+
+    @property
     def parameters(self) -> int:
         total = 1
         for size in self.shape:

@@ -51,7 +51,8 @@ class Pooled:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight)
 
 
 @cache
@@ -107,8 +108,9 @@ def rope_tables(spec: ModelSpec, length: int) -> tuple[Tensor, Tensor]:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [B, heads, T, head_dim]."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]  # both halves share their angles
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def window_of(spec: ModelSpec, layer: int) -> int | None:
@@ -122,17 +124,16 @@ def window_of(spec: ModelSpec, layer: int) -> int | None:
 
 
 def _attend(spec: ModelSpec, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention. q: [B, T, heads * d]; k, v: [B, T, kv_heads * d] (q and k normed and rotated) -> as q."""
-    batch, length = q.shape[:2]
+    """Causal attention. q: [B, heads, T, d]; k, v: [B, kv_heads, T, d] -> [B, T, heads * d]."""
+    length = q.shape[2]
     window = window_of(spec, layer)
     mask = None
     if window is not None and window < length:
         position = torch.arange(length, device=q.device)
         distance = position[:, None] - position[None, :]
         mask = (distance >= 0) & (distance < window)
-    q, k, v = (x.view(batch, length, -1, spec.head_dim).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2).reshape(batch, length, -1)
+    return out.transpose(1, 2).flatten(2)
 
 
 def route(spec: ModelSpec, logits: Tensor) -> Routing:
@@ -143,69 +144,86 @@ def route(spec: ModelSpec, logits: Tensor) -> Routing:
     return Routing(experts, weights)
 
 
-def forward_block(
+def forward_block(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    """Run one block. weights: full checkpoint names -> float32; hidden: float32 [B, T, hidden_size], not modified."""
+    middle = forward_attention(spec, layer, weights, hidden)
+    assert middle is not None
+    out = forward_ffn(spec, layer, weights, middle)
+    assert out is not None
+    return out
+
+
+def forward_attention(
     spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, *,
-    observe: Observer | None = None, until: int | None = None, routing: Routing | None = None,
-    on_route: Callable[[Routing], None] | None = None, pooled: Pooled | None = None,
+    observe: Observer | None = None, until: int | None = None,
 ) -> Tensor | None:
-    """Run one block.
+    """The attention half of a block, residual included: [B, T, hidden_size] -> the same.
 
-    weights: full checkpoint names -> float32; hidden: float32 [B, T, hidden_size], not modified.
     observe(input_key, x [n, in], routing weight [n] or None) sees the input of every group of linears before it is
-    used; "residual" is the residual stream behind the attention. until: observe up to this stage and return None.
-    routing: use these experts instead of the router's choice. pooled: see Pooled.
+    used. until: observe up to this stage and return None.
     """
-    root = f"model.layers.{layer}."
-
-    def see(key: str, x: Tensor, gate: Tensor | None = None) -> None:
-        if observe is not None:
-            observe(key, x.reshape(-1, x.shape[-1]), gate)
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, weights[root + name + ".weight"], weights.get(root + name + ".bias"))
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        return rms_norm(x, weights[root + name + ".weight"], spec.norm_eps)
-
-    x = norm("input_layernorm", hidden)
-    see("attention.in", x)
+    root = f"model.layers.{layer}.self_attn."
+    x = _norm(spec, weights, f"model.layers.{layer}.input_layernorm", hidden)
+    _see(observe, "attention.in", x)
     if until == 0:
         return None
-    q, k, v = (linear(f"self_attn.{leaf}_proj", x) for leaf in "qkv")
+    q, k, v = (_linear(weights, f"{root}{leaf}_proj", x) for leaf in "qkv")
     cos, sin = (t.to(x.device) for t in rope_tables(spec, hidden.shape[1]))
 
     def heads(x: Tensor, norm_name: str) -> Tensor:
         x = x.view(*x.shape[:2], -1, spec.head_dim)
         if spec.family.qk_norm:
-            x = norm(norm_name, x)
-        return _rotate(x.transpose(1, 2), cos, sin).transpose(1, 2).flatten(2)
+            x = _norm(spec, weights, root + norm_name, x)
+        return _rotate(x.transpose(1, 2), cos, sin)
 
-    x = _attend(spec, layer, heads(q, "self_attn.q_norm"), heads(k, "self_attn.k_norm"), v)
-    see("attention.out", x)
-    if until == 1:
+    v = v.view(*v.shape[:2], -1, spec.head_dim).transpose(1, 2)
+    x = _attend(spec, layer, heads(q, "q_norm"), heads(k, "k_norm"), v)
+    _see(observe, "attention.out", x)
+    return None if until == 1 else hidden + _linear(weights, f"{root}o_proj", x)
+
+
+def forward_ffn(
+    spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, *,
+    observe: Observer | None = None, until: int | None = None, routing: Routing | None = None,
+    on_route: Callable[[Routing], None] | None = None, pooled: Pooled | None = None,
+) -> Tensor | None:
+    """The feed-forward half of a block, residual included; observe and until as in `forward_attention`.
+
+    routing: use these experts instead of the router's choice; on_route sees the routing used. pooled: see Pooled.
+    """
+    root = f"model.layers.{layer}."
+    x = _norm(spec, weights, root + "post_attention_layernorm", hidden)
+    if spec.is_sparse(layer):
+        out = _mixture(spec, root, weights, x.flatten(0, -2), observe, until, routing, on_route, pooled)
+        return None if out is None else hidden + out.view_as(hidden)
+    _see(observe, "mlp.in", x)
+    if until == 2:
         return None
-    hidden = hidden + linear("self_attn.o_proj", x)
-    see("residual", hidden)
-    x = norm("post_attention_layernorm", hidden)
-    if not spec.is_sparse(layer):
-        see("mlp.in", x)
-        if until == 2:
-            return None
-        act = F.silu(linear("mlp.gate_proj", x)) * linear("mlp.up_proj", x)
-        see("mlp.act", act)
-        return None if until == 3 else hidden + linear("mlp.down_proj", act)
-    flat = x.reshape(-1, x.shape[-1])
-    out = _mixture(spec, root, weights, flat, see, until, routing, on_route, pooled)
-    return None if out is None else hidden + out.view_as(hidden)
+    act = F.silu(_linear(weights, root + "mlp.gate_proj", x)) * _linear(weights, root + "mlp.up_proj", x)
+    _see(observe, "mlp.act", act)
+    return None if until == 3 else hidden + _linear(weights, root + "mlp.down_proj", act)
 
 
-def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tensor, see: Callable[..., None],
+def _linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
+
+
+def _norm(spec: ModelSpec, weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return rms_norm(x, weights[name + ".weight"], spec.norm_eps)
+
+
+def _see(observe: Observer | None, key: str, x: Tensor, gate: Tensor | None = None) -> None:
+    if observe is not None:
+        observe(key, x.reshape(-1, x.shape[-1]), gate)
+
+
+def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tensor, observe: Observer | None,
              until: int | None, routing: Routing | None, on_route: Callable[[Routing], None] | None,
              pooled: Pooled | None) -> Tensor | None:
     """Routed and shared experts of one block. x: [tokens, hidden]."""
     moe = spec.family.moe
     assert moe is not None
-    see("router", x)
+    _see(observe, "router", x)
     if routing is None:
         routing = route(spec, F.linear(x, weights[root + moe.router]))
     if on_route is not None:
@@ -218,26 +236,26 @@ def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tenso
     for e in range(spec.experts):
         prefix = root + moe.expert.format(e=e)
         if pooled is not None and e in pooled.experts:
-            see(f"experts.{e}.act.pool", activate(prefix, x[:: pooled.stride]))
+            _see(observe, f"experts.{e}.act.pool", activate(prefix, x[:: pooled.stride]))
         tokens, slot = (routing.experts == e).nonzero(as_tuple=True)
         if not len(tokens):
             continue
         gate_weight = routing.weights[tokens, slot]
         rows = x[tokens]
-        see(f"experts.{e}.in", rows, gate_weight)
+        _see(observe, f"experts.{e}.in", rows, gate_weight)
         if until == 2:
             continue
         act = activate(prefix, rows)
-        see(f"experts.{e}.act", act, gate_weight)
+        _see(observe, f"experts.{e}.act", act, gate_weight)
         if until == 3:
             continue
         out.index_add_(0, tokens, (act @ weights[f"{prefix}{moe.down}.weight"].T) * gate_weight[:, None])
     if moe.shared:
-        see("shared.in", x)
+        _see(observe, "shared.in", x)
         if until != 2:
             prefix = root + moe.shared
             act = F.silu(x @ weights[f"{prefix}gate_proj.weight"].T) * (x @ weights[f"{prefix}up_proj.weight"].T)
-            see("shared.act", act)
+            _see(observe, "shared.act", act)
             if until != 3:
                 shared = act @ weights[f"{prefix}down_proj.weight"].T
                 if moe.shared_router:

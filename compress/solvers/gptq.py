@@ -12,7 +12,6 @@ Minimises tr((W-Q) H (W-Q)^T), H the damped gram of the layer's inputs.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 

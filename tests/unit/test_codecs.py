@@ -23,7 +23,8 @@ from tests.tiny import demo_model
 # Bytes of a block at which half-precision numbers lie: the super-scale, then the super-minimum.
 HALVES = {
     "q8_0": (0,), "q4_0": (0,), "q5_0": (0,), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
-    "q3_k": (108,), "q2_k": (80, 82), "iq2_xxs": (0,), "iq2_xs": (0,), "iq3_xxs": (0,), "iq4_nl": (0,), "iq4_xs": (0,),
+    "q3_k": (108,), "q2_k": (80, 82), "iq2_xxs": (0,), "iq2_xs": (0,), "iq3_xxs": (0,),
+    "iq4_nl": (0,), "iq4_xs": (0,),
 }  # fmt: skip
 GGML = tuple(HALVES)
 LATTICE = ("iq2_xxs", "iq2_xs", "iq3_xxs")
@@ -100,7 +101,7 @@ def _grid_of(codec: BlockCodec, blocks: Tensor) -> tuple[Tensor, Grid]:
     return units, Grid(scale, offset, None, d, dmin, grid.integers, integers(offset, dmin, codec.min_rule))
 
 
-# -- bytes against two other decoders ------------------------------------------------------------------------------
+# -- bytes against two other decoders
 def test_every_ggml_codec_is_covered() -> None:
     named = {n for n in (*FIXED_NAMES, "q5_0", "q5_1", "q5_k") if codec_info(n).kind == "ggml"}
     assert set(GGML) == named
@@ -116,7 +117,9 @@ def test_sizes_are_those_of_gguf(name: str) -> None:
 @pytest.mark.parametrize("name", GGML)
 def test_random_bits_decode_as_in_c_and_python(name: str) -> None:
     blocks = _random_blocks(name)
-    ours = get_codec(name).unpack(Packed(name, (len(blocks), codec_info(name).block), {"blocks": torch.from_numpy(blocks)}))
+    ours = get_codec(name).unpack(
+        Packed(name, (len(blocks), codec_info(name).block), {"blocks": torch.from_numpy(blocks)})
+    )
     np.testing.assert_array_equal(ours.numpy(), _python_decode(name, blocks))
     np.testing.assert_array_equal(ours.numpy(), _c().dequantize_rows(name, blocks, codec_info(name).block))
 
@@ -152,7 +155,7 @@ def test_packed_bytes_decode_identically_everywhere(name: str) -> None:
     np.testing.assert_array_equal(_c().dequantize_rows(name, blocks.numpy(), 768), seen.numpy())
 
 
-# -- fit against llama.cpp's own search ----------------------------------------------------------------------------
+# -- fit against llama.cpp's own search
 @functools.cache
 def _weights(source: str) -> Tensor:
     if source == "gaussian":
@@ -160,7 +163,9 @@ def _weights(source: str) -> Tensor:
     if source == "laplace":
         uniform = torch.rand(48, 512, generator=torch.Generator().manual_seed(4)) - 0.5
         return -0.02 * uniform.sign() * torch.log1p(-2 * uniform.abs().clamp_max(0.4999999))
-    return Checkpoint.open(demo_model()).load(f"model.layers.1.{source}.weight").float()[:96, :256].contiguous()
+    return (
+        Checkpoint.open(demo_model()).load(f"model.layers.1.{source}.weight").float()[:96, :256].contiguous()
+    )
 
 
 @pytest.mark.parametrize("source", ["gaussian", "laplace", "self_attn.q_proj", "mlp.experts.0.gate_proj"])
@@ -178,7 +183,8 @@ def test_fit_is_no_worse_than_llama_cpp(name: str, source: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "limit"), [
-    ("q8_0", 1.5), ("q4_0", 1.01), ("q5_0", 1.06), ("iq4_nl", 1.06), ("int2-g32", 1.04), ("int3-g32", 1.05), ("int4-g32", 1.09),
+    ("q8_0", 1.5), ("q4_0", 1.01), ("q5_0", 1.06), ("iq4_nl", 1.06), ("int2-g32", 1.04),
+    ("int3-g32", 1.05), ("int4-g32", 1.09),
 ])  # fmt: skip
 def test_fit_is_near_the_best_scale_there_is(name: str, limit: float) -> None:
     """One scale per 32 columns: an exhaustive scan of scales of both signs, best rounding for each."""
@@ -189,7 +195,9 @@ def test_fit_is_near_the_best_scale_there_is(name: str, limit: float) -> None:
     longest = min(abs(codec.low), codec.high) / max(abs(codec.low), codec.high)
     for stretch in torch.linspace(0.3, 1.1 / longest, 1200):
         for sign in (1, -1) if codec.signed_scale else (1,):
-            scale = half(weight.abs().amax(1, keepdim=True) * sign * stretch / max(abs(codec.low), codec.high))
+            scale = half(
+                weight.abs().amax(1, keepdim=True) * sign * stretch / max(abs(codec.low), codec.high)
+            )
             error = (importance * (weight - scale * codec.round(weight / scale)) ** 2).sum(1)
             best = torch.minimum(best, error)
     assert ours.sum() >= 0.995 * best.sum(), "the scan is not exhaustive"
@@ -211,8 +219,10 @@ def test_asymmetric_fit_is_near_the_best_there_is(name: str) -> None:
     assert best.sum() * 0.995 <= ours.sum() <= 1.15 * best.sum()
 
 
-# -- lattices against brute force ----------------------------------------------------------------------------------
-EVEN = torch.tensor([s for s in itertools.product((1.0, -1.0), repeat=8) if s.count(-1.0) % 2 == 0], dtype=torch.float64)
+# -- lattices against brute force
+EVEN = torch.tensor(
+    [s for s in itertools.product((1.0, -1.0), repeat=8) if s.count(-1.0) % 2 == 0], dtype=torch.float64
+)
 
 
 def _all_points(codec: BlockCodec) -> Tensor:
@@ -225,7 +235,7 @@ def _all_points(codec: BlockCodec) -> Tensor:
 
 
 def _brute_diagonal(codec: BlockCodec, target: Tensor, weight: Tensor) -> Tensor:
-    """Lowest cost [N] over all points and all even sign patterns; halves of four are independent given the signs."""
+    """Lowest cost [N] over all points and even sign patterns; given the signs, two halves are independent."""
     points, t, w = codec.points.double(), target.double(), weight.double()
     width = points.shape[1]
     total = torch.zeros(len(t), len(EVEN), dtype=torch.float64)
@@ -238,7 +248,7 @@ def _brute_diagonal(codec: BlockCodec, target: Tensor, weight: Tensor) -> Tensor
 
 
 def _targets(codec: BlockCodec, count: int, seed: int) -> Tensor:
-    """Gaussian targets of many sizes, some coordinates exactly zero, and some points of the lattice itself."""
+    """Gaussian targets of many sizes, some coordinates exactly zero, some points of the lattice itself."""
     top = float(codec.points.max())
     target = _randn(count, 8, seed=seed) * top * torch.linspace(0.02, 2.0, count)[:, None]
     target[::5, 2] = 0.0
@@ -298,7 +308,7 @@ def test_lattice_full_metric_is_better_than_the_diagonal_one_and_near_brute_forc
         assert cost(full).sum() <= 1.25 * best.sum()
 
 
-# -- refit ---------------------------------------------------------------------------------------------------------
+# -- refit
 def _objective(weight: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
     """tr((W-Q) G (W-Q)^T) row by row in float64."""
     error = weight.double() - quantized.double()
@@ -329,7 +339,9 @@ def test_refit_never_raises_the_objective(name: str) -> None:
     assert torch.equal(codec.unpack(packed), codec.decode(units, grid))
     again = codec.fit(weight, gram.diagonal())
     for old, fresh in zip(saved, vars(again).values(), strict=True):
-        assert (old is None and fresh is None) or torch.equal(old, fresh), "refit changed the grid it was given"
+        assert (old is None and fresh is None) or torch.equal(old, fresh), (
+            "refit changed the grid it was given"
+        )
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "iq4_nl", "int4-row", "int4-g32"])
@@ -339,12 +351,12 @@ def test_refit_with_one_scale_is_the_least_squares_scale(name: str) -> None:
     codec = block_codec(name, 32)
     units, grid = _round_trip(codec, weight, gram.diagonal())
     new = codec.refit(weight, units, grid, gram)
-    pull = (units.double() @ gram.double())
+    pull = units.double() @ gram.double()
     best = (pull * weight.double()).sum(1) / (pull * units.double()).sum(1)
     torch.testing.assert_close(new.scale[:, 0].double(), best, rtol=1.0 / 1024, atol=0)
 
 
-# -- uniform integers ----------------------------------------------------------------------------------------------
+# -- uniform integers
 @pytest.mark.parametrize("name", UNIFORM_NAMES)
 def test_uniform_stores_code_minus_zero_times_scale(name: str) -> None:
     info = codec_info(name)
@@ -361,7 +373,9 @@ def test_uniform_stores_code_minus_zero_times_scale(name: str) -> None:
     if info.symmetric:
         assert (zeros == 2 ** (info.bits - 1)).all()
     group = np.arange(n) // (info.block or n)
-    value = (codes.numpy().astype(np.float32) - zeros.numpy()[:, group]) * scales.numpy().astype(np.float32)[:, group]
+    value = (codes.numpy().astype(np.float32) - zeros.numpy()[:, group]) * scales.numpy().astype(np.float32)[
+        :, group
+    ]
     np.testing.assert_array_equal(get_codec(name).unpack(packed).numpy(), value)
     np.testing.assert_array_equal(codec.decode(units, grid).numpy(), value)
     # rounding to nearest: inside the range no value is off by more than half a step
@@ -391,7 +405,7 @@ def test_uniform_bits_count_scales_and_zeros(name: str, columns: int, bits: floa
     assert get_codec(name).bits_per_weight(columns) == pytest.approx(bits)
 
 
-# -- any input -----------------------------------------------------------------------------------------------------
+# -- any input
 @pytest.mark.parametrize("name", [*GGML, *SOME_UNIFORM])
 @settings(max_examples=8)
 @given(data=st.data())
@@ -422,10 +436,14 @@ def test_any_weight_decodes_to_finite_values(name: str, data: st.DataObject) -> 
 
 @pytest.mark.parametrize("name", [*GGML, *SOME_UNIFORM])
 def test_half_precision_overflow_is_clamped_not_lost(name: str) -> None:
-    """Scales beyond 65504 saturate: the values shrink to what can be stored (with their signs where there is no
-    zero point)."""
+    """Scales beyond 65504 saturate: values shrink to what can be stored, with their signs where there is no
+    zero point."""
     n = codec_info(name).block or 64
-    weight = 1e9 * torch.sign(_randn(3, n, seed=16)) * (1 + torch.rand(3, n, generator=torch.Generator().manual_seed(1)))
+    weight = (
+        1e9
+        * torch.sign(_randn(3, n, seed=16))
+        * (1 + torch.rand(3, n, generator=torch.Generator().manual_seed(1)))
+    )
     codec = block_codec(name, n)
     decoded = codec.decode(*_round_trip(codec, weight, torch.ones(n)))
     assert torch.isfinite(decoded).all() and decoded.abs().max() > 65504
@@ -441,7 +459,9 @@ def test_powers_of_two_scale_through(name: str) -> None:
     codec = block_codec(name, n)
     units, grid = _round_trip(codec, weight, importance)
     bigger_units, bigger = _round_trip(codec, 16 * weight, importance)
-    torch.testing.assert_close(codec.decode(bigger_units, bigger), 16 * codec.decode(units, grid), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        codec.decode(bigger_units, bigger), 16 * codec.decode(units, grid), rtol=2e-3, atol=0
+    )
     for factor in (2.0**-30, 2.0**30):
         other = codec.decode(*_round_trip(codec, weight, factor * importance))
         error = (importance * (weight - codec.decode(units, grid)) ** 2).sum()
@@ -458,12 +478,14 @@ def test_a_constant_row_is_kept(name: str) -> None:
     assert (decoded - weight).abs().mean() <= worst * 0.37
 
 
-# -- floats --------------------------------------------------------------------------------------------------------
+# -- floats
 @pytest.mark.parametrize(("name", "dtype"), [("f32", np.float32), ("f16", np.float16)])
 def test_floats_round_as_numpy(name: str, dtype: type) -> None:
     values = _randn(3, 7)
     codec = get_codec(name)
-    np.testing.assert_array_equal(codec.unpack(codec.encode(values)).numpy(), values.numpy().astype(dtype).astype(np.float32))
+    np.testing.assert_array_equal(
+        codec.unpack(codec.encode(values)).numpy(), values.numpy().astype(dtype).astype(np.float32)
+    )
     assert codec.bits_per_weight(7) == 8 * np.dtype(dtype).itemsize
 
 

@@ -15,11 +15,32 @@ from compress.checkpoint import Checkpoint
 from compress.errors import UnsupportedModel
 from compress.models import families, load_spec
 from compress.models.base import ModelSpec
-from compress.models.decoder import STAGES, Routing, forward_block, rms_norm, rope_tables, route, stage_of, window_of
+from compress.models.decoder import (
+    STAGES,
+    Pooled,
+    Routing,
+    forward_attention,
+    forward_block,
+    forward_ffn,
+    rms_norm,
+    rope_tables,
+    route,
+    stage_of,
+    window_of,
+)
 from tests.tiny import FAMILIES, tiny_model
 
 LENGTH = 48
 SMALL = {"vocab_size": 160, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _rope(kind: str, theta: float = 1e4, **more: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
+def _window(length: int, start: int, use: bool = True) -> dict[str, Any]:
+    return {"use_sliding_window": use, "sliding_window": length, "max_window_layers": start}
+
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
@@ -27,8 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, no grouping, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama, all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, head_dim": ("llama", {"head_dim": 20}),
-    "llama, theta and eps": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-3}),
-    "llama, linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama, theta and eps": ("llama", {**_rope("default", 5e5), "rms_norm_eps": 1e-3}),
+    "llama, linear rope": ("llama", _rope("linear", factor=4.0)),
     "llama, llama3 rope": ("llama", {"rope_parameters": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
@@ -38,8 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attention_factor": 0.9,
         "beta_fast": 16, "beta_slow": 2, "rope_theta": 1e6}}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2, window from the second layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
-    "qwen2, window not used": ("qwen2", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}),
+    "qwen2, window from the second layer": ("qwen2", _window(7, 1)),
+    "qwen2, window not used": ("qwen2", _window(7, 0, use=False)),
     "qwen3, biases": ("qwen3", {"attention_bias": True}),
     "mistral, window": ("mistral", {"sliding_window": 9}),
     "mistral, window longer than the text": ("mistral", {"sliding_window": 100}),
@@ -49,9 +70,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe, no bias": ("qwen2_moe", {"qkv_bias": False}),
     "qwen2_moe, every second block sparse": ("qwen2_moe", {"decoder_sparse_step": 2}),
     "qwen2_moe, dense block": ("qwen2_moe", {"mlp_only_layers": [0]}),
-    "qwen2_moe, window": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen2_moe, window": ("qwen2_moe", _window(6, 1)),
     "qwen3_moe, not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
-    "qwen3_moe, every second block sparse": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_hidden_layers": 4}),
+    "qwen3_moe, every second block sparse": (
+        "qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_hidden_layers": 4}),
     "qwen3_moe, window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6}),
     "qwen3_moe, all experts": ("qwen3_moe", {"num_experts_per_tok": 6}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True, "attention_bias": True}),
@@ -114,7 +136,8 @@ def test_blocks_give_transformers_logits(name: str, folder: Path) -> None:
 
 
 LEGACY = (
-    "llama, linear rope", "llama, llama3 rope", "qwen2, yarn", "qwen2, window from the second layer", "qwen2_moe, window",
+    "llama, linear rope", "llama, llama3 rope", "qwen2, yarn", "qwen2, window from the second layer",
+    "qwen2_moe, window",
     "mistral, window", "mixtral", "qwen3_moe",
 )  # fmt: skip
 
@@ -149,9 +172,10 @@ def test_llama_has_no_window(folder: Path, tmp_path: Path) -> None:
 
 
 DEFAULTS = {
-    "rms_norm_eps": "norm_eps", "sliding_window": "sliding_window", "num_key_value_heads": "kv_heads",
+    "rms_norm_eps": "norm_eps", "sliding_window": "sliding_window",
     "tie_word_embeddings": "tied", "norm_topk_prob": "norm_topk", "num_experts_per_tok": "experts_per_token",
-    "moe_intermediate_size": "moe_intermediate_size", "shared_expert_intermediate_size": "shared_intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "shared_expert_intermediate_size": "shared_intermediate_size",
     "rope_parameters": "rope_theta",
 }  # fmt: skip
 
@@ -167,7 +191,9 @@ def test_absent_keys_mean_what_transformers_means(family: str, folder: Path) -> 
             continue
         less = {k: v for k, v in config.items() if k != key}
         theirs = AutoConfig.for_model(family, **{k: v for k, v in less.items() if k != "model_type"})
-        expected = theirs.rope_parameters["rope_theta"] if key == "rope_parameters" else getattr(theirs, key, None)
+        expected = (
+            theirs.rope_parameters["rope_theta"] if key == "rope_parameters" else getattr(theirs, key, None)
+        )
         ours = getattr(load_spec(less), field)
         if (ours or None) != (expected or None):
             wrong[key] = f"ours {ours}, transformers {expected}"
@@ -180,18 +206,30 @@ def test_every_family_has_a_tiny_model() -> None:
 
 def test_a_window_changes_the_logits(folder: Path) -> None:
     """Guards the cases above: the windows are shorter than the text, so ignoring one would show."""
-    for name in ("mistral, window", "qwen2, window from the second layer", "qwen3_moe, window", "qwen2_moe, window"):
+    for name in (
+        "mistral, window",
+        "qwen2, window from the second layer",
+        "qwen3_moe, window",
+        "qwen2_moe, window",
+    ):
         spec, weights = _load(_case(name, folder))
-        assert window_of(spec, spec.layers - 1) is not None
+        assert any(window_of(spec, layer) for layer in range(spec.layers))
         open_spec = load_spec({**spec.config, "sliding_window": None, "layer_types": None})
-        assert window_of(open_spec, spec.layers - 1) is None
+        assert not any(window_of(open_spec, layer) for layer in range(spec.layers))
         with torch.no_grad():
             a, b = _logits(spec, weights, _ids()), _logits(open_spec, weights, _ids())
         assert (a - b).abs().max() > 1e-2 * a.abs().max()
 
 
-# -- the observer --------------------------------------------------------------------------------------------------
-def _observe(spec: ModelSpec, weights: dict[str, Tensor], hidden: Tensor, layer: int, **options: Any) -> tuple[dict, Any]:
+# -- the observer
+def _observe(
+    spec: ModelSpec,
+    weights: dict[str, Tensor],
+    hidden: Tensor,
+    layer: int,
+    until: int | None = None,
+    **options: Any,
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], Tensor | None]:
     seen: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def note(key: str, x: Tensor, gate: Tensor | None) -> None:
@@ -199,7 +237,10 @@ def _observe(spec: ModelSpec, weights: dict[str, Tensor], hidden: Tensor, layer:
         seen[key] = (x.clone(), gate)
 
     with torch.no_grad():
-        return seen, forward_block(spec, layer, weights, hidden, observe=note, **options)
+        middle = forward_attention(spec, layer, weights, hidden, observe=note, until=until)
+        if middle is None:
+            return seen, None
+        return seen, forward_ffn(spec, layer, weights, middle, observe=note, until=until, **options)
 
 
 @pytest.mark.parametrize("name", ["llama, all biases", "qwen3", "qwen2"])
@@ -210,7 +251,9 @@ def test_observer_sees_the_inputs_of_transformers_linears(name: str, folder: Pat
     for module_name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(
-                lambda _, args, key=module_name: inputs.__setitem__(key, args[0].detach().reshape(-1, args[0].shape[-1]))
+                lambda _, args, key=module_name: inputs.__setitem__(
+                    key, args[0].detach().reshape(-1, args[0].shape[-1])
+                )
             )
     with torch.no_grad():
         model(_ids())
@@ -221,18 +264,26 @@ def test_observer_sees_the_inputs_of_transformers_linears(name: str, folder: Pat
             if tensor.input is not None:
                 x, gate = seen[tensor.input]
                 assert gate is None and x.shape[1] == tensor.shape[1]
-                torch.testing.assert_close(x, inputs[tensor.name.removesuffix(".weight")], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    x, inputs[tensor.name.removesuffix(".weight")], rtol=1e-4, atol=1e-4
+                )
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "mixtral"])
 def test_observer_sees_each_experts_tokens_and_routing_weights(name: str, folder: Path) -> None:
-    """Rows of `experts.e.in` are the router's input at the tokens transformers sends to e; the block's output is
+    """Rows of `experts.e.in` are the router's input at e's tokens; the block's output in transformers is
     rebuilt from what was seen."""
     path = _case(name, folder)
     model, (spec, weights) = _reference(path), _load(path)
     caught: dict[str, Tensor] = {}
-    block = model.model.layers[0].mlp if hasattr(model.model.layers[0], "mlp") else model.model.layers[0].block_sparse_moe
-    block.register_forward_hook(lambda _, args, out: caught.update(x=args[0], out=out[0] if isinstance(out, tuple) else out))
+    block = (
+        model.model.layers[0].mlp
+        if hasattr(model.model.layers[0], "mlp")
+        else model.model.layers[0].block_sparse_moe
+    )
+    block.register_forward_hook(
+        lambda _, args, out: caught.update(x=args[0], out=out[0] if isinstance(out, tuple) else out)
+    )
     with torch.no_grad():
         model(_ids())
     routes: list[Routing] = []
@@ -271,7 +322,9 @@ def test_until_stops_after_its_stage(name: str, folder: Path) -> None:
     everything, out = _observe(spec, weights, hidden, 0)
     assert out is not None
     inputs = {tensor.input for tensor in spec.block_tensors(0) if tensor.input}
-    assert inputs - set(everything) <= {f"experts.{e}.{k}" for e in range(spec.experts) for k in ("in", "act")}
+    assert inputs - set(everything) <= {
+        f"experts.{e}.{k}" for e in range(spec.experts) for k in ("in", "act")
+    }
     for stage in range(len(STAGES)):
         needed = {
             tensor.name: weights[tensor.name]
@@ -292,8 +345,35 @@ def test_given_routing_is_obeyed(folder: Path) -> None:
     tokens = hidden.shape[0] * hidden.shape[1]
     forced = Routing(torch.tensor([[1, 4]]).expand(tokens, 2), torch.tensor([[0.75, 0.25]]).expand(tokens, 2))
     seen, _ = _observe(spec, weights, hidden, 0, routing=forced)
-    assert {key for key in seen if key.endswith(".in") and key.startswith("experts")} == {"experts.1.in", "experts.4.in"}
+    assert {key for key in seen if key.endswith(".in") and key.startswith("experts")} == {
+        "experts.1.in",
+        "experts.4.in",
+    }
     assert (seen["experts.4.in"][1] == 0.25).all() and len(seen["experts.4.in"][0]) == tokens
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
+def test_pooled_experts_see_everybodys_tokens(name: str, folder: Path) -> None:
+    """Activations under every third token, whoever it is routed to; the block computes what it did before."""
+    spec, weights = _load(_case(name, folder))
+    hidden = weights["model.embed_tokens.weight"][_ids()]
+    plain, out = _observe(spec, weights, hidden, 0)
+    seen, again = _observe(spec, weights, hidden, 0, pooled=Pooled(frozenset({1, 3}), 3))
+    assert torch.equal(out, again) and set(seen) - set(plain) == {"experts.1.act.pool", "experts.3.act.pool"}
+    everybody = Routing(
+        torch.full((hidden.shape[0] * hidden.shape[1], 1), 3),
+        torch.ones(hidden.shape[0] * hidden.shape[1], 1),
+    )
+    forced, _ = _observe(spec, weights, hidden, 0, routing=everybody)
+    act, gate = seen["experts.3.act.pool"]
+    assert gate is None
+    torch.testing.assert_close(act, forced["experts.3.act"][0][::3], rtol=1e-4, atol=1e-5)
+
+
+def test_halves_make_a_block(folder: Path) -> None:
+    spec, weights = _load(_case("qwen3_moe", folder))
+    hidden = weights["model.embed_tokens.weight"][_ids()]
+    assert torch.equal(forward_block(spec, 1, weights, hidden), _observe(spec, weights, hidden, 1)[1])
 
 
 def test_routing_is_softmax_top_k(folder: Path) -> None:
@@ -301,11 +381,15 @@ def test_routing_is_softmax_top_k(folder: Path) -> None:
     logits = torch.randn(50, spec.experts, generator=torch.Generator().manual_seed(1))
     routing = route(spec, logits)
     probabilities = torch.softmax(logits.double(), 1)
-    assert torch.equal(routing.experts, probabilities.argsort(1, descending=True)[:, : spec.experts_per_token])
-    torch.testing.assert_close(routing.weights.double(), probabilities.gather(1, routing.experts), rtol=1e-5, atol=1e-7)
+    assert torch.equal(
+        routing.experts, probabilities.argsort(1, descending=True)[:, : spec.experts_per_token]
+    )
+    torch.testing.assert_close(
+        routing.weights.double(), probabilities.gather(1, routing.experts), rtol=1e-5, atol=1e-7
+    )
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------
+# -- refusals
 def test_unknown_architecture_lists_what_is_supported() -> None:
     with pytest.raises(UnsupportedModel) as error:
         load_spec({"model_type": "qwen33"})
@@ -320,4 +404,6 @@ def test_options_that_would_change_the_maths_are_refused(folder: Path) -> None:
     with pytest.raises(UnsupportedModel, match="partial_rotary"):
         load_spec({**spec.config, "partial_rotary_factor": 0.5})
     with pytest.raises(UnsupportedModel, match="rope"):
-        rope_tables(load_spec({**spec.config, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}), 8)
+        rope_tables(
+            load_spec({**spec.config, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}), 8
+        )

@@ -31,7 +31,9 @@ def _gram(n: int, tokens: int = 2000, seed: int = 1) -> Tensor:
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
-    return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(
+        len(gram), dtype=torch.float64
+    )
 
 
 def _objective(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
@@ -49,11 +51,13 @@ def _values(units: Tensor, grid: Grid, codec: BlockCodec) -> Tensor:
     return out if grid.offset is None else out - _columns(grid.offset, codec)
 
 
-def _naive_gptq(weight: Tensor, gram: Tensor, codec: BlockCodec, grid: Grid, order: list[list[int]]) -> Tensor:
+def _naive_gptq(
+    weight: Tensor, gram: Tensor, codec: BlockCodec, grid: Grid, order: list[list[int]]
+) -> Tensor:
     """Textbook optimal-brain error feedback in float64 with a static grid: returns units [R, n].
 
-    `order` lists the columns of every step in the order they are fixed. After each step its error is spread by
-    H^-1, and the step is struck from H^-1 by Gaussian elimination (OBC, arXiv 2208.11580; no Cholesky factor).
+    `order` lists the columns of every step in the order they are fixed. After each step its error is spread
+    by H^-1, and the step is struck from H^-1 by Gaussian elimination (OBC, arXiv 2208.11580; no Cholesky).
     """
     w, inverse = weight.double().clone(), torch.linalg.inv(gram.double())
     scale = _columns(grid.scale, codec)
@@ -80,11 +84,13 @@ def _order(hessian: Tensor, step: int, act_order: bool) -> list[list[int]]:
     return steps
 
 
-# -- gptq against the textbook -------------------------------------------------------------------------------------
+# -- gptq against the textbook
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "q4_k", "q2_k", "iq4_xs", "q5_1", "iq2_xxs", "iq3_xxs"])
+@pytest.mark.parametrize(
+    "name", ["int4-g128", "int3-g64-asym", "q4_k", "q2_k", "iq4_xs", "q5_1", "iq2_xxs", "iq3_xxs"]
+)
 def test_gptq_is_textbook_gptq(name: str, act_order: bool) -> None:
-    """Same codes as eliminating one step after the other from H^-1; a lattice step is eight columns (LDLQ)."""
+    """The codes of eliminating step after step from H^-1; a lattice step is eight columns (LDLQ)."""
     n = 256
     weight, gram = 0.05 * _randn(12, n, seed=3), _gram(n)
     codec = block_codec(name, n)
@@ -105,7 +111,9 @@ def test_act_order_is_not_natural_order() -> None:
     assert not torch.equal(*orders)
 
 
-@pytest.mark.parametrize("name", ["int4-g128", "int3-row-asym", "q4_k", "q6_k", "iq4_nl", "iq2_xs", "iq3_xxs"])
+@pytest.mark.parametrize(
+    "name", ["int4-g128", "int3-row-asym", "q4_k", "q6_k", "iq4_nl", "iq2_xs", "iq3_xxs"]
+)
 def test_independent_columns_need_no_feedback(name: str) -> None:
     """With a diagonal gram every column's optimum is its nearest level: gptq = nearest in the same grid."""
     n = 256
@@ -114,7 +122,9 @@ def test_independent_columns_need_no_feedback(name: str) -> None:
     codec = block_codec(name, n)
     solution = gptq.solve(weight, gram, codec, GptqOptions(damping=DAMPING, **PLAIN))
     hessian = _damped(gram, DAMPING)
-    independent = _naive_gptq(weight, torch.diag(hessian.diagonal()), codec, solution.grid, _order(hessian, codec.step, False))
+    independent = _naive_gptq(
+        weight, torch.diag(hessian.diagonal()), codec, solution.grid, _order(hessian, codec.step, False)
+    )
     assert (solution.units.double() == independent).float().mean() > 0.998
 
 
@@ -128,17 +138,18 @@ def test_gptq_of_white_inputs_is_rtn(name: str) -> None:
     assert solved.error == pytest.approx(nearest.error, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["int4-g128", "int2-g64", "int4-g32-asym", "q4_0", "q5_1", "q4_k", "q6_k", "q3_k", "q2_k",
+@pytest.mark.parametrize("name", ["int4-g128", "int2-g64", "int4-g32-asym", "q4_0", "q5_1", "q4_k", "q6_k",
+                                  "q3_k", "q2_k",
                                   "iq4_xs", "iq2_xxs", "iq2_xs", "iq3_xxs"])  # fmt: skip
 def test_each_stage_lowers_the_damped_objective(name: str) -> None:
     """rtn >= feedback >= + refits >= + sweeps, measured in float64."""
-    n = 512
+    n = 256
     weight, gram = 0.05 * _randn(16, n, seed=7), _gram(n, seed=8)
     codec, hessian = block_codec(name, n), _damped(gram, DAMPING)
     stages = [rtn.solve(weight, gram, codec, RtnOptions())]
     stages += [
         gptq.solve(weight, gram, codec, GptqOptions(damping=DAMPING, refits=refits, sweeps=sweeps))
-        for refits, sweeps in ((0, 0), (1, 0), (3, 0), (3, 1), (3, 2), (3, 4))
+        for refits, sweeps in ((0, 0), (1, 0), (3, 0), (3, 1), (3, 3))
     ]
     costs = [_objective(weight, s.decode(), hessian) for s in stages]
     for before, after in itertools.pairwise(costs):
@@ -146,7 +157,7 @@ def test_each_stage_lowers_the_damped_objective(name: str) -> None:
     assert costs[-1] < 0.9 * costs[0]
 
 
-# -- brute force ---------------------------------------------------------------------------------------------------
+# -- brute force
 @pytest.mark.parametrize("columns", [4, 8])
 def test_two_bit_rows_come_near_the_best_codes(columns: int) -> None:
     """Every one of the 4^n codes of a row, in the grid the solver ended with."""
@@ -163,9 +174,9 @@ def test_two_bit_rows_come_near_the_best_codes(columns: int) -> None:
     def rows_of(s: Solution) -> Tensor:
         return (((weight - s.decode()).double() @ factor) ** 2).sum(1)
 
-    best = torch.stack([
-        (((weight[r].double() - codes * solution.grid.scale[r, 0].double()) @ factor) ** 2).sum(1).min() for r in range(rows)
-    ])  # fmt: skip
+    scale = solution.grid.scale[:, 0].double()
+    rests = [(weight[r].double() - codes * scale[r]) @ factor for r in range(rows)]
+    best = torch.stack([(rest**2).sum(1).min() for rest in rests])
     assert (rows_of(solution) >= best * (1 - 1e-5)).all()
     assert rows_of(solution).sum() <= 1.25 * best.sum()
     assert rows_of(solution).sum() <= rows_of(plain).sum() <= rows_of(nearest).sum()
@@ -187,7 +198,7 @@ def test_sweeps_end_where_no_single_code_can_improve() -> None:
         assert (cost >= base[:, None] * (1 - 1e-5)).all()
 
 
-# -- rtn -----------------------------------------------------------------------------------------------------------
+# -- rtn
 @pytest.mark.parametrize("name", ["int4-g128", "int4-g32-asym", "q4_k", "q8_0", "iq4_nl", "iq2_xxs"])
 def test_rtn_rounds_to_the_nearest_value_of_its_grid(name: str) -> None:
     n = 256
@@ -204,7 +215,9 @@ def test_rtn_rounds_to_the_nearest_value_of_its_grid(name: str) -> None:
 def test_rtn_without_gram_is_unweighted_and_an_empty_gram_counts_as_none() -> None:
     weight = _randn(4, 128, seed=14)
     codec = block_codec("int4-g64", 128)
-    none, empty, white = (rtn.solve(weight, g, codec, RtnOptions()) for g in (None, torch.zeros(128, 128), torch.eye(128)))
+    none, empty, white = (
+        rtn.solve(weight, g, codec, RtnOptions()) for g in (None, torch.zeros(128, 128), torch.eye(128))
+    )
     assert torch.equal(none.units, empty.units) and torch.equal(none.units, white.units)
     assert none.error == pytest.approx(float(((weight - none.decode()) ** 2).sum() / (weight**2).sum()))
 
@@ -220,7 +233,7 @@ def test_importance_moves_error_to_the_columns_that_matter_less() -> None:
     assert after < 0.9 * before
 
 
-# -- damping and degenerate statistics -----------------------------------------------------------------------------
+# -- damping and degenerate statistics
 def test_relative_error_is_the_trace_formula() -> None:
     weight, gram = _randn(3, 16, seed=16), _gram(16, tokens=50)
     quantized = weight + 0.1 * _randn(3, 16, seed=17)
@@ -234,7 +247,9 @@ def test_damped_factor_inverts_the_damped_gram() -> None:
     assert (damping, retries) == (0.05, 0)
     torch.testing.assert_close(damped.double(), _damped(gram, 0.05), rtol=1e-6, atol=1e-6)
     assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close((upper.double().T @ upper.double()), torch.linalg.inv(_damped(gram, 0.05)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        (upper.double().T @ upper.double()), torch.linalg.inv(_damped(gram, 0.05)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_damping_ladder_is_climbed_and_recorded() -> None:
@@ -268,7 +283,7 @@ def test_a_gram_no_damping_repairs_is_a_numerical_error() -> None:
 
 @pytest.mark.parametrize("name", ["int4-g64", "int3-row-asym", "q4_k", "q2_k", "iq2_xxs", "iq3_xxs"])
 def test_rank_deficient_gram_and_dead_columns(name: str) -> None:
-    """Eight tokens for 256 columns, a quarter of them always zero: still better than rounding, nothing blows up."""
+    """Eight tokens for 256 columns, a quarter of them always zero: still better than rounding."""
     n = 256
     weight = 0.05 * _randn(8, n, seed=19)
     x = _randn(8, n, seed=20)
@@ -297,13 +312,15 @@ def test_gram_of_any_size_gives_the_same_codes() -> None:
     weight, gram = 0.05 * _randn(6, 256, seed=22), _gram(256)
     for name in ("int4-g128", "q4_k"):
         codec = block_codec(name, 256)
-        one, big, small = (gptq.solve(weight, g, codec, GptqOptions()) for g in (gram, gram * 2.0**20, gram * 2.0**-20))
+        one, big, small = (
+            gptq.solve(weight, g, codec, GptqOptions()) for g in (gram, gram * 2.0**20, gram * 2.0**-20)
+        )
         for other in (big, small):
             assert (one.units == other.units).float().mean() > 0.99
             assert other.error == pytest.approx(one.error, rel=1e-2)
 
 
-# -- options -------------------------------------------------------------------------------------------------------
+# -- options
 def test_options_are_validated() -> None:
     for wrong in ({"damping": 0.0}, {"sweeps": -1}, {"dampign": 0.1}, {"sweeps": "2"}):
         with pytest.raises(ValueError):
