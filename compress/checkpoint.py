@@ -52,11 +52,15 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path} is listed in the index but does not exist; fetch the missing shard") from None
     except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
         raise CheckpointError(f"{path} is not a safetensors file or its header is damaged; fetch it again") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = {name: Entry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise CheckpointError(f"{path} is not a safetensors file or its header is damaged; fetch it again") from None
     if 8 + length + end > size:
         raise CheckpointError(f"{path} is truncated: {8 + length + end} bytes expected, {size} found; fetch it again")
-    return {name: Entry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+    return entries
 
 
 @dataclass(frozen=True)

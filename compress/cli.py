@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,17 +77,17 @@ def plan(
     from compress.recipe import load_recipe
 
     made = make_plan(load_recipe(recipe, set or (), model=model, output=output), weights=rehearse)
-    facts: dict[str, Any] = {}
+    estimate = None
     if rehearse:
         from compress.rehearse import rehearse as rehearse_plan
 
-        facts["estimated_seconds"] = rehearse_plan(made)
+        estimate = rehearse_plan(made)
     if as_json:
-        typer.echo(json.dumps({**made.as_dict(), **facts}))
+        typer.echo(json.dumps({**made.as_dict(), **({"estimated_seconds": estimate.as_dict()} if estimate else {})}))
         return
     from compress.report.plan_table import plan_table
 
-    _print(plan_table(made, facts.get("estimated_seconds")))
+    _print(plan_table(made, estimate))
 
 
 @app.command()
@@ -109,6 +110,21 @@ def score(
 
 
 @app.command()
+def generate(
+    file: Annotated[str, typer.Argument(help="A GGUF file.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most this many new tokens.")] = 64,
+) -> None:
+    """Let llama.cpp continue a prompt with a GGUF file, greedily."""
+    if not prompt:
+        raise CompressError("the prompt is empty; give some text to continue")
+    from compress.scoring.llama_cpp import LlamaCpp
+
+    with LlamaCpp(file) as model:
+        typer.echo(prompt + model.generate(prompt, tokens))
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Folders of finished runs, or their scorecard.json.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
@@ -125,22 +141,34 @@ def compare(
 
 
 def main() -> None:
-    """Entry point of the `compress` command."""
+    """Entry point of the `compress` command: every foreseen error is a line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without our characters shows question marks
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except CompressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        code = _fail(error.exit_code, *str(error).splitlines())
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to continue from the last finished block", file=sys.stderr)
-        raise SystemExit(130) from None
-    except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
-    except Exception as error:
-        if type(error).__name__ in ("UsageError", "NoSuchOption", "BadParameter", "MissingParameter", "NoArgsIsHelpError"):
-            error.show()
-            raise SystemExit(2) from None
-        raise
+        resumes = "run" in sys.argv[1:2]
+        code = _fail(130, "interrupted" + ("; the same command continues from the last finished block" if resumes else ""))
+    except BrokenPipeError:  # the reader of our output left, e.g. `compress plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        code = _fail(1, f"{where}{error.strerror or error}; check the path, its permissions and the free space")
+    except MemoryError:
+        code = _fail(1, "out of memory; `compress plan` shows what a run needs")
+    except typer.BadParameter.__mro__[1] as error:  # UsageError, which typer does not export
+        error.show()
+        code = error.exit_code
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(code: int, *lines: str) -> int:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

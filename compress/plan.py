@@ -168,7 +168,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     weights=True also demands that every tensor is in the checkpoint with the shape the config implies.
     Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
     """
-    checkpoint = Checkpoint.open(_model_location(recipe.model), weights=weights)
+    checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
     spec = load_spec(checkpoint.config)
     problems = _container_problems(recipe, spec)
     warnings: list[str] = []
@@ -215,7 +215,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
         warnings += [f"rule matches no tensor of this model: {rule}" for rule in matcher.unused()
                      if quantize and rule in quantize.rules]
     if weights:
-        problems += _checkpoint_problems(spec, checkpoint)
+        problems += checkpoint_problems(spec, checkpoint)
     if problems:
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
     for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
@@ -226,7 +226,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     return Plan(recipe, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source)
 
 
-def _model_location(model: str) -> str:
+def model_location(model: str) -> str:
     """A folder as given, a bundled demo model by name or `models/name`, or a hub id."""
     from compress.text import data_root
 
@@ -255,7 +255,8 @@ def _container_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
     return problems
 
 
-def _checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+    """Tensors of another shape than config.json implies; CheckpointError for the first that is not there."""
     problems = []
     for tensor in spec.tensors():
         entry = checkpoint.entries.get(tensor.name)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.errors import NumericalError
+
 
 @dataclass
 class Moments:
@@ -53,7 +55,8 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether every activation so far was; one that is not spoils its gram for good."""
-        return bool(torch.isfinite(self.gram.diagonal()).all())
+        sums = (self.gram.diagonal(), self.drift, self.residual)
+        return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def corrected_target(weight: Tensor, statistics: Statistics, damping: float, str
     ridge = damping * gram.diagonal().mean().clamp_min(1e-30)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=torch.float64))
     if failed:
-        return weight
+        raise NumericalError(f"gram cannot be factorised with a ridge of {damping:g} of its mean; raise drift_damping")
     return weight + torch.cholesky_solve(pull.T.double(), factor).T.float()
 
 

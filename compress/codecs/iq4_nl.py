@@ -22,7 +22,7 @@ class NonLinear4(ScalarCodec):
     _edges = (levels[1:] + levels[:-1]) / 2
 
     def index(self, units: Tensor) -> Tensor:
-        return torch.bucketize(units, self._edges.to(units.device))
+        return torch.bucketize(units.contiguous(), self._edges.to(units.device))
 
     def round(self, target: Tensor) -> Tensor:
         return self.levels.to(target.device)[self.index(target)]

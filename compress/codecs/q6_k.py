@@ -14,7 +14,7 @@ class Q6_K(ScalarCodec):
     low, high = -32, 31
     signed_scale = True
     scale_rule = IntegerScale(-128, 127)
-    shrinks = (1.0, 0.97, 0.94, 0.9)
+    shrinks = tuple(1.01 - 0.01 * i for i in range(12))
 
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         q = u8(units + 32).reshape(-1, 2, 4, 32)  # half, quarter of the half, column

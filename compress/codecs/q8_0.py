@@ -12,7 +12,7 @@ from compress.codecs.bits import half_bytes, read_half, u8
 class Q8_0(ScalarCodec):
     name, span, sub, block_bytes = "q8_0", 32, 32, 34
     low, high = -127, 127
-    shrinks = (1.0, 0.99, 0.98)
+    shrinks = tuple(1.003 - 0.0025 * i for i in range(12))
 
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         return torch.cat((half_bytes(grid.scale), u8(units)), dim=1)

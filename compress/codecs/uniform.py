@@ -23,7 +23,9 @@ class UniformCodec(ScalarCodec):
     def __init__(self, name: str, bits: int, group: int | None, symmetric: bool):
         self.name, self.bits, self.group, self.symmetric = name, bits, group, symmetric
         self.low, self.high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-        self.shrinks = tuple(1.0 - 0.025 * i for i in range(5 if bits == 8 else 16))
+        # a symmetric range may start above the maximum: the lower end has one more level
+        top = 2 ** (bits - 1) / (2 ** (bits - 1) - 1) if symmetric and bits > 2 else 1.01
+        self.shrinks = tuple(top - (0.0033 if bits == 8 else 0.025) * i for i in range(12 if bits == 8 else 18))
 
     def for_row(self, in_features: int) -> UniformCodec:
         """This codec with spans of `in_features` columns where the group is the row."""

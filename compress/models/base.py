@@ -81,6 +81,9 @@ class Family:
     """Whether the chosen experts' probabilities are renormalised to sum to one; a key or a constant."""
     sliding_window: bool = False
     """Whether the config's sliding_window is honoured (subject to use_sliding_window)."""
+    window_rule: str = "all"
+    """Which layers slide: "all"; or as the config's layer_types says and, without it, "late" (from max_window_layers
+    on) or "even" (even layers below it)."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of absent config keys, as transformers fills them in."""
 
@@ -240,7 +243,8 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
     if family.moe is not None and experts:
         step, dense = merged.get("decoder_sparse_step", 1), set(merged.get("mlp_only_layers") or ())
         sparse = frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0)
-    window = merged.get("sliding_window") if family.sliding_window else None
+    # null means no window; only an absent key means the default
+    window = {**family.defaults, **config}.get("sliding_window") if family.sliding_window else None
     if window and merged.get("use_sliding_window", True) is False:
         window = None
     norm_topk = family.normalises_top_k

@@ -115,12 +115,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def window_of(spec: ModelSpec, layer: int) -> int | None:
     """Sliding-window length of a layer, None for full attention."""
-    kinds = spec.config.get("layer_types")
-    if kinds is not None:
-        return spec.sliding_window if kinds[layer] == "sliding_attention" else None
-    if spec.sliding_window and spec.model_type.startswith("qwen"):
-        return spec.sliding_window if layer >= spec.config.get("max_window_layers", 28) else None
-    return spec.sliding_window
+    kinds, first = spec.config.get("layer_types"), spec.config.get("max_window_layers", 28)
+    rule = spec.family.window_rule
+    if rule == "all":
+        slides = True
+    elif kinds is not None:
+        slides = kinds[layer] == "sliding_attention"
+    else:
+        slides = layer >= first if rule == "late" else layer % 2 == 0 and layer < first
+    return spec.sliding_window if slides else None
 
 
 def _attend(spec: ModelSpec, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

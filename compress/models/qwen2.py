@@ -8,5 +8,6 @@ FAMILY = Family(
     gguf_arch="qwen2",
     attention_bias=True,
     sliding_window=True,
+    window_rule="late",
     defaults={"use_sliding_window": False},
 )

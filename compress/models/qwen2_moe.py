@@ -11,6 +11,7 @@ FAMILY = Family(
                  shared_router="mlp.shared_expert_gate.weight"),
     normalises_top_k="norm_topk_prob",
     sliding_window=True,
+    window_rule="even",
     defaults={"use_sliding_window": False, "qkv_bias": True, "num_experts": 60, "num_experts_per_tok": 4,
               "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
 )

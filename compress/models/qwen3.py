@@ -10,5 +10,6 @@ FAMILY = Family(
     attention_bias="attention_bias",
     output_bias="attention_bias",
     sliding_window=True,
+    window_rule="late",
     defaults={"use_sliding_window": False, "head_dim": 128},
 )

@@ -63,9 +63,10 @@ class Artifact(_Value):
 
 
 class Base(_Value):
-    """The original: bytes of its weight files and its own scores on the same windows and documents."""
+    """The original: bytes of its weight files and its own scores on the same windows and documents; all None when
+    a model was scored on its own."""
 
-    bytes: int
+    bytes: int | None
     bits_per_weight: float | None = None
     parameters: int | None = None
     scores: Scores | None = None

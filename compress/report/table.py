@@ -111,10 +111,12 @@ def scorecard_table(scorecard: Scorecard) -> RenderableType:
 
 
 def _main_table(scorecard: Scorecard) -> Table:
-    columns: list[Base | Artifact] = [scorecard.base, *scorecard.artifacts]
+    known = scorecard.base.bytes is not None  # a model scored on its own has no original beside it
+    columns: list[Base | Artifact] = [*([scorecard.base] if known else ()), *scorecard.artifacts]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    table.add_column("original", justify="right")
+    if known:
+        table.add_column("original", justify="right")
     for artifact in scorecard.artifacts:
         table.add_column(artifact.container, justify="right", overflow="fold")
 
@@ -131,11 +133,8 @@ def _main_table(scorecard: Scorecard) -> Table:
     row("size", [human_bytes(column.bytes) for column in columns])
     row("bytes", [f"{column.bytes:,}" for column in columns])
     row("bits per weight", [_bits(column.bits_per_weight) for column in columns])
-    row(
-        "share of original",
-        ["100%", *(_share(artifact, scorecard.base) for artifact in scorecard.artifacts)],
-        True,
-    )
+    shares = [_share(artifact, scorecard.base) for artifact in scorecard.artifacts]
+    row("share of original", ["100%", *shares] if known else shares, True)
     row("perplexity", scored(lambda scores: _interval(scores.perplexity)))
     row("  ratio to original", scored(lambda scores: _interval(scores.perplexity_ratio)))
     row("KL divergence, mean", divergence(lambda kld: _estimate(kld.mean, kld.low, kld.high)))
@@ -159,9 +158,9 @@ def _bits(value: float | None) -> str:
 
 
 def _share(artifact: Artifact, base: Base) -> str:
-    ratio = (
-        artifact.ratio if artifact.ratio is not None else artifact.bytes / base.bytes if base.bytes else None
-    )
+    ratio = artifact.ratio
+    if ratio is None and base.bytes:
+        ratio = artifact.bytes / base.bytes
     return DASH if not ratio else f"{100 * ratio:.1f}% (1/{1 / ratio:.1f})"
 
 
@@ -362,6 +361,8 @@ def _base_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     for row in rows:
         name = f"original {row.scorecard.model}" if several else "original"
         base, scores = row.scorecard.base, row.artifact.scores
+        if base.bytes is None:
+            continue
         before = scores.base_perplexity if scores and scores.base_perplexity else None
         if before is None and base.scores:
             before = base.scores.perplexity

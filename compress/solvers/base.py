@@ -40,29 +40,35 @@ def relative_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
     return float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp_min(TINY))
 
 
-def damped_factor(gram: Tensor, damping: float, tries: int = 8) -> tuple[Tensor, Tensor, float, int]:
-    """Damped gram and the upper Cholesky factor U of its inverse, `inverse = U^T U`.
+def damped_gram(gram: Tensor, damping: float, tries: int = 8) -> tuple[Tensor, float, int]:
+    """`gram + damping * mean(diag) * I` in float64, the damping that was needed and how often it was raised.
 
-    gram: [n, n], symmetric positive semi-definite. Damping is a fraction of the mean diagonal; when the factorisation
-    fails it is raised tenfold, `tries` times at most, and the value that worked is returned with the number of
-    retries. Works in float64, returns float32. Raises NumericalError when no damping helps (non-finite statistics).
+    gram: [n, n], symmetric positive semi-definite. When the result cannot be factorised the damping is raised tenfold,
+    `tries` times at most. Raises NumericalError when no damping helps (non-finite statistics).
     """
     wide = gram.double()
-    mean = float(wide.diagonal().mean())
     if not torch.isfinite(wide).all():
         raise NumericalError("gram is not finite; calibration activations overflowed")
+    mean = float(wide.diagonal().mean())
     mean = mean if mean > 0 else 1.0
     eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
     for retry in range(tries):
         damped = wide + damping * mean * eye
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return damped.float(), upper.float(), damping, retry
+        if not torch.linalg.cholesky_ex(damped)[1]:
+            return damped, damping, retry
         damping = max(damping * 10, 1e-8)
     raise NumericalError(f"gram cannot be factorised even with damping {damping:g}; check the calibration data")
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper triangular U with `gram^-1 = U^T U`. gram: float64 [n, n], positive definite.
+
+    From one Cholesky factorisation: with J the reversal of order, J gram J = L L^T gives gram = R R^T for the upper
+    triangular R = J L J, so U = R^-1.
+    """
+    lower = torch.linalg.cholesky(gram.flip(0, 1))
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
 def safe_divisor(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs.base import BlockCodec, Grid
-from compress.solvers.base import Solution, damped_factor, relative_error, safe_divisor
+from compress.solvers.base import Solution, damped_gram, inverse_factor, relative_error, safe_divisor
 from compress.solvers.options import GptqOptions
 
 NEEDS_GRAM = True
@@ -55,10 +55,11 @@ def solve(weight: Tensor, gram: Tensor, codec: BlockCodec, options: GptqOptions)
 
     Raises NumericalError when the gram cannot be factorised.
     """
-    hessian, _, damping, retries = damped_factor(gram, options.damping)
-    order = _order(hessian, codec.step, options.act_order)
-    ordered = hessian[order][:, order]
-    _, upper, _, _ = damped_factor(ordered, 0.0)
+    weight = weight.contiguous()
+    damped, damping, retries = damped_gram(gram, options.damping)
+    order = _order(damped, codec.step, options.act_order)
+    upper = inverse_factor(damped[order][:, order]).float()
+    hessian = damped.float()
     grid = codec.fit(weight, hessian.diagonal())
     units = _feedback(weight.T[order].contiguous(), upper, _Columns(codec, grid, order))
     inverse_order = order.argsort()

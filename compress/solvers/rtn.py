@@ -14,6 +14,7 @@ NEEDS_GRAM = False
 
 def solve(weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOptions) -> Solution:
     """weight: float32 [R, n]; gram: [n, n] or None (unweighted). The diagonal weighs the columns."""
+    weight = weight.contiguous()
     n = weight.shape[1]
     importance = torch.ones(n, device=weight.device) if gram is None else gram.diagonal().float().clamp_min(0)
     if float(importance.sum()) == 0:

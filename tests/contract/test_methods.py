@@ -82,12 +82,7 @@ def _same(a: Solution, b: Solution) -> None:
 def test_solver_files_and_options_go_together(name: str) -> None:
     module = importlib.import_module(f"compress.solvers.{name}")
     options = SOLVERS[name]()
-    assert (
-        options.name == name
-        and isinstance(module.NEEDS_GRAM, bool)
-        and module.__doc__
-        and SOLVERS[name].__doc__
-    )
+    assert options.name == name and isinstance(module.NEEDS_GRAM, bool) and module.__doc__ and SOLVERS[name].__doc__
     assert set(SOLVERS) == set(SOLVER_NAMES)
     assert all(field.description for key, field in SOLVERS[name].model_fields.items() if key != "name")
 

@@ -163,9 +163,7 @@ def _weights(source: str) -> Tensor:
     if source == "laplace":
         uniform = torch.rand(48, 512, generator=torch.Generator().manual_seed(4)) - 0.5
         return -0.02 * uniform.sign() * torch.log1p(-2 * uniform.abs().clamp_max(0.4999999))
-    return (
-        Checkpoint.open(demo_model()).load(f"model.layers.1.{source}.weight").float()[:96, :256].contiguous()
-    )
+    return Checkpoint.open(demo_model()).load(f"model.layers.1.{source}.weight").float()[:96, :256].contiguous()
 
 
 @pytest.mark.parametrize("source", ["gaussian", "laplace", "self_attn.q_proj", "mlp.experts.0.gate_proj"])
@@ -195,9 +193,7 @@ def test_fit_is_near_the_best_scale_there_is(name: str, limit: float) -> None:
     longest = min(abs(codec.low), codec.high) / max(abs(codec.low), codec.high)
     for stretch in torch.linspace(0.3, 1.1 / longest, 1200):
         for sign in (1, -1) if codec.signed_scale else (1,):
-            scale = half(
-                weight.abs().amax(1, keepdim=True) * sign * stretch / max(abs(codec.low), codec.high)
-            )
+            scale = half(weight.abs().amax(1, keepdim=True) * sign * stretch / max(abs(codec.low), codec.high))
             error = (importance * (weight - scale * codec.round(weight / scale)) ** 2).sum(1)
             best = torch.minimum(best, error)
     assert ours.sum() >= 0.995 * best.sum(), "the scan is not exhaustive"
@@ -339,9 +335,7 @@ def test_refit_never_raises_the_objective(name: str) -> None:
     assert torch.equal(codec.unpack(packed), codec.decode(units, grid))
     again = codec.fit(weight, gram.diagonal())
     for old, fresh in zip(saved, vars(again).values(), strict=True):
-        assert (old is None and fresh is None) or torch.equal(old, fresh), (
-            "refit changed the grid it was given"
-        )
+        assert (old is None and fresh is None) or torch.equal(old, fresh), "refit changed the grid it was given"
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "iq4_nl", "int4-row", "int4-g32"])
@@ -373,9 +367,7 @@ def test_uniform_stores_code_minus_zero_times_scale(name: str) -> None:
     if info.symmetric:
         assert (zeros == 2 ** (info.bits - 1)).all()
     group = np.arange(n) // (info.block or n)
-    value = (codes.numpy().astype(np.float32) - zeros.numpy()[:, group]) * scales.numpy().astype(np.float32)[
-        :, group
-    ]
+    value = (codes.numpy().astype(np.float32) - zeros.numpy()[:, group]) * scales.numpy().astype(np.float32)[:, group]
     np.testing.assert_array_equal(get_codec(name).unpack(packed).numpy(), value)
     np.testing.assert_array_equal(codec.decode(units, grid).numpy(), value)
     # rounding to nearest: inside the range no value is off by more than half a step
@@ -440,9 +432,7 @@ def test_half_precision_overflow_is_clamped_not_lost(name: str) -> None:
     zero point."""
     n = codec_info(name).block or 64
     weight = (
-        1e9
-        * torch.sign(_randn(3, n, seed=16))
-        * (1 + torch.rand(3, n, generator=torch.Generator().manual_seed(1)))
+        1e9 * torch.sign(_randn(3, n, seed=16)) * (1 + torch.rand(3, n, generator=torch.Generator().manual_seed(1)))
     )
     codec = block_codec(name, n)
     decoded = codec.decode(*_round_trip(codec, weight, torch.ones(n)))
@@ -459,9 +449,7 @@ def test_powers_of_two_scale_through(name: str) -> None:
     codec = block_codec(name, n)
     units, grid = _round_trip(codec, weight, importance)
     bigger_units, bigger = _round_trip(codec, 16 * weight, importance)
-    torch.testing.assert_close(
-        codec.decode(bigger_units, bigger), 16 * codec.decode(units, grid), rtol=2e-3, atol=0
-    )
+    torch.testing.assert_close(codec.decode(bigger_units, bigger), 16 * codec.decode(units, grid), rtol=2e-3, atol=0)
     for factor in (2.0**-30, 2.0**30):
         other = codec.decode(*_round_trip(codec, weight, factor * importance))
         error = (importance * (weight - codec.decode(units, grid)) ** 2).sum()

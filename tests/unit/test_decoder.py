@@ -191,9 +191,7 @@ def test_absent_keys_mean_what_transformers_means(family: str, folder: Path) -> 
             continue
         less = {k: v for k, v in config.items() if k != key}
         theirs = AutoConfig.for_model(family, **{k: v for k, v in less.items() if k != "model_type"})
-        expected = (
-            theirs.rope_parameters["rope_theta"] if key == "rope_parameters" else getattr(theirs, key, None)
-        )
+        expected = theirs.rope_parameters["rope_theta"] if key == "rope_parameters" else getattr(theirs, key, None)
         ours = getattr(load_spec(less), field)
         if (ours or None) != (expected or None):
             wrong[key] = f"ours {ours}, transformers {expected}"
@@ -264,9 +262,7 @@ def test_observer_sees_the_inputs_of_transformers_linears(name: str, folder: Pat
             if tensor.input is not None:
                 x, gate = seen[tensor.input]
                 assert gate is None and x.shape[1] == tensor.shape[1]
-                torch.testing.assert_close(
-                    x, inputs[tensor.name.removesuffix(".weight")], rtol=1e-4, atol=1e-4
-                )
+                torch.testing.assert_close(x, inputs[tensor.name.removesuffix(".weight")], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "mixtral"])
@@ -277,9 +273,7 @@ def test_observer_sees_each_experts_tokens_and_routing_weights(name: str, folder
     model, (spec, weights) = _reference(path), _load(path)
     caught: dict[str, Tensor] = {}
     block = (
-        model.model.layers[0].mlp
-        if hasattr(model.model.layers[0], "mlp")
-        else model.model.layers[0].block_sparse_moe
+        model.model.layers[0].mlp if hasattr(model.model.layers[0], "mlp") else model.model.layers[0].block_sparse_moe
     )
     block.register_forward_hook(
         lambda _, args, out: caught.update(x=args[0], out=out[0] if isinstance(out, tuple) else out)
@@ -322,9 +316,7 @@ def test_until_stops_after_its_stage(name: str, folder: Path) -> None:
     everything, out = _observe(spec, weights, hidden, 0)
     assert out is not None
     inputs = {tensor.input for tensor in spec.block_tensors(0) if tensor.input}
-    assert inputs - set(everything) <= {
-        f"experts.{e}.{k}" for e in range(spec.experts) for k in ("in", "act")
-    }
+    assert inputs - set(everything) <= {f"experts.{e}.{k}" for e in range(spec.experts) for k in ("in", "act")}
     for stage in range(len(STAGES)):
         needed = {
             tensor.name: weights[tensor.name]
@@ -381,12 +373,8 @@ def test_routing_is_softmax_top_k(folder: Path) -> None:
     logits = torch.randn(50, spec.experts, generator=torch.Generator().manual_seed(1))
     routing = route(spec, logits)
     probabilities = torch.softmax(logits.double(), 1)
-    assert torch.equal(
-        routing.experts, probabilities.argsort(1, descending=True)[:, : spec.experts_per_token]
-    )
-    torch.testing.assert_close(
-        routing.weights.double(), probabilities.gather(1, routing.experts), rtol=1e-5, atol=1e-7
-    )
+    assert torch.equal(routing.experts, probabilities.argsort(1, descending=True)[:, : spec.experts_per_token])
+    torch.testing.assert_close(routing.weights.double(), probabilities.gather(1, routing.experts), rtol=1e-5, atol=1e-7)
 
 
 # -- refusals
@@ -404,6 +392,4 @@ def test_options_that_would_change_the_maths_are_refused(folder: Path) -> None:
     with pytest.raises(UnsupportedModel, match="partial_rotary"):
         load_spec({**spec.config, "partial_rotary_factor": 0.5})
     with pytest.raises(UnsupportedModel, match="rope"):
-        rope_tables(
-            load_spec({**spec.config, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}), 8
-        )
+        rope_tables(load_spec({**spec.config, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}), 8)

@@ -171,9 +171,7 @@ def test_planning_starts_without_heavy_packages(modules: tuple[str, ...]) -> Non
         "from compress.models import families\n"
         "assert families() and 'torch' not in sys.modules\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -12,7 +12,7 @@ from compress.codecs import block_codec
 from compress.codecs.base import BlockCodec, Grid
 from compress.errors import NumericalError
 from compress.solvers import gptq, rtn
-from compress.solvers.base import Solution, damped_factor, relative_error
+from compress.solvers.base import Solution, damped_gram, inverse_factor, relative_error
 from compress.solvers.options import GptqOptions, RtnOptions
 
 PLAIN = {"sweeps": 0, "refits": 0}
@@ -31,9 +31,7 @@ def _gram(n: int, tokens: int = 2000, seed: int = 1) -> Tensor:
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
-    return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(
-        len(gram), dtype=torch.float64
-    )
+    return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
 def _objective(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
@@ -51,9 +49,7 @@ def _values(units: Tensor, grid: Grid, codec: BlockCodec) -> Tensor:
     return out if grid.offset is None else out - _columns(grid.offset, codec)
 
 
-def _naive_gptq(
-    weight: Tensor, gram: Tensor, codec: BlockCodec, grid: Grid, order: list[list[int]]
-) -> Tensor:
+def _naive_gptq(weight: Tensor, gram: Tensor, codec: BlockCodec, grid: Grid, order: list[list[int]]) -> Tensor:
     """Textbook optimal-brain error feedback in float64 with a static grid: returns units [R, n].
 
     `order` lists the columns of every step in the order they are fixed. After each step its error is spread
@@ -86,9 +82,7 @@ def _order(hessian: Tensor, step: int, act_order: bool) -> list[list[int]]:
 
 # -- gptq against the textbook
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(
-    "name", ["int4-g128", "int3-g64-asym", "q4_k", "q2_k", "iq4_xs", "q5_1", "iq2_xxs", "iq3_xxs"]
-)
+@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "q4_k", "q2_k", "iq4_xs", "q5_1", "iq2_xxs", "iq3_xxs"])
 def test_gptq_is_textbook_gptq(name: str, act_order: bool) -> None:
     """The codes of eliminating step after step from H^-1; a lattice step is eight columns (LDLQ)."""
     n = 256
@@ -111,9 +105,7 @@ def test_act_order_is_not_natural_order() -> None:
     assert not torch.equal(*orders)
 
 
-@pytest.mark.parametrize(
-    "name", ["int4-g128", "int3-row-asym", "q4_k", "q6_k", "iq4_nl", "iq2_xs", "iq3_xxs"]
-)
+@pytest.mark.parametrize("name", ["int4-g128", "int3-row-asym", "q4_k", "q6_k", "iq4_nl", "iq2_xs", "iq3_xxs"])
 def test_independent_columns_need_no_feedback(name: str) -> None:
     """With a diagonal gram every column's optimum is its nearest level: gptq = nearest in the same grid."""
     n = 256
@@ -241,9 +233,10 @@ def test_relative_error_is_the_trace_formula() -> None:
     assert relative_error(weight, quantized, gram) == pytest.approx(expected, rel=1e-5)
 
 
-def test_damped_factor_inverts_the_damped_gram() -> None:
+def test_inverse_factor_inverts_the_damped_gram() -> None:
     gram = _gram(48)
-    damped, upper, damping, retries = damped_factor(gram, 0.05)
+    damped, damping, retries = damped_gram(gram, 0.05)
+    upper = inverse_factor(damped)
     assert (damping, retries) == (0.05, 0)
     torch.testing.assert_close(damped.double(), _damped(gram, 0.05), rtol=1e-6, atol=1e-6)
     assert torch.equal(upper, upper.triu())
@@ -258,7 +251,8 @@ def test_damping_ladder_is_climbed_and_recorded() -> None:
     eigenvalues = torch.cat((torch.tensor([-1e-3]), torch.ones(31)))
     gram = basis @ torch.diag(eigenvalues) @ basis.T
     mean = float(gram.diagonal().mean())
-    damped, upper, damping, retries = damped_factor((gram + gram.T) / 2, 1e-6)
+    damped, damping, retries = damped_gram((gram + gram.T) / 2, 1e-6)
+    upper = inverse_factor(damped)
     assert retries == 4 and damping == pytest.approx(1e-2)  # 1e-6, 1e-5, 1e-4, 1e-3 (just too small), 1e-2
     assert float(torch.linalg.eigvalsh(damped.double())[0]) == pytest.approx(damping * mean - 1e-3, rel=1e-2)
     assert torch.isfinite(upper).all()
@@ -278,7 +272,7 @@ def test_non_finite_gram_is_a_numerical_error(bad: float) -> None:
 
 def test_a_gram_no_damping_repairs_is_a_numerical_error() -> None:
     with pytest.raises(NumericalError):
-        damped_factor(-1e12 * torch.eye(8) + torch.diag(torch.tensor([1.1e13] + [0.0] * 7)), 1e-8, tries=3)
+        damped_gram(-1e12 * torch.eye(8) + torch.diag(torch.tensor([1.1e13] + [0.0] * 7)), 1e-8, tries=3)
 
 
 @pytest.mark.parametrize("name", ["int4-g64", "int3-row-asym", "q4_k", "q2_k", "iq2_xxs", "iq3_xxs"])
@@ -312,9 +306,7 @@ def test_gram_of_any_size_gives_the_same_codes() -> None:
     weight, gram = 0.05 * _randn(6, 256, seed=22), _gram(256)
     for name in ("int4-g128", "q4_k"):
         codec = block_codec(name, 256)
-        one, big, small = (
-            gptq.solve(weight, g, codec, GptqOptions()) for g in (gram, gram * 2.0**20, gram * 2.0**-20)
-        )
+        one, big, small = (gptq.solve(weight, g, codec, GptqOptions()) for g in (gram, gram * 2.0**20, gram * 2.0**-20))
         for other in (big, small):
             assert (one.units == other.units).float().mean() > 0.99
             assert other.error == pytest.approx(one.error, rel=1e-2)

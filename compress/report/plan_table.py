@@ -1,0 +1,91 @@
+"""The plan for people: what becomes of every kind of tensor, and what it will take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from compress.report.table import human_bytes, human_seconds
+from compress.solvers.options import SolverOptions
+
+if TYPE_CHECKING:
+    from compress.plan import Plan
+    from compress.rehearse import Rehearsal
+
+
+def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
+    """Header, one row per role, codec and solver, totals, warnings; fits 100 columns."""
+    parts: list[RenderableType] = [_header(plan), _role_table(plan), "", _totals(plan, estimate)]
+    if plan.fallbacks:
+        parts += ["", Text(f"Fallbacks: {len(plan.fallbacks)} tensors whose rows do not divide into the codec's blocks")]
+        kinds: dict[tuple[str, str, str], int] = {}
+        for t in plan.fallbacks:
+            kind = (t.spec.role, f"{t.wanted} -> {t.codec}", f"rows of {t.spec.shape[-1]}")
+            kinds[kind] = kinds.get(kind, 0) + 1
+        parts += [Text(f"  {role}: {change} ({count} tensors, {why})") for (role, change, why), count in kinds.items()]
+    if plan.warnings:
+        parts += ["", *(Text(f"Note: {warning}") for warning in plan.warnings)]
+    return Group(*parts)
+
+
+def _header(plan: Plan) -> Text:
+    spec = plan.spec
+    facts = [f"{spec.layers} layers", f"hidden {spec.hidden_size:,}"]
+    if spec.experts:
+        facts.append(f"{spec.experts} experts, {spec.experts_per_token} a token")
+        if len(spec.sparse_layers) < spec.layers:
+            facts.append(f"in {len(spec.sparse_layers)} layers")
+    return Text.assemble((plan.recipe.model, "bold"), "  ·  recipe ", (plan.recipe.name, "bold"),
+                         f"\n{spec.family.hf_architecture} ({spec.model_type}), {', '.join(facts)}")
+
+
+def _role_table(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading, right in (("role", False), ("codec", False), ("solver", False), ("tensors", True), ("parameters", True),
+                           ("bytes", True), ("bits a weight", True), ("share", True)):
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for t in plan.tensors:
+        row = rows.setdefault((t.spec.role, t.codec, _solver(t.solver)), [0, 0, 0])
+        row[0] += 1
+        row[1] += t.spec.parameters
+        row[2] += t.bytes
+    for (role, codec, solver), (count, parameters, size) in rows.items():
+        table.add_row(role, codec, solver, f"{count:,}", f"{parameters:,}", human_bytes(size), f"{8 * size / parameters:.2f}",
+                      f"{100 * size / plan.bytes:.1f}%")
+    table.add_section()
+    table.add_row("all", "", "", f"{len(plan.tensors):,}", f"{plan.parameters:,}", human_bytes(plan.bytes),
+                  f"{plan.bits_per_weight:.2f}", "100%", style="bold")
+    return table
+
+
+def _solver(options: SolverOptions | None) -> str:
+    return "–" if options is None else options.name
+
+
+def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    share = plan.bytes / plan.source_bytes
+    original = f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.parameters:.2f} bits a weight"
+    table.add_row("original", original)
+    table.add_row("compressed", Text(f"{human_bytes(plan.bytes)} at {plan.bits_per_weight:.2f} bits a weight: "
+                                     f"{100 * share:.1f}% of the original (1/{1 / share:.1f})", style="bold"))
+    for export in plan.recipe.export:
+        table.add_row("artifact", f"{export.container}, in {plan.recipe.output}")
+    if plan.needs_calibration:
+        c = plan.recipe.calibration
+        table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.dataset}")
+    else:
+        table.add_row("calibration", "none needed")
+    table.add_row("peak memory", f"about {human_bytes(plan.peak_memory_bytes)}, whatever the number of layers")
+    table.add_row("disk", f"about {human_bytes(plan.disk_bytes)} while it runs")
+    if estimate is not None:
+        parts = ", ".join(f"{name} {human_seconds(seconds)}" for name, seconds in estimate.parts.items())
+        table.add_row("time", Text.assemble((f"about {human_seconds(estimate.total)}", "bold"), f" ({parts})"))
+    return table

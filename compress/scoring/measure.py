@@ -1,0 +1,71 @@
+"""Everything a suite measures of one model, beside its original: perplexity, divergence, tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from compress.report.scorecard import Fallback, TaskScore
+from compress.scoring.divergence import Scores, score_many
+from compress.scoring.sources import LogitSource
+from compress.text import Suite, eval_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXT_SHARE = 0.6  # of the progress bar; the rest goes to the tasks
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of a model and, where there is one, of its original on the same windows and documents."""
+
+    scores: Scores
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    base_scores: Scores | None = None
+    base_tasks: dict[str, TaskScore] = field(default_factory=dict)
+    fallbacks: tuple[Fallback, ...] = ()
+
+
+def measure(
+    source: LogitSource,
+    original: LogitSource | None,
+    suite: Suite,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    label: str,
+    max_positions: int,
+    progress: Callable[[float], None] = lambda done: None,
+) -> Measured:
+    """Score `source` on a suite; without an original there is perplexity and task accuracy, but no comparison.
+
+    tokenizer: the original's; label: what scorecards call it. max_positions: the model's limit in tokens. Without
+    lm-eval the tasks are left out and `fallbacks` says so. Raises CalibrationError for windows over the limit, and
+    what `score_many` raises.
+    """
+    windows = eval_windows(suite.text, tokenizer, windows=suite.windows, length=suite.length, max_positions=max_positions)
+    scores, _ = score_many(original, [source], windows, tokenizer=label,
+                           progress=lambda n, total: progress(_TEXT_SHARE * n / total))[0]
+    base_scores = None if original is None else replace(scores.of_reference(), engine=original.name)
+    if not suite.tasks:
+        return Measured(scores, base_scores=base_scores)
+    if find_spec("lm_eval") is None:
+        missing = Fallback(subject="tasks", wanted=", ".join(suite.tasks), used="not scored",
+                           reason="lm-eval is not installed: pip install 'compress-llm[eval]'")
+        return Measured(scores, base_scores=base_scores, fallbacks=(missing,))
+
+    from compress.scoring.tasks import Outcomes, compare, summarise, task_outcomes
+
+    engines = [source] if original is None else [original, source]
+    share = (1 - _TEXT_SHARE) / len(engines)
+    outcomes: list[dict[str, Outcomes]] = []
+    for engine in engines:
+        start = _TEXT_SHARE + share * len(outcomes)
+        outcomes.append(task_outcomes(engine, tokenizer, suite.tasks, max_length=max_positions,
+                                      progress=lambda n, total, start=start: progress(start + share * n / total)))
+    after, before = outcomes[-1], outcomes[0] if original is not None else {}
+    tasks = {name: TaskScore(**row, difference=compare(after[name], before[name]) if name in after and before else None)
+             for name, row in summarise(after).items()}
+    return Measured(scores, tasks, base_scores, {name: TaskScore(**row) for name, row in summarise(before).items()})

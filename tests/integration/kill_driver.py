@@ -1,0 +1,100 @@
+"""Runs one recipe once for every named moment, each in a child process that kills itself there without warning.
+
+usage: kill_driver.py SPEC.json, where the spec has model, recipe, text and {moment: output folder}. Prints one line
+`moment status` a child, status as of os.waitpid. The children are forked, so that torch is imported only once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+import gguf
+import llama_cpp  # noqa: F401  (imported before the forks: it takes a second)
+import transformers  # noqa: F401
+
+import compress.deliver
+import compress.journal
+import compress.run
+from compress.journal import Journal
+from compress.recipe import load_recipe
+from compress.statistics import Moments
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(function: Callable, number: int, *, after: bool = False, when: Callable[..., bool] = lambda *_: True) -> Callable:
+    """`function`, with the process killed at the start (or end) of its `number`-th matching call."""
+    left = number
+
+    def patched(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= when(*args)
+        if left == 0 and not after:
+            die()
+        result = function(*args, **options)
+        if left == 0:
+            die()
+        return result
+
+    return patched
+
+
+def calibrating_first_block() -> None:
+    Moments.add = at_call(Moments.add, 2)
+
+
+def writing_activations() -> None:
+    """Half of the activations behind the first block are on disk."""
+    writer = compress.journal.ActivationWriter
+    writer.append = at_call(writer.append, 4)
+
+
+def between_unit_and_journal() -> None:
+    """The first block's tensors are on disk, the journal does not name them yet."""
+    compress.journal.write_synced = at_call(
+        compress.journal.write_synced, 2, when=lambda path, _: path.name == "journal.json"
+    )
+
+
+def between_blocks() -> None:
+    Journal.finish = at_call(Journal.finish, 2, after=True)
+
+
+def writing_container() -> None:
+    gguf.GGUFWriter.write_tensor_data = at_call(gguf.GGUFWriter.write_tensor_data, 9)
+
+
+def checking_container() -> None:
+    compress.deliver.check = at_call(compress.deliver.check, 1)
+
+
+def before_scorecard() -> None:
+    """The artifact has its name, the scorecard is not written."""
+    compress.run.scorecards.write = at_call(compress.run.scorecards.write, 1)
+
+
+def main() -> None:
+    with open(sys.argv[1]) as file:
+        spec = json.load(file)
+    for moment, output in spec["moments"].items():
+        child = os.fork()
+        if child == 0:
+            globals()[moment]()
+            compress.run.run(load_recipe(spec["recipe"], spec["sets"], model=spec["model"], output=output))
+            os._exit(0)
+        print(moment, os.waitpid(child, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What the tests of whole runs share: small recipes, a calibration text, the command line, an independent reader."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compress.codecs import get_codec
+from compress.journal import Journal
+from compress.models import ModelSpec
+from compress.plan import make_plan
+from compress.recipe import Recipe, load_recipe
+from compress.report.scorecard import Scorecard
+from compress.run import WORK, run
+from tests.tiny import demo_model
+
+_WORDS = (
+    "the of and to in a was that it his her with as had for on she at but not be is they from him which were all "
+    "house river old king stone winter letter night garden road village mother captain ship island morning silver "
+    "door window table horse forest mountain city war music number century north south built known called first"
+).split()
+SMALL = ("calibration.samples=4", "calibration.length=64", "score=false")
+"""Overrides that make a run take about a second; `calibration.dataset` comes on top."""
+
+
+def text_file(path: Path, words: int = 1500, seed: int = 0) -> Path:
+    """A calibration text of random words, so that tokens vary and nothing bundled has to be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(" ".join(random.Random(seed).choices(_WORDS, k=words)) + ".")
+    return path
+
+
+def small(recipe: str | Path, model: Path, output: Path, *overrides: str) -> Recipe:
+    """`recipe` on `model`, shrunk; the calibration text lies beside the output folder."""
+    text = output.parent / "calibration.txt"
+    if not text.exists():
+        text_file(text)
+    sets = (*SMALL, f"calibration.dataset={text}", *overrides)
+    return load_recipe(str(recipe), sets, model=str(model), output=str(output))
+
+
+def carry_out(recipe: Recipe, **options: Any) -> Scorecard:
+    """Run quietly."""
+    return run(recipe, **options)
+
+
+def kept(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """What a run with keep_work=True solved: every tensor decoded from its journal, float32."""
+    journal = Journal.open(Path(recipe.output) / WORK, make_plan(recipe).digest)
+    out = {}
+    for tensor in make_plan(recipe).tensors:
+        packed = journal.fetch(tensor.name)
+        out[tensor.name] = get_codec(packed.codec).unpack(packed)
+    return out
+
+
+def as_model(weights: Mapping[str, torch.Tensor], source: Path, folder: Path) -> Path:
+    """A Hugging Face folder with these weights in float32 and the configuration of `source`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    save_file({n: w.float().contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def kl(reference: np.ndarray, other: np.ndarray) -> float:
+    """Median over tokens of KL(reference || other) in nats; both are logits [tokens, vocab]. The mean of random models
+    with experts is ruled by the few tokens that rounding sends to another expert."""
+    p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (reference, other))
+    return float((p.exp() * (p - q)).sum(-1).median())
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names(folder: Path) -> set[str]:
+    """Entries of a folder, empty if there is none."""
+    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+
+
+def final_names(output: Path) -> set[str]:
+    """What lies in a run's folder under a final name: all but the work folder."""
+    return names(output) - {WORK}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    from compress.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["compress", *arguments])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def demo_blocks(folder: Path, layers: int) -> Path:
+    """The demo model cut to its first blocks; the weights are linked, what is cut off stays unread."""
+    import json
+
+    folder.mkdir(parents=True)
+    for file in demo_model().iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((demo_model() / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    return folder
+
+
+def spec_of(folder: Path) -> ModelSpec:
+    import json
+
+    from compress.models import load_spec
+
+    return load_spec(json.loads((folder / "config.json").read_text()))
