@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import __version__
-from compress.errors import CompressError
+from compress.errors import CompressError, GateFailed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Shrink language models: recipes in, files that stock engines run and honest scores out.")
@@ -19,10 +18,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub id, instead of the recipe's model.")]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Output folder, instead of the recipe's.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. calibration.samples=64; repeatable.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, as calibration.samples=64; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print what every stage does.")]
+
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def _version(show: bool) -> None:
@@ -70,7 +72,7 @@ def run(
 def plan(
     recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = None, set: SetOption = None,
     as_json: JsonOption = False,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block for real to estimate the time.")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
 ) -> None:
     """Prove a recipe legal for its model and show sizes, memory and disk; reads no weights."""
     from compress.plan import make_plan
@@ -107,6 +109,8 @@ def score(
         typer.echo(card.to_json())
     else:
         _print(scorecard_table(card))
+    if not card.gate.passed:
+        raise typer.Exit(GateFailed.exit_code)
 
 
 @app.command()
@@ -149,11 +153,7 @@ def main() -> None:
     except CompressError as error:
         code = _fail(error.exit_code, *str(error).splitlines())
     except (KeyboardInterrupt, typer.Abort):
-        resumes = "run" in sys.argv[1:2]
-        code = _fail(130, "interrupted" + ("; the same command continues from the last finished block" if resumes else ""))
-    except BrokenPipeError:  # the reader of our output left, e.g. `compress plan ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = INTERRUPTED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = _fail(1, f"{where}{error.strerror or error}; check the path, its permissions and the free space")
@@ -162,6 +162,9 @@ def main() -> None:
     except typer.BadParameter.__mro__[1] as error:  # UsageError, which typer does not export
         error.show()
         code = error.exit_code
+    if code == INTERRUPTED:  # typer itself turns Ctrl-C into this code
+        hint = "; the same command continues from the last finished block" if sys.argv[1:2] == ["run"] else ""
+        _fail(code, f"interrupted{hint}")
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

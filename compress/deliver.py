@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from compress import __version__
 from compress.checkpoint import Checkpoint
 from compress.codecs import get_codec
-from compress.errors import CompressError
+from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
 from compress.journal import Journal
 from compress.plan import Plan
 from compress.recipe import Export
@@ -72,20 +72,26 @@ def deliver(plan: Plan, checkpoint: Checkpoint, journal: Journal, output: Path, 
         original = StreamedSource(plan.spec, checkpoint.load, "original")
         memory = StreamedSource(plan.spec, lambda name: _dense(journal, name), "in-memory compressed model")
         for export, files in written:
-            with ExitStack() as stack:
-                source = stack.enter_context(engine(plan, export, files, result.fallbacks))
-                with reporter.stage(f"check {export.container}"):
-                    result.checks += check(plan, export, files, journal, source, memory)
-                artifact = describe(plan, export, files, staging)
-                if plan.recipe.score is not None:
-                    with reporter.stage(f"score {export.container}") as progress:
-                        artifact = scored(plan, artifact, source, original, result, progress)
-                    result.checks += limits(plan, artifact)
-                result.artifacts.append(artifact)
+            artifact = describe(plan, export, files, staging)
+            try:
+                with engine(plan, export, files, result.fallbacks) as source:
+                    with reporter.stage(f"check {export.container}"):
+                        result.checks += check(plan, export, files, journal, source, memory)
+                    if plan.recipe.score is not None:
+                        with reporter.stage(f"score {export.container}") as progress:
+                            artifact = scored(plan, artifact, source, original, result, progress)
+                        result.checks += limits(plan, artifact)
+            except (CalibrationError, MissingExtra, OutputError):
+                raise  # nothing the artifact can help
+            except CompressError as error:  # the engine refuses the file, or its logits are not finite
+                result.checks.append(Check(name=f"{export.container} in its engine", passed=False, detail=str(error)))
+            result.artifacts.append(artifact)
         target = output if result.passed else output / "rejected"
         target.mkdir(exist_ok=True)
         for _, files in written:
             for path in _roots(files, staging):
+                if not result.passed:
+                    _remove(output / path.name)  # an earlier run's, with the very bytes that were just rejected
                 _move(path, target / path.name)
         if not result.passed:
             result.artifacts = [a.model_copy(update={"path": f"rejected/{a.path}", "delivered": False}) for a in result.artifacts]
@@ -155,10 +161,22 @@ def check(plan: Plan, export: Export, files: Sequence[Path], journal: Journal, s
     windows = check_windows(plan)
     scores, _ = score(memory, source, windows)
     assert scores.kld is not None
-    exact = isinstance(source, StreamedSource)  # the same arithmetic; otherwise an engine, or values rounded to bfloat16
+    exact = isinstance(source, StreamedSource)  # the same arithmetic; else an engine, or values rounded to bfloat16
     what, value, limit = ("mean", scores.kld.mean, 1e-6) if exact else ("median", scores.kld.median, ENGINE_TOLERANCE)
     detail = f"{what} KL {value:.2g} between {source.name} and the in-memory model, limit {limit:g}"
     return [*checks, Check(name=f"{label} logits", passed=bool(value <= limit), detail=detail)]
+
+
+def require_texts(plan: Plan) -> None:
+    """Read the texts that checks and scores will want, so that a missing one stops the run before the work, not after.
+
+    Raises CalibrationError, and CheckpointError without a tokenizer.
+    """
+    if plan.recipe.score is not None:
+        suite = load_suite(plan.recipe.score.suite)
+        eval_windows(suite.text, load_tokenizer(plan.source), windows=suite.windows, length=suite.length)
+    elif not plan.needs_calibration:  # else the calibration itself reads it
+        check_windows(plan)
 
 
 def check_windows(plan: Plan) -> np.ndarray:
@@ -244,3 +262,10 @@ def _move(path: Path, target: Path) -> None:
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(path, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -21,8 +21,10 @@ from compress.solvers.options import RtnOptions, SolverOptions
 from compress.text import find_data, load_suite
 
 _FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
-# What the process itself takes before any model: interpreter, torch, tokenizer, measured on Linux with torch 2.13.
-RUNTIME_BYTES = 400 * 2**20
+# What the process takes beside the model: interpreter, torch, tokenizer, allocator and the solvers' scratch on two cores;
+# measured by benchmarks/memory_by_depth.py with torch 2.13 on Linux.
+RUNTIME_BYTES = 850 * 2**20
+MOMENTS_BYTES = 2 * 2**30  # statistics held at once; experts beyond it take another pass over the calibration text
 BATCH_TOKENS = 4096  # tokens that go through a block at once
 
 
@@ -116,11 +118,12 @@ class Plan:
         blocks = [sum(t.spec.parameters for t in block) * 4 for block in self._blocks]
         grams = 0
         for block in self._blocks:
-            widths: dict[bool, dict[str, int]] = {True: {}, False: {}}
+            stages: dict[bool, dict[str, int]] = {True: {}, False: {}}
             for t in block:
                 if t.solver is not None and t.spec.input is not None:
-                    widths[t.spec.input.endswith("act")][t.spec.input] = t.spec.shape[-1]
-            grams = max(grams, *(sum(n * n * 4 for n in w.values()) for w in widths.values()))
+                    stages[t.spec.input.endswith("act")][t.spec.input] = moments_bytes(spec, t)
+            for sizes in stages.values():
+                grams = max(grams, min(sum(sizes.values()), max(MOMENTS_BYTES, *sizes.values(), 0)))
         widest = max((t.spec.parameters for t in self.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None),
                      default=0)
         solve = widest * 4 * 12
@@ -160,6 +163,35 @@ class Plan:
             row[1] += t.spec.parameters
             row[2] += t.bytes
         return [(role, codec, *row) for (role, codec), row in rows.items()]
+
+
+def repairs_residual(spec: ModelSpec, planned: PlannedTensor) -> bool:
+    """Whether this linear's target also makes up for the lag of the residual stream it is added to.
+
+    Only where it alone stands for all that is added: o_proj, a dense down_proj, or a routed expert whose routing weights
+    sum to one. Others would repair the same lag several times over.
+    """
+    if not getattr(planned.solver, "residual", 0.0):
+        return False
+    if planned.spec.role == "routed_experts.down":
+        assert spec.family.moe is not None
+        return spec.norm_topk and not spec.family.moe.shared
+    return planned.spec.role in ("attention.o", "mlp.down")
+
+
+def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
+    """Whether a tied embedding is solved as the head it also is, which takes a survey pass over the original.
+
+    Not worth the pass from 8 bits up.
+    """
+    return spec.tied and tensor.role == "embeddings" and 8 * stored_bytes(codec, tensor.shape) < 8 * tensor.parameters
+
+
+def moments_bytes(spec: ModelSpec, planned: PlannedTensor) -> int:
+    """Memory of the statistics behind one solved tensor, float32."""
+    n = planned.spec.shape[-1]
+    squares = 1 + bool(getattr(planned.solver, "drift", 0.0))
+    return 4 * n * (squares * n + (spec.hidden_size if repairs_residual(spec, planned) else 0))
 
 
 def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
@@ -208,7 +240,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
             problems.append(f"{tensor.name}: GPTQ kernels need dimensions that divide by 32, this one is "
                             f"{tensor.shape[0]} x {tensor.shape[1]}; add it to ignore")
         solver = quantize.solver_of(rule) if rule and codec_info(codec).kind != "float" else None
-        if solver is not None and tensor.input is None:
+        if solver is not None and tensor.input is None and not surveys_head(spec, tensor, codec):
             solver = RtnOptions()  # rows that are looked up have no input statistics to solve against
         tensors.append(PlannedTensor(tensor, codec, solver, 0 if problems else stored_bytes(codec, tensor.shape), wanted))
     if matcher:

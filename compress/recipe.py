@@ -94,7 +94,7 @@ class Calibration(Section):
     """Text the model reads while it is compressed: `samples` windows of `length` tokens from `dataset`."""
 
     dataset: str = "mixed"
-    samples: int = Field(512, ge=1)
+    samples: int = Field(256, ge=1)
     length: int = Field(512, ge=2)
 
 

@@ -24,11 +24,10 @@ from compress.codecs import get_codec
 from compress.errors import OutputError
 from compress.journal import Activations, Journal
 from compress.models.base import ModelSpec
-from compress.models.decoder import stage_of
 from compress.plan import BATCH_TOKENS, Plan, PlannedTensor
 from compress.scoring.divergence import token_stats
 from compress.statistics import Statistics
-from compress.stream import STAGES_OF, Half, Streams, advance, collect, compress_half, embed, solve_tensor
+from compress.stream import STAGES_OF, Half, Streams, advance, collect, compress_half, embed, solve_tensor, stage_groups
 from compress.text import Suite, calibration_windows, load_suite, load_tokenizer, task_documents
 from compress.weights import Packed
 
@@ -92,8 +91,8 @@ def rehearse(plan: Plan) -> Rehearsal:
         with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, torch.inference_mode():
             return _rehearse(plan, checkpoint, Journal.open(Path(folder), plan.digest))
     except OSError as error:
-        raise OutputError(f"cannot rehearse in {tempfile.gettempdir()}: {error.strerror or error}; free some space there "
-                          "or set TMPDIR") from error
+        raise OutputError(f"cannot rehearse in {tempfile.gettempdir()}: {error.strerror or error}; free some space "
+                          "there or set TMPDIR") from error
 
 
 def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal:
@@ -170,7 +169,8 @@ def _embedded(plan: Plan, checkpoint: Checkpoint, folder: Path, ids: np.ndarray)
     """The activations at the input of the first block, from the original embeddings in both streams."""
     shape = (*ids.shape, plan.spec.hidden_size)
     two = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in plan.tensors)
-    streams = Streams(Activations(folder / "in.f32", shape), Activations(folder / "in-original.f32", shape) if two else None)
+    streams = Streams(Activations(folder / "in.f32", shape),
+                      Activations(folder / "in-original.f32", shape) if two else None)
     table = checkpoint.load("model.embed_tokens.weight")
     for stream in (streams.compressed, streams.original):
         if stream is not None:
@@ -194,8 +194,7 @@ def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, str
         if streams is None:
             continue
         more = plan.recipe.calibration.samples // streams.windows
-        for stage in STAGES_OF[half]:
-            group = [t for t in tensors if t.solver is not None and stage_of(t.spec.input or "") == stage]
+        for stage, group in ((n, group) for n in STAGES_OF[half] for group in stage_groups(spec, n, tensors)):
             with clock("gather"):
                 collect(spec, layer, stage, group, result.original, result.weights, streams, result.tokens)
             # experts that are cold after this little text may not be so after all of it

@@ -6,6 +6,7 @@ import datetime
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ import torch
 from compress import __version__
 from compress.checkpoint import Checkpoint
 from compress.codecs import get_codec
-from compress.deliver import Delivery, deliver
+from compress.deliver import Delivery, deliver, require_texts
 from compress.errors import GateFailed, OutputError
 from compress.journal import Activations, Journal, write_synced
-from compress.plan import Plan, PlannedTensor, make_plan
+from compress.plan import Plan, PlannedTensor, make_plan, surveys_head
 from compress.recipe import Recipe
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
@@ -32,6 +33,7 @@ from compress.stream import (
     embed,
     head_statistics,
     solve_tensor,
+    survey_head,
 )
 from compress.text import calibration_windows, load_tokenizer
 from compress.weights import Packed
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 WORK = ".work"
+# A tied table is looked up row by row (every column counts the same) and multiplied as the head (columns count as the
+# final hidden states say): the head's gram with this much of its mean on the diagonal stands for both.
+LOOKUP_DAMPING = 0.1
+SURVEY_TOKENS_PER_COLUMN = 64
 OURS = {WORK, scorecards.FILE_NAME, "recipe.json", "rejected", ".checking"}
 
 
@@ -52,13 +58,14 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     reporter = reporter or Reporter(0)
     with reporter.stage("plan"):
         plan = make_plan(recipe, weights=True)
-        output = claim(Path(recipe.output), plan)
+        output = claim(Path(recipe.output), plan, fresh=fresh)
         journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
     if journal.units:
         reporter.say(f"continuing: {len(journal.units)} of {plan.spec.layers + 2} units are already done")
     checkpoint = Checkpoint.open(plan.source)
+    require_texts(plan)
     with torch.inference_mode():
         compress_model(plan, checkpoint, journal, reporter)
         results = deliver(plan, checkpoint, journal, output, reporter)
@@ -74,14 +81,22 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     return card
 
 
-def claim(output: Path, plan: Plan) -> Path:
-    """Make the output folder ours: new, empty, or of an earlier run. Raises OutputError otherwise or on a full disk."""
+def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
+    """Make the output folder ours: new, empty, or of this very recipe. Raises OutputError otherwise or on a full disk.
+
+    fresh: the folder of another recipe's finished run will do, too.
+    """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; choose another --output")
     if output.is_dir():
         names = {p.name for p in output.iterdir()}
         if names and not names & {WORK, scorecards.FILE_NAME}:
             raise OutputError(f"{output} holds something else ({sorted(names)[0]}); choose another --output")
+        if scorecards.FILE_NAME in names and not fresh:
+            finished = scorecards.read(output)
+            if finished.recipe_digest != plan.recipe.digest():
+                raise OutputError(f"{output} holds a finished run of another recipe ({finished.recipe}); "
+                                  "choose another --output, or write into it all the same with --fresh")
     try:
         output.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output).free
@@ -105,7 +120,7 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
     with reporter.stage("embeddings"):
         if "embeddings" not in journal:
             table = plan.by_name["model.embed_tokens.weight"]
-            packed, report = _alone(table, checkpoint.load(table.name))
+            packed, report = _embeddings(plan, table, checkpoint, ids)
             if ids is not None and shape is not None:
                 streams = _streams(plan, journal, f"{0:05d}", shape)
                 embed(get_codec(table.codec).unpack(packed), ids, streams.compressed, streams.batch)
@@ -134,6 +149,19 @@ def _streams(plan: Plan, journal: Journal, place: str, shape: tuple[int, int, in
     two = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in plan.tensors)
     compressed = Activations(journal.folder / f"activations-{place}.f32", shape)
     return Streams(compressed, Activations(journal.folder / f"original-{place}.f32", shape) if two else None)
+
+
+def _embeddings(plan: Plan, table: PlannedTensor, checkpoint: Checkpoint, ids: np.ndarray | None) -> tuple[Packed, dict]:
+    """The embedding table; a tied one with few bits is solved for what it does as the head, see LOOKUP_DAMPING."""
+    weight = checkpoint.load(table.name)
+    if ids is None or table.solver is None or not surveys_head(plan.spec, table.spec, table.codec):
+        return _alone(table, weight)
+    wanted = -(-SURVEY_TOKENS_PER_COLUMN * plan.spec.hidden_size // ids.shape[1])
+    statistics = survey_head(plan.spec, checkpoint.load, ids[:wanted])
+    damping = max(getattr(table.solver, "damping", 0.0), LOOKUP_DAMPING)
+    solver = table.solver.model_copy(update={"damping": damping}) if hasattr(table.solver, "damping") else table.solver
+    packed, solved = solve_tensor(replace(table, solver=solver), weight.float(), statistics)
+    return packed, {"solved": [vars(solved)]}
 
 
 def _alone(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:

@@ -22,7 +22,8 @@ from compress.errors import CheckpointError, NumericalError
 from compress.journal import Activations
 from compress.models.base import ModelSpec
 from compress.models.decoder import Pooled, Routing, forward_attention, forward_ffn, rms_norm, stage_of
-from compress.plan import BATCH_TOKENS, PlannedTensor
+from compress.plan import BATCH_TOKENS, MOMENTS_BYTES, PlannedTensor, moments_bytes, repairs_residual
+from compress.scoring.streamed import StreamedSource
 from compress.solvers.options import SolverOptions
 from compress.statistics import Moments, Statistics, blend, corrected_target
 from compress.weights import Packed
@@ -151,12 +152,12 @@ def compress_half(
             packed[planned.name] = as_stored(planned, original[planned.name])
             weights[planned.name] = get_codec(planned.codec).unpack(packed[planned.name])
     tokens: tuple[int, ...] = ()
-    for stage in STAGES_OF[half]:
-        group = [t for t in block if t.solver is not None and stage_of(t.spec.input or "") == stage]
+    groups = [(stage, group) for stage in STAGES_OF[half] for group in stage_groups(spec, stage, block)]
+    for stage, group in groups:
         moments: dict[str, Moments] = {}
         if streams is not None:
             moments = collect(spec, layer, stage, group, original, weights, streams, tokens)
-            if spec.is_sparse(layer) and stage == 2:
+            if spec.is_sparse(layer) and stage == 2 and not tokens:
                 tokens = tuple(moments[f"experts.{e}.in"].tokens for e in range(spec.experts))
 
         def one(planned: PlannedTensor, moments: dict[str, Moments] = moments) -> tuple[Packed, Solved, Tensor]:
@@ -169,6 +170,25 @@ def compress_half(
                 solved.append(report)
                 progress(len(packed))
     return HalfResult(packed, tuple(solved), tokens, original, weights)
+
+
+def stage_groups(spec: ModelSpec, stage: int, block: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
+    """The solved tensors of a stage, in groups whose moments fit MOMENTS_BYTES together (a single one may exceed it).
+
+    Moments of one stage do not depend on each other's solutions, so the split changes memory and nothing else. There
+    is always one group, so that tokens are counted even where nothing is solved.
+    """
+    groups: list[list[PlannedTensor]] = [[]]
+    sizes: dict[str, int] = {}
+    members = [t for t in block if t.solver is not None and stage_of(t.spec.input or "") == stage]
+    for planned in sorted(members, key=lambda t: (t.spec.expert is not None, t.spec.expert or 0)):
+        key, size = planned.spec.input or "", moments_bytes(spec, planned)
+        if key not in sizes and groups[-1] and sum(sizes.values()) + size > MOMENTS_BYTES:
+            groups.append([])
+            sizes = {}
+        sizes[key] = size
+        groups[-1].append(planned)
+    return groups
 
 
 def _statistics(planned: PlannedTensor, moments: Mapping[str, Moments]) -> Statistics | None:
@@ -190,7 +210,7 @@ def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[Plan
     for planned in group:
         key, n = planned.spec.input, planned.spec.shape[-1]
         drift = bool(getattr(planned.solver, "drift", 0.0))
-        residual = spec.hidden_size if stage in (1, 3) and _whole_output(spec, planned) and getattr(planned.solver, "residual", 0.0) else None
+        residual = spec.hidden_size if repairs_residual(spec, planned) else None
         if key is not None and key not in wanted:
             wanted[key] = Moments.zeros(n, drift=drift, residual=residual)
         if planned.spec.expert is not None and stage == 2 and "router" not in wanted:
@@ -199,12 +219,6 @@ def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[Plan
         for e in range(spec.experts):  # tokens are counted even where nothing is solved
             wanted.setdefault(f"experts.{e}.in", Moments.zeros(0))
     return wanted
-
-
-def _whole_output(spec: ModelSpec, planned: PlannedTensor) -> bool:
-    """Whether this linear alone stands for all that is added to the residual stream: o_proj, a dense down_proj, or a
-    routed expert whose routing weights sum to one. Others would repair the same lag several times over."""
-    return planned.spec.expert is None or (spec.norm_topk and not spec.family.moe.shared)
 
 
 def collect(
@@ -220,6 +234,7 @@ def collect(
     if not wanted:
         return wanted
     pooled = _pools(stage, group, tokens, streams, wanted)
+    experts = frozenset(t.spec.expert for t in group if t.spec.expert is not None)
     both = streams.original is not None and any(m.drift is not None or m.residual is not None for m in wanted.values())
 
     def observed(weights: Mapping[str, Tensor], hidden: Tensor, routing: Routing | None) -> tuple[dict, Routing | None]:
@@ -234,7 +249,7 @@ def collect(
             return seen, None
         routes: list[Routing] = []
         forward_ffn(spec, layer, weights, hidden, observe=note, until=stage, routing=routing, on_route=routes.append,
-                    pooled=pooled)
+                    pooled=pooled, experts=experts)
         return seen, routes[0] if routes else None
 
     for start in range(0, streams.windows, streams.batch):
@@ -259,9 +274,9 @@ def collect(
             moments.add(x, before[key][0] if both else None, gate, behind)
     for key, moments in wanted.items():
         if not moments.finite:
-            raise NumericalError(f"activations at {key} of block {layer} are not finite for calibration sample "
-                                 f"{_bad_sample(spec, layer, stage, weights, streams, key)}; the checkpoint overflows "
-                                 "there, drop the sample or check the weights")
+            sample = _bad_sample(spec, layer, stage, original, weights, streams, key, pooled)
+            raise NumericalError(f"activations at {key} of block {layer} are beyond what float32 sums can hold for "
+                                 f"calibration sample {sample}; drop the sample or check the weights")
     return wanted
 
 
@@ -274,7 +289,7 @@ def _pools(stage: int, group: Sequence[PlannedTensor], tokens: Sequence[int], st
     for planned in group:
         if planned.spec.expert is not None:
             strength, n = getattr(planned.solver, "shrinkage", 0.0), planned.spec.shape[-1]
-            if tokens[planned.spec.expert] < strength * n:
+            if tokens[planned.spec.expert] < max(strength * n, 1):  # one that saw nothing has nothing else
                 cold[planned.spec.expert] = planned
     if not cold:
         return None
@@ -291,21 +306,26 @@ def _rows_of(key: str, routing: Routing) -> Tensor:
     return (routing.experts == int(key.split(".")[1])).nonzero(as_tuple=True)[0]
 
 
-def _bad_sample(spec: ModelSpec, layer: int, stage: int, weights: Mapping[str, Tensor], streams: Streams,
-                wanted: str) -> int:
-    """The first calibration sample whose activations at `wanted` are not finite."""
-    forward = forward_attention if stage in STAGES_OF["attention"] else forward_ffn
-    found: list[bool] = []
-
-    def note(key: str, x: Tensor, gate: Tensor | None) -> None:
-        if key == wanted:
-            found.append(not bool(torch.isfinite(x).all()))
-
+def _bad_sample(spec: ModelSpec, layer: int, stage: int, original: Mapping[str, Tensor], weights: Mapping[str, Tensor],
+                streams: Streams, wanted: str, pooled: Pooled | None) -> int:
+    """The calibration sample with the largest activations at `wanted` in either model, those not finite before all."""
+    peaks = [0.0] * streams.windows
     for sample in range(streams.windows):
-        forward(spec, layer, weights, streams.compressed.read(sample, sample + 1), observe=note, until=stage)
-        if any(found):
-            return sample
-    return -1
+
+        def note(key: str, x: Tensor, gate: Tensor | None, sample: int = sample) -> None:
+            if key == wanted and x.numel():
+                peak = float(x.abs().max())  # NaN when there is one
+                peaks[sample] = max(peaks[sample], peak if np.isfinite(peak) else np.inf)
+
+        for stream, values in ((streams.compressed, weights), (streams.original, original)):
+            if stream is None:
+                continue
+            hidden = stream.read(sample, sample + 1)
+            if stage in STAGES_OF["attention"]:
+                forward_attention(spec, layer, values, hidden, observe=note, until=stage)
+            else:
+                forward_ffn(spec, layer, values, hidden, observe=note, until=stage, pooled=pooled)
+    return peaks.index(max(peaks))
 
 
 def advance(spec: ModelSpec, layer: int, half: Half, weights: Mapping[str, Tensor], source: Activations,
@@ -316,10 +336,12 @@ def advance(spec: ModelSpec, layer: int, half: Half, weights: Mapping[str, Tenso
         for start in range(0, source.shape[0], batch):
             hidden = forward(spec, layer, weights, source.read(start, min(start + batch, source.shape[0])))
             assert hidden is not None
-            if not torch.isfinite(hidden.sum()):
-                sample = start + int((~torch.isfinite(hidden).flatten(1).all(1)).nonzero()[0])
-                raise NumericalError(f"the {half} output of block {layer} is not finite for calibration sample {sample}; "
-                                     "the checkpoint overflows there, drop the sample or check the weights")
+            if not torch.isfinite(hidden.sum()):  # the sum of finite values may overflow, too
+                bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero()
+                if len(bad):
+                    raise NumericalError(f"the {half} output of block {layer} is not finite for calibration sample "
+                                         f"{start + int(bad[0])}; the checkpoint overflows there, drop the sample or "
+                                         "check the weights")
             out.append(hidden)
 
 
@@ -334,4 +356,15 @@ def head_statistics(spec: ModelSpec, norm: Tensor, streams: Streams, drift: bool
 
         reference = states(streams.original) if moments.drift is not None and streams.original is not None else None
         moments.add(states(streams.compressed), reference)
+    return blend(moments, None, 0.0)
+
+
+def survey_head(spec: ModelSpec, load: Callable[[str], Tensor], ids: np.ndarray) -> Statistics:
+    """Moments of what the original model's head sees on some windows of text, one block in memory at a time.
+
+    load(name) gives a checkpoint tensor; ids: [windows, length].
+    """
+    moments = Moments.zeros(spec.hidden_size)
+    for states in StreamedSource(spec, load, "original").final_states(list(ids)):
+        moments.add(states)
     return blend(moments, None, 0.0)

@@ -189,15 +189,17 @@ def forward_ffn(
     spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, *,
     observe: Observer | None = None, until: int | None = None, routing: Routing | None = None,
     on_route: Callable[[Routing], None] | None = None, pooled: Pooled | None = None,
+    experts: frozenset[int] | None = None,
 ) -> Tensor | None:
     """The feed-forward half of a block, residual included; observe and until as in `forward_attention`.
 
     routing: use these experts instead of the router's choice; on_route sees the routing used. pooled: see Pooled.
+    experts: those whose activations are wanted when `until` cuts the pass short; all by default.
     """
     root = f"model.layers.{layer}."
     x = _norm(spec, weights, root + "post_attention_layernorm", hidden)
     if spec.is_sparse(layer):
-        out = _mixture(spec, root, weights, x.flatten(0, -2), observe, until, routing, on_route, pooled)
+        out = _mixture(spec, root, weights, x.flatten(0, -2), observe, until, routing, on_route, pooled, experts)
         return None if out is None else hidden + out.view_as(hidden)
     _see(observe, "mlp.in", x)
     if until == 2:
@@ -222,7 +224,7 @@ def _see(observe: Observer | None, key: str, x: Tensor, gate: Tensor | None = No
 
 def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tensor, observe: Observer | None,
              until: int | None, routing: Routing | None, on_route: Callable[[Routing], None] | None,
-             pooled: Pooled | None) -> Tensor | None:
+             pooled: Pooled | None, experts: frozenset[int] | None) -> Tensor | None:
     """Routed and shared experts of one block. x: [tokens, hidden]."""
     moe = spec.family.moe
     assert moe is not None
@@ -237,6 +239,8 @@ def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tenso
         return F.silu(rows @ weights[f"{prefix}{moe.gate}.weight"].T) * (rows @ weights[f"{prefix}{moe.up}.weight"].T)
 
     for e in range(spec.experts):
+        if until == 3 and experts is not None and e not in experts:
+            continue
         prefix = root + moe.expert.format(e=e)
         if pooled is not None and e in pooled.experts:
             _see(observe, f"experts.{e}.act.pool", activate(prefix, x[:: pooled.stride]))

@@ -21,7 +21,8 @@ def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
     """Header, one row per role, codec and solver, totals, warnings; fits 100 columns."""
     parts: list[RenderableType] = [_header(plan), _role_table(plan), "", _totals(plan, estimate)]
     if plan.fallbacks:
-        parts += ["", Text(f"Fallbacks: {len(plan.fallbacks)} tensors whose rows do not divide into the codec's blocks")]
+        count = len(plan.fallbacks)
+        parts += ["", Text(f"Fallbacks: {count} tensors whose rows do not divide into the codec's blocks")]
         kinds: dict[tuple[str, str, str], int] = {}
         for t in plan.fallbacks:
             kind = (t.spec.role, f"{t.wanted} -> {t.codec}", f"rows of {t.spec.shape[-1]}")
@@ -45,9 +46,10 @@ def _header(plan: Plan) -> Text:
 
 def _role_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, right in (("role", False), ("codec", False), ("solver", False), ("tensors", True), ("parameters", True),
-                           ("bytes", True), ("bits a weight", True), ("share", True)):
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for heading in ("role", "codec", "solver"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tensors", "parameters", "bytes", "bits a weight", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
     rows: dict[tuple[str, str, str], list[int]] = {}
     for t in plan.tensors:
         row = rows.setdefault((t.spec.role, t.codec, _solver(t.solver)), [0, 0, 0])
@@ -55,8 +57,8 @@ def _role_table(plan: Plan) -> Table:
         row[1] += t.spec.parameters
         row[2] += t.bytes
     for (role, codec, solver), (count, parameters, size) in rows.items():
-        table.add_row(role, codec, solver, f"{count:,}", f"{parameters:,}", human_bytes(size), f"{8 * size / parameters:.2f}",
-                      f"{100 * size / plan.bytes:.1f}%")
+        table.add_row(role, codec, solver, f"{count:,}", f"{parameters:,}", human_bytes(size),
+                      f"{8 * size / parameters:.2f}", f"{100 * size / plan.bytes:.1f}%")
     table.add_section()
     table.add_row("all", "", "", f"{len(plan.tensors):,}", f"{plan.parameters:,}", human_bytes(plan.bytes),
                   f"{plan.bits_per_weight:.2f}", "100%", style="bold")

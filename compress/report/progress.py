@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from compress.report.scorecard import Stage
 from compress.report.table import human_seconds
@@ -21,6 +31,13 @@ def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Left(TimeRemainingColumn):
+    """Time left, once there is something to go by."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.time_remaining is None else Text("left ") + super().render(task)
 
 
 class Reporter:
@@ -43,8 +60,8 @@ class Reporter:
         bars = None
         if self.level and self.console.is_terminal:
             # rich forgets speeds after 30 s by default, and one block of a large model takes longer than that
-            bars = Progress(TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-                            TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True,
+            bars = Progress(TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(),
+                            TimeElapsedColumn(), _Left(), console=self.console, transient=True,
                             speed_estimate_period=1e9)
         try:
             if bars is not None:

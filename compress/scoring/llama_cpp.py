@@ -6,6 +6,7 @@ baseline of the benchmarks), `quantize_rows`/`dequantize_rows` are ggml's C code
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -267,7 +268,8 @@ class LlamaCpp:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        with contextlib.suppress(TypeError):  # at the interpreter's exit the library may already be gone
+            self.close()
 
     def close(self) -> None:
         """Free the model and its context; safe to call twice."""
@@ -389,5 +391,9 @@ class LlamaCpp:
 
 
 def _threads() -> int:
+    """The cores we may use, or fewer if OMP_NUM_THREADS says so: llama.cpp's threads wait for each other by spinning,
+    which on cores shared with others is many times slower than one thread."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(wanted), cores) if wanted.isdigit() and int(wanted) > 0 else cores

@@ -45,7 +45,8 @@ def measure(
     lm-eval the tasks are left out and `fallbacks` says so. Raises CalibrationError for windows over the limit, and
     what `score_many` raises.
     """
-    windows = eval_windows(suite.text, tokenizer, windows=suite.windows, length=suite.length, max_positions=max_positions)
+    windows = eval_windows(suite.text, tokenizer, windows=suite.windows, length=suite.length,
+                           max_positions=max_positions)
     scores, _ = score_many(original, [source], windows, tokenizer=label,
                            progress=lambda n, total: progress(_TEXT_SHARE * n / total))[0]
     base_scores = None if original is None else replace(scores.of_reference(), engine=original.name)

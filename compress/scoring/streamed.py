@@ -28,17 +28,27 @@ class StreamedSource:
         self.vocab_size = spec.vocab_size
 
     def logits(self, sequences: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """See LogitSource.logits. Sequences of a batch are padded on the right, which causal attention never sees."""
-        spec = self.spec
+        """See LogitSource.logits."""
         if not sequences:
             return
+        states = self.final_states(sequences)
+        head = self.load("model.embed_tokens.weight" if self.spec.tied else "lm_head.weight").float()
+        for row in states:
+            with torch.inference_mode():
+                yield (row @ head.T).numpy()
+
+    def final_states(self, sequences: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Hidden states behind the last norm, float32 [len(sequence), hidden_size] for each sequence in order.
+
+        Sequences of a batch are padded on the right, which causal attention never sees.
+        """
+        spec = self.spec
         lengths = [len(s) for s in sequences]
         starts = np.concatenate(([0], np.cumsum(lengths)))
         hidden = _scratch(int(starts[-1]), spec.hidden_size)
         table = self.load("model.embed_tokens.weight")
         for sequence, start in zip(sequences, starts, strict=False):
             hidden[start : start + len(sequence)] = table[torch.from_numpy(np.asarray(sequence, dtype=np.int64))].float()
-        head = table if spec.tied else None
         del table
         batches = _batches(lengths)
         with torch.inference_mode():
@@ -52,10 +62,10 @@ class StreamedSource:
                     for row, i in enumerate(batch):
                         hidden[starts[i] : starts[i + 1]] = out[row, : lengths[i]]
             norm = self.load("model.norm.weight").float()
-            head = (self.load("lm_head.weight") if head is None else head).float()
-            for i in range(len(sequences)):
+        for i in range(len(sequences)):
+            with torch.inference_mode():
                 states = rms_norm(hidden[starts[i] : starts[i + 1]], norm, spec.norm_eps)
-                yield (states @ head.T).numpy()
+            yield states
 
 
 def _scratch(rows: int, width: int) -> Tensor:

@@ -54,7 +54,7 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
     fallbacks: list[Fallback] = []
     with _source(target, opened, model, fallbacks) as source, reporter.stage("score") as progress:
         reference = None if original is None else StreamedSource(original.spec, original.load, "original")
-        measured = measure(source, reference, chosen, tokenizer, label=model.name,
+        measured = measure(source, reference, chosen, tokenizer, label=Path(model.name).name,
                            max_positions=model.spec.max_positions, progress=progress)
     weight_bytes = sum(file.stat().st_size for file in files)
     size = weight_bytes if opened is None else sum(f.stat().st_size for f in opened.folder.rglob("*") if f.is_file())
@@ -115,7 +115,8 @@ def _open_model(name: str) -> _Model:
 
         return _Model(name, checkpoint.folder, spec, "gptq", open_dense(checkpoint.folder, spec), files)
     if method is not None:
-        raise UnsupportedModel(f"{name} is quantized with {method}; this version scores dense and GPTQ folders and GGUF files")
+        raise UnsupportedModel(f"{name} is quantized with {method}; this version scores dense folders, GPTQ folders "
+                               "and GGUF files")
     if problems := checkpoint_problems(spec, checkpoint):
         raise CheckpointError(f"{problems[0]}; fetch the model again")
     return _Model(name, checkpoint.folder, spec, "safetensors", checkpoint.load, files)

@@ -11,15 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
-
-import torch
-
-torch.set_num_threads(1)
 
 import gguf
 import llama_cpp  # noqa: F401  (imported before the forks: it takes a second)
-import transformers  # noqa: F401
+import torch
 
 import compress.deliver
 import compress.journal
@@ -27,13 +24,16 @@ import compress.run
 from compress.journal import Journal
 from compress.recipe import load_recipe
 from compress.statistics import Moments
+from compress.text import load_tokenizer
 
 
 def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_call(function: Callable, number: int, *, after: bool = False, when: Callable[..., bool] = lambda *_: True) -> Callable:
+def at_call(
+    function: Callable, number: int, *, after: bool = False, when: Callable[..., bool] = lambda *_: True
+) -> Callable:
     """`function`, with the process killed at the start (or end) of its `number`-th matching call."""
     left = number
 
@@ -85,8 +85,9 @@ def before_scorecard() -> None:
 
 
 def main() -> None:
-    with open(sys.argv[1]) as file:
-        spec = json.load(file)
+    torch.set_num_threads(1)
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    load_tokenizer(Path(spec["model"]))  # for all that it imports
     for moment, output in spec["moments"].items():
         child = os.fork()
         if child == 0:

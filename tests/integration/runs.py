@@ -27,7 +27,7 @@ _WORDS = (
     "the of and to in a was that it his her with as had for on she at but not be is they from him which were all "
     "house river old king stone winter letter night garden road village mother captain ship island morning silver "
     "door window table horse forest mountain city war music number century north south built known called first"
-).split()
+).split()  # noqa: SIM905
 SMALL = ("calibration.samples=4", "calibration.length=64", "score=false")
 """Overrides that make a run take about a second; `calibration.dataset` comes on top."""
 

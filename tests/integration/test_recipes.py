@@ -35,7 +35,8 @@ wrong RoPE base gives 0.09 to 2."""
 def cheap(recipe: str) -> tuple[str, ...]:
     """Overrides that leave out the slow refinement, where the solver has one."""
     solver = "steps[0].quantize.solver"
-    return (f"{solver}.sweeps=0", f"{solver}.refits=0") if "solver: gptq" in bundled_recipes()[recipe].read_text() else ()
+    refines = "solver: gptq" in bundled_recipes()[recipe].read_text()
+    return (f"{solver}.sweeps=0", f"{solver}.refits=0") if refines else ()
 
 
 def ids_of(count: int = 48) -> np.ndarray:
@@ -68,7 +69,7 @@ def prove_gguf(recipe: Recipe, model: Path, work: Path) -> None:
     assert distance < 0.5 * kl(expected, np.roll(found, 1, axis=0))  # an engine that ignores the text would not pass
 
 
-# --- the demo model ---------------------------------------------------------------------------------------------------
+# --- the demo model -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_blocks(tmp_path_factory.mktemp("demo") / "tiny-qwen3-moe", 1)
 
 
+@pytest.fixture(scope="module")
+def demo_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_blocks(tmp_path_factory.mktemp("demo") / "tiny-qwen3-moe", 2)
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_on_the_demo_model(name: str, demo: Path, tmp_path: Path) -> None:
+def test_recipe_on_the_demo_model(name: str, demo: Path, demo_of_two: Path, tmp_path: Path) -> None:
+    if "layers:" in bundled_recipes()[name].read_text():
+        demo = demo_of_two  # one block of either kind
     recipe = small(name, demo, tmp_path / "out", *cheap(name))
     if recipe.export[0].container == "gguf":
         prove_gguf(recipe, demo, tmp_path)
@@ -107,7 +115,7 @@ def test_recipe_as_shipped_is_scored(demo: Path, tmp_path: Path) -> None:
     assert sum(saved["experts"][0]["tokens"]) == 4 * 64 * 2  # every token has two experts
 
 
-# --- GGUF of every family -----------------------------------------------------------------------------------------------
+# --- GGUF of every family -------------------------------------------------------------------------------
 
 FAMILY_CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 3, "num_key_value_heads": 1,
@@ -151,7 +159,7 @@ def test_expert_recipe_on_a_dense_model(tmp_path: Path) -> None:
     assert any("routed_experts" in note for note in card.notes)
 
 
-# --- GPTQ folders -------------------------------------------------------------------------------------------------------
+# --- GPTQ folders -------------------------------------------------------------------------------
 
 
 def unpack_gptq(folder: Path, module: str) -> torch.Tensor:
