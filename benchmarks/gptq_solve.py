@@ -51,8 +51,11 @@ def main() -> None:
                     gptq.solve(weight, gram, block_codec(codec, n), options)
                 seconds = time.monotonic() - started
                 operations = 2 * n**3 + n**3 + 4 * n**3 * (sweeps + sweeps + refits)
-                print(f"| {codec} | {n} x {n} | {sweeps} | {seconds:.1f} | {operations / seconds / 1e9:.0f} "
-                      f"| {operations / seconds / rate:.0%} |", flush=True)
+                print(
+                    f"| {codec} | {n} x {n} | {sweeps} | {seconds:.1f} | {operations / seconds / 1e9:.0f} "
+                    f"| {operations / seconds / rate:.0%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

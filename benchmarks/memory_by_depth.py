@@ -55,14 +55,37 @@ def main() -> None:
             folder = Path(temporary)
             model = make_model(folder / "model", data_root("models") / "tiny-qwen3-moe", blocks)
             size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-            child = subprocess.run([sys.executable, "-c", CHILD, str(model), str(folder / "out")], check=True,
-                                   capture_output=True, text=True)
-            planned = json.loads(subprocess.run(
-                [sys.executable, "-m", "compress.cli", "plan", "qwen-moe-2bit", "--json", "--model", str(model),
-                 "--set", "calibration.samples=32", "--set", "score=false"],
-                check=True, capture_output=True, text=True).stdout)["peak_memory_bytes"]
-            print(f"| {blocks} | {size:,} | {int(child.stdout.split()[-1]) / 2**20:,.0f} MiB | {planned / 2**20:,.0f} MiB |",
-                  flush=True)
+            child = subprocess.run(
+                [sys.executable, "-c", CHILD, str(model), str(folder / "out")],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            planned = json.loads(
+                subprocess.run(
+                    [
+                        sys.executable,
+                        "-m",
+                        "compress.cli",
+                        "plan",
+                        "qwen-moe-2bit",
+                        "--json",
+                        "--model",
+                        str(model),
+                        "--set",
+                        "calibration.samples=32",
+                        "--set",
+                        "score=false",
+                    ],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+            )["peak_memory_bytes"]
+            print(
+                f"| {blocks} | {size:,} | {int(child.stdout.split()[-1]) / 2**20:,.0f} MiB | {planned / 2**20:,.0f} MiB |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -94,11 +94,15 @@ class Checkpoint:
                     entries.update(read_header(folder / file))
                 lost = sorted(set(index) - set(entries))
                 if lost:
-                    raise CheckpointError(f"{folder / INDEX} lists {lost[0]} ({len(lost)} in all) but no shard holds it")
+                    raise CheckpointError(
+                        f"{folder / INDEX} lists {lost[0]} ({len(lost)} in all) but no shard holds it"
+                    )
         elif (folder / SINGLE).exists():
             entries = read_header(folder / SINGLE)
         elif weights:
-            hint = "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
+            hint = (
+                "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
+            )
             raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
         return cls(folder, config, entries)
 
@@ -119,8 +123,10 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {name} from {self.entries[name].file}: {error}") from None
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(f"{name} in {self.entries[name].file.name} holds {bad} NaN or infinite values; "
-                                  "the checkpoint is damaged, fetch it again")
+            raise CheckpointError(
+                f"{name} in {self.entries[name].file.name} holds {bad} NaN or infinite values; "
+                "the checkpoint is damaged, fetch it again"
+            )
         return tensor
 
 

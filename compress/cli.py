@@ -12,8 +12,12 @@ import typer
 from compress import __version__
 from compress.errors import CompressError, GateFailed
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Shrink language models: recipes in, files that stock engines run and honest scores out.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Shrink language models: recipes in, files that stock engines run and honest scores out.",
+)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub id, instead of the recipe's model.")]
@@ -49,10 +53,14 @@ def _print(renderable: Any) -> None:
 
 @app.command()
 def run(
-    recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = None, set: SetOption = None,
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    set: SetOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished run in the output folder.")] = False,
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
-    quiet: QuietOption = False, verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Carry out a recipe: calibrate, quantize, export, check, score."""
     from compress.recipe import load_recipe
@@ -70,7 +78,10 @@ def run(
 
 @app.command()
 def plan(
-    recipe: RecipeArgument, model: ModelOption = None, output: OutputOption = None, set: SetOption = None,
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    set: SetOption = None,
     as_json: JsonOption = False,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
 ) -> None:
@@ -97,7 +108,8 @@ def score(
     target: Annotated[str, typer.Argument(help="A GGUF file, a Hugging Face folder or a hub id.")],
     against: Annotated[str | None, typer.Option("--against", help="The original: folder or hub id.")] = None,
     suite: Annotated[str, typer.Option("--suite", help="quick, full, or a suite file.")] = "quick",
-    as_json: JsonOption = False, quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Perplexity, KL divergence and task accuracy of a file or folder against the original."""
     from compress.report.progress import Reporter

@@ -94,7 +94,9 @@ def deliver(plan: Plan, checkpoint: Checkpoint, journal: Journal, output: Path, 
                     _remove(output / path.name)  # an earlier run's, with the very bytes that were just rejected
                 _move(path, target / path.name)
         if not result.passed:
-            result.artifacts = [a.model_copy(update={"path": f"rejected/{a.path}", "delivered": False}) for a in result.artifacts]
+            result.artifacts = [
+                a.model_copy(update={"path": f"rejected/{a.path}", "delivered": False}) for a in result.artifacts
+            ]
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return result
@@ -119,14 +121,20 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
         path = folder / (export.name or f"{plan.recipe.name}-{export.container}")
         kind = {"gptq": "GptqOptions", "safetensors": "SafetensorsOptions"}[export.container]
         options = {"options": getattr(module, kind)(**options)}
-    provenance = {"compress.version": __version__, "compress.recipe": plan.recipe.name,
-                  "compress.recipe_digest": plan.recipe.digest(), "compress.calibration": _calibration_line(plan)}
+    provenance = {
+        "compress.version": __version__,
+        "compress.recipe": plan.recipe.name,
+        "compress.recipe_digest": plan.recipe.digest(),
+        "compress.calibration": _calibration_line(plan),
+    }
     return module.write(path, plan.spec, plan.tensors, fetch, source=plan.source, provenance=provenance, **options)
 
 
 def _calibration_line(plan: Plan) -> str:
     c = plan.recipe.calibration
-    return f"{c.dataset}, {c.samples} x {c.length} tokens, seed {plan.recipe.seed}" if plan.needs_calibration else "none"
+    return (
+        f"{c.dataset}, {c.samples} x {c.length} tokens, seed {plan.recipe.seed}" if plan.needs_calibration else "none"
+    )
 
 
 def _dense(journal: Journal, name: str) -> Tensor:
@@ -150,8 +158,9 @@ def engine(plan: Plan, export: Export, files: Sequence[Path], fallbacks: list[Fa
     yield StreamedSource(plan.spec, module.open_dense(files, plan.spec), "decoded weights")
 
 
-def check(plan: Plan, export: Export, files: Sequence[Path], journal: Journal, source: LogitSource,
-          memory: LogitSource) -> list[Check]:
+def check(
+    plan: Plan, export: Export, files: Sequence[Path], journal: Journal, source: LogitSource, memory: LogitSource
+) -> list[Check]:
     """Every planned tensor present, finite and decoding to what was solved; logits as computed in memory."""
     label = export.container
     try:
@@ -186,11 +195,17 @@ def check_windows(plan: Plan) -> np.ndarray:
     longest = min(CHECK_LENGTH, plan.spec.max_positions)
     if plan.recipe.score is not None:
         suite = load_suite(plan.recipe.score.suite)
-        return eval_windows(suite.text, tokenizer, windows=min(CHECK_WINDOWS, suite.windows),
-                            length=min(longest, suite.length))
+        return eval_windows(
+            suite.text, tokenizer, windows=min(CHECK_WINDOWS, suite.windows), length=min(longest, suite.length)
+        )
     text = plan.recipe.calibration
-    return calibration_windows(text.dataset, tokenizer, samples=min(CHECK_WINDOWS, text.samples),
-                               length=min(longest, text.length), seed=plan.recipe.seed)
+    return calibration_windows(
+        text.dataset,
+        tokenizer,
+        samples=min(CHECK_WINDOWS, text.samples),
+        length=min(longest, text.length),
+        seed=plan.recipe.seed,
+    )
 
 
 def _check_tensors(plan: Plan, export: Export, files: Sequence[Path], journal: Journal) -> Check:
@@ -206,32 +221,60 @@ def _check_tensors(plan: Plan, export: Export, files: Sequence[Path], journal: J
     for planned in plan.tensors:
         values, wanted = load(planned.name).float(), _dense(journal, planned.name)
         if values.shape != wanted.shape or not torch.isfinite(values).all():
-            return Check(name=f"{export.container} tensors", passed=False, detail=f"{planned.name} is not finite or misshapen")
+            return Check(
+                name=f"{export.container} tensors", passed=False, detail=f"{planned.name} is not finite or misshapen"
+            )
         gap = float((values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
         limit = 2**-8 if export.container == "safetensors" else DECODE_TOLERANCE
         if gap > limit:
-            return Check(name=f"{export.container} tensors", passed=False,
-                         detail=f"{planned.name} decodes {gap:.2g} (relative) off what was solved, limit {limit:.2g}")
+            return Check(
+                name=f"{export.container} tensors",
+                passed=False,
+                detail=f"{planned.name} decodes {gap:.2g} (relative) off what was solved, limit {limit:.2g}",
+            )
         worst = max(worst, gap)
-    return Check(name=f"{export.container} tensors", passed=True,
-                 detail=f"{len(plan.tensors)} present, finite, of their planned type; largest relative gap {worst:.2g}")
+    return Check(
+        name=f"{export.container} tensors",
+        passed=True,
+        detail=f"{len(plan.tensors)} present, finite, of their planned type; largest relative gap {worst:.2g}",
+    )
 
 
 def describe(plan: Plan, export: Export, files: Sequence[Path], staging: Path) -> Artifact:
     """Bytes and bits per weight of an artifact, before any score."""
     roots = _roots(files, staging)
-    size = sum(f.stat().st_size for root in roots for f in ([root] if root.is_file() else root.rglob("*")) if f.is_file())
+    size = sum(
+        f.stat().st_size for root in roots for f in ([root] if root.is_file() else root.rglob("*")) if f.is_file()
+    )
     weight_bytes = sum(f.stat().st_size for f in files)
-    return Artifact(container=export.container, path=roots[0].name, bytes=size,
-                    bits_per_weight=round(8 * weight_bytes / plan.parameters, 4), ratio=weight_bytes / plan.source_bytes)
+    return Artifact(
+        container=export.container,
+        path=roots[0].name,
+        bytes=size,
+        bits_per_weight=round(8 * weight_bytes / plan.parameters, 4),
+        ratio=weight_bytes / plan.source_bytes,
+    )
 
 
-def scored(plan: Plan, artifact: Artifact, source: LogitSource, original: LogitSource, result: Delivery,
-           progress: Callable[[float], None]) -> Artifact:
+def scored(
+    plan: Plan,
+    artifact: Artifact,
+    source: LogitSource,
+    original: LogitSource,
+    result: Delivery,
+    progress: Callable[[float], None],
+) -> Artifact:
     """Score an artifact on the recipe's suite; the original's scores go into `result` on the way."""
     assert plan.recipe.score is not None
-    measured = measure(source, original, load_suite(plan.recipe.score.suite), load_tokenizer(plan.source),
-                       label=Path(plan.recipe.model).name, max_positions=plan.spec.max_positions, progress=progress)
+    measured = measure(
+        source,
+        original,
+        load_suite(plan.recipe.score.suite),
+        load_tokenizer(plan.source),
+        label=Path(plan.recipe.model).name,
+        max_positions=plan.spec.max_positions,
+        progress=progress,
+    )
     result.base_scores = result.base_scores or measured.base_scores
     result.base_tasks = result.base_tasks or measured.base_tasks
     result.fallbacks += measured.fallbacks
@@ -243,13 +286,25 @@ def limits(plan: Plan, artifact: Artifact) -> list[Check]:
     scores, gate, checks = artifact.scores, plan.recipe.gate, []
     assert scores is not None and scores.kld is not None and scores.perplexity_ratio is not None
     ratio = scores.perplexity_ratio.value
-    checks.append(Check(name=f"{artifact.container} perplexity", passed=bool(np.isfinite(ratio)),
-                        detail=f"{scores.perplexity.value:.2f}, original {scores.perplexity.value / ratio:.2f}"))
-    for name, value, limit in (("KL divergence", scores.kld.mean, gate.max_kld),
-                               ("perplexity ratio", ratio, gate.max_perplexity_ratio)):
+    checks.append(
+        Check(
+            name=f"{artifact.container} perplexity",
+            passed=bool(np.isfinite(ratio)),
+            detail=f"{scores.perplexity.value:.2f}, original {scores.perplexity.value / ratio:.2f}",
+        )
+    )
+    for name, value, limit in (
+        ("KL divergence", scores.kld.mean, gate.max_kld),
+        ("perplexity ratio", ratio, gate.max_perplexity_ratio),
+    ):
         if limit is not None:
-            checks.append(Check(name=f"{artifact.container} {name}", passed=bool(value <= limit),
-                                detail=f"{value:.4g}, limit {limit:g}"))
+            checks.append(
+                Check(
+                    name=f"{artifact.container} {name}",
+                    passed=bool(value <= limit),
+                    detail=f"{value:.4g}, limit {limit:g}",
+                )
+            )
     return checks
 
 

@@ -32,7 +32,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --output") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --output"
+        ) from error
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -73,8 +75,10 @@ class Journal:
             except json.JSONDecodeError:
                 raise ResumeError(f"{path} is damaged; start over with --fresh") from None
             if state.get("digest") != digest:
-                raise ResumeError(f"{folder.parent} holds an unfinished run of another recipe, model or version; "
-                                  "finish that one, choose another --output, or discard it with --fresh")
+                raise ResumeError(
+                    f"{folder.parent} holds an unfinished run of another recipe, model or version; "
+                    "finish that one, choose another --output, or discard it with --fresh"
+                )
             return cls(folder, digest, state["units"])
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -167,4 +171,4 @@ class ActivationWriter:
         self._file = file
 
     def append(self, hidden: torch.Tensor) -> None:
-        hidden.contiguous().numpy().tofile(self._file)
+        self._file.write(hidden.contiguous().numpy().data)

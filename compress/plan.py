@@ -79,8 +79,12 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """sha256 of the recipe, this version and the config: what a journal must agree with to be resumed."""
-        facts = {"recipe": self.recipe.digest(), "version": __version__, "config": dict(self.spec.config),
-                 "codecs": [t.codec for t in self.tensors]}
+        facts = {
+            "recipe": self.recipe.digest(),
+            "version": __version__,
+            "config": dict(self.spec.config),
+            "codecs": [t.codec for t in self.tensors],
+        }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def block(self, layer: int) -> tuple[PlannedTensor, ...]:
@@ -124,8 +128,9 @@ class Plan:
                     stages[t.spec.input.endswith("act")][t.spec.input] = moments_bytes(spec, t)
             for sizes in stages.values():
                 grams = max(grams, min(sum(sizes.values()), max(MOMENTS_BYTES, *sizes.values(), 0)))
-        widest = max((t.spec.parameters for t in self.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None),
-                     default=0)
+        widest = max(
+            (t.spec.parameters for t in self.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None), default=0
+        )
         solve = widest * 4 * 12
         batch = BATCH_TOKENS * 4 * (6 * spec.hidden_size + 4 * max(spec.intermediate_size, spec.moe_intermediate_size))
         head = spec.vocab_size * spec.hidden_size * 4 * 3
@@ -147,9 +152,17 @@ class Plan:
             "containers": [e.container for e in self.recipe.export],
             "warnings": list(self.warnings),
             "tensors": [
-                {"name": t.name, "shape": list(t.spec.shape), "role": t.spec.role, "layer": t.spec.layer,
-                 "steps": ["quantize"] if t.solver else [], "solver": t.solver.name if t.solver else None,
-                 "codec": t.codec, "wanted": t.wanted, "bytes": t.bytes}
+                {
+                    "name": t.name,
+                    "shape": list(t.spec.shape),
+                    "role": t.spec.role,
+                    "layer": t.spec.layer,
+                    "steps": ["quantize"] if t.solver else [],
+                    "solver": t.solver.name if t.solver else None,
+                    "codec": t.codec,
+                    "wanted": t.wanted,
+                    "bytes": t.bytes,
+                }
                 for t in self.tensors
             ],
         }
@@ -207,13 +220,17 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     calibration = recipe.calibration
     find_data("calibration", calibration.dataset)
     if calibration.length > spec.max_positions:
-        problems.append(f"calibration.length {calibration.length} is longer than the model's limit of "
-                        f"{spec.max_positions} positions; lower calibration.length")
+        problems.append(
+            f"calibration.length {calibration.length} is longer than the model's limit of "
+            f"{spec.max_positions} positions; lower calibration.length"
+        )
     if recipe.score is not None:
         suite = load_suite(recipe.score.suite)
         if suite.length > spec.max_positions:
-            problems.append(f"suite {suite.name} scores windows of {suite.length} tokens, the model allows "
-                            f"{spec.max_positions}; choose another suite or score: false")
+            problems.append(
+                f"suite {suite.name} scores windows of {suite.length} tokens, the model allows "
+                f"{spec.max_positions}; choose another suite or score: false"
+            )
     if len(recipe.steps) > 1:
         problems.append("more than one quantize step: a tensor can be quantized once; put all rules in one step")
     if problems:
@@ -234,24 +251,35 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
         if info.kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
             wanted, codec = codec, replacement
         elif info.kind == "uniform" and info.block and tensor.shape[-1] % info.block:
-            problems.append(f"{tensor.name}: rows of {tensor.shape[-1]} do not divide into groups of {info.block}; "
-                            f"use a smaller group or int{info.bits}-row")
+            problems.append(
+                f"{tensor.name}: rows of {tensor.shape[-1]} do not divide into groups of {info.block}; "
+                f"use a smaller group or int{info.bits}-row"
+            )
         elif info.kind == "uniform" and "gptq" in kinds and (tensor.shape[-1] % 32 or tensor.shape[0] % 32):
-            problems.append(f"{tensor.name}: GPTQ kernels need dimensions that divide by 32, this one is "
-                            f"{tensor.shape[0]} x {tensor.shape[1]}; add it to ignore")
+            problems.append(
+                f"{tensor.name}: GPTQ kernels need dimensions that divide by 32, this one is "
+                f"{tensor.shape[0]} x {tensor.shape[1]}; add it to ignore"
+            )
         solver = quantize.solver_of(rule) if rule and codec_info(codec).kind != "float" else None
         if solver is not None and tensor.input is None and not surveys_head(spec, tensor, codec):
             solver = RtnOptions()  # rows that are looked up have no input statistics to solve against
-        tensors.append(PlannedTensor(tensor, codec, solver, 0 if problems else stored_bytes(codec, tensor.shape), wanted))
+        tensors.append(
+            PlannedTensor(tensor, codec, solver, 0 if problems else stored_bytes(codec, tensor.shape), wanted)
+        )
     if matcher:
-        warnings += [f"rule matches no tensor of this model: {rule}" for rule in matcher.unused()
-                     if quantize and rule in quantize.rules]
+        warnings += [
+            f"rule matches no tensor of this model: {rule}"
+            for rule in matcher.unused()
+            if quantize and rule in quantize.rules
+        ]
     if weights:
         problems += checkpoint_problems(spec, checkpoint)
     if problems:
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
     for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
-        warnings.append(f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}")
+        warnings.append(
+            f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
+        )
     source = sum(2 * t.spec.parameters for t in tensors)
     if checkpoint.entries:
         source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
@@ -293,7 +321,11 @@ def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
     for tensor in spec.tensors():
         entry = checkpoint.entries.get(tensor.name)
         if entry is None:
-            raise CheckpointError(f"{checkpoint.folder} has no tensor {tensor.name}; the checkpoint does not fit its config.json")
+            raise CheckpointError(
+                f"{checkpoint.folder} has no tensor {tensor.name}; the checkpoint does not fit its config.json"
+            )
         if entry.shape != tensor.shape:
-            problems.append(f"{tensor.name} is {list(entry.shape)} in the checkpoint, config.json implies {list(tensor.shape)}")
+            problems.append(
+                f"{tensor.name} is {list(entry.shape)} in the checkpoint, config.json implies {list(tensor.shape)}"
+            )
     return problems

@@ -129,9 +129,7 @@ class Step(Section):
     @classmethod
     def _one_kind(cls, value: Any) -> Any:
         if isinstance(value, dict) and len(value) != 1:
-            raise problem(
-                f"expected exactly one key, the kind of step ({', '.join(STEP_KINDS)}), got {len(value)}"
-            )
+            raise problem(f"expected exactly one key, the kind of step ({', '.join(STEP_KINDS)}), got {len(value)}")
         if isinstance(value, dict) and None in value.values():
             raise problem("this step says nothing; give it at least a scheme or rules")
         return value
@@ -539,9 +537,7 @@ def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, str]]) ->
     for i, container in containers:
         if info.kind not in CONTAINERS[container].kinds:
             yield (*at, "codec"), _refusal(info.name, container, i)
-        elif any(
-            covers(str(target), role) for target in targets for role in CONTAINERS[container].float_roles
-        ):
+        elif any(covers(str(target), role) for target in targets for role in CONTAINERS[container].float_roles):
             roles = ", ".join(CONTAINERS[container].float_roles)
             yield (
                 (*at, "codec"),

@@ -80,8 +80,14 @@ class _Block:
 
     def scaled(self, active: float, stored: float) -> _Block:
         """A block with so many times the parameters: active for a token, and in all."""
-        return _Block(self.window * active, self.token * active, self.solve * stored, self.load * stored,
-                      self.store * stored, self.decode * stored)
+        return _Block(
+            self.window * active,
+            self.token * active,
+            self.solve * stored,
+            self.load * stored,
+            self.store * stored,
+            self.decode * stored,
+        )
 
 
 def rehearse(plan: Plan) -> Rehearsal:
@@ -91,8 +97,10 @@ def rehearse(plan: Plan) -> Rehearsal:
         with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, torch.inference_mode():
             return _rehearse(plan, checkpoint, Journal.open(Path(folder), plan.digest))
     except OSError as error:
-        raise OutputError(f"cannot rehearse in {tempfile.gettempdir()}: {error.strerror or error}; free some space "
-                          "there or set TMPDIR") from error
+        raise OutputError(
+            f"cannot rehearse in {tempfile.gettempdir()}: {error.strerror or error}; free some space "
+            "there or set TMPDIR"
+        ) from error
 
 
 def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal:
@@ -105,8 +113,14 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
         batch = max(1, BATCH_TOKENS // settings.length)
         count = min(settings.samples, -(-max(settings.samples // SHARE, 4) // batch) * batch)
         with clock("text"):
-            ids = calibration_windows(settings.dataset, tokenizer, samples=count, length=settings.length,
-                                      seed=plan.recipe.seed, max_positions=spec.max_positions)
+            ids = calibration_windows(
+                settings.dataset,
+                tokenizer,
+                samples=count,
+                length=settings.length,
+                seed=plan.recipe.seed,
+                max_positions=spec.max_positions,
+            )
         streams = _embedded(plan, checkpoint, journal.folder, ids)
     measured = {kind: _block(plan, layer, checkpoint, journal, streams) for kind, layer in _kinds(plan)}
     blocks = [measured.get(_kind(plan, layer)) or _like(plan, layer, measured) for layer in range(spec.layers)]
@@ -117,9 +131,12 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
     score = 0.0
     if plan.recipe.score is not None:
         score = artifacts * _score(spec, load_suite(plan.recipe.score.suite), tokenizer, blocks)
-    return Rehearsal(forward=clock["text"] + sum(settings.samples * b.window + b.load for b in blocks),
-                     solve=outer + sum(b.solve for b in blocks),
-                     write=store + artifacts * (store + check), score=score)
+    return Rehearsal(
+        forward=clock["text"] + sum(settings.samples * b.window + b.load for b in blocks),
+        solve=outer + sum(b.solve for b in blocks),
+        write=store + artifacts * (store + check),
+        score=score,
+    )
 
 
 class _Clock:
@@ -153,8 +170,10 @@ def _sizes(plan: Plan, layer: int) -> tuple[float, float]:
     """Parameters of a block: those one token passes through, and all."""
     share = plan.spec.experts_per_token / max(plan.spec.experts, 1)
     block = plan.block(layer)
-    return (sum(t.spec.parameters * (1.0 if t.spec.expert is None else share) for t in block),
-            float(sum(t.spec.parameters for t in block)))
+    return (
+        sum(t.spec.parameters * (1.0 if t.spec.expert is None else share) for t in block),
+        float(sum(t.spec.parameters for t in block)),
+    )
 
 
 def _like(plan: Plan, layer: int, measured: Mapping[Any, _Block]) -> _Block:
@@ -169,8 +188,9 @@ def _embedded(plan: Plan, checkpoint: Checkpoint, folder: Path, ids: np.ndarray)
     """The activations at the input of the first block, from the original embeddings in both streams."""
     shape = (*ids.shape, plan.spec.hidden_size)
     two = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in plan.tensors)
-    streams = Streams(Activations(folder / "in.f32", shape),
-                      Activations(folder / "in-original.f32", shape) if two else None)
+    streams = Streams(
+        Activations(folder / "in.f32", shape), Activations(folder / "in-original.f32", shape) if two else None
+    )
     table = checkpoint.load("model.embed_tokens.weight")
     for stream in (streams.compressed, streams.original):
         if stream is not None:
@@ -219,12 +239,15 @@ def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, str
         window=(clock["observe"] + clock["forward"] + clock["original forward"]) / windows,
         token=clock["forward"] / (windows * length),
         solve=max(clock["half"] - clock["gather"] - clock["load"], 0.0),
-        load=clock["load"], store=clock["store"], decode=clock["decode"],
+        load=clock["load"],
+        store=clock["store"],
+        decode=clock["decode"],
     )
 
 
 def _beside(streams: Streams, half: str) -> Streams:
     """Where the activations behind a half go."""
+
     def moved(stream: Activations) -> Activations:
         return Activations(stream.path.with_name(f"{half}-{stream.path.name}"), stream.shape)
 
@@ -260,5 +283,8 @@ def _score(spec: ModelSpec, suite: Suite, tokenizer: Any, blocks: Sequence[_Bloc
     with clock("compare"):
         token_stats(logits, logits, np.zeros(HEAD_TOKENS, dtype=np.int64))
     passes = 2 if suite.tasks else 1  # of the original, whose weights are read anew in each
-    return (clock["imports"] + sum(2 * tokens * b.token + passes * b.load for b in blocks)
-            + (2 * tokens * clock["head"] + text * clock["compare"]) / HEAD_TOKENS)
+    return (
+        clock["imports"]
+        + sum(2 * tokens * b.token + passes * b.load for b in blocks)
+        + (2 * tokens * clock["head"] + text * clock["compare"]) / HEAD_TOKENS
+    )

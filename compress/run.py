@@ -76,8 +76,10 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
         shutil.rmtree(output / WORK, ignore_errors=True)
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
-        raise GateFailed(f"gate failed: {failed[0].name}: {failed[0].detail}; the artifacts are in {output / 'rejected'}, "
-                         f"the figures in {output / scorecards.FILE_NAME}")
+        raise GateFailed(
+            f"gate failed: {failed[0].name}: {failed[0].detail}; the artifacts are in {output / 'rejected'}, "
+            f"the figures in {output / scorecards.FILE_NAME}"
+        )
     return card
 
 
@@ -95,16 +97,20 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
         if scorecards.FILE_NAME in names and not fresh:
             finished = scorecards.read(output)
             if finished.recipe_digest != plan.recipe.digest():
-                raise OutputError(f"{output} holds a finished run of another recipe ({finished.recipe}); "
-                                  "choose another --output, or write into it all the same with --fresh")
+                raise OutputError(
+                    f"{output} holds a finished run of another recipe ({finished.recipe}); "
+                    "choose another --output, or write into it all the same with --fresh"
+                )
     try:
         output.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output).free
     except OSError as error:
         raise OutputError(f"cannot create {output}: {error.strerror or error}; choose another --output") from error
     if free < plan.disk_bytes and not (output / WORK).exists():
-        raise OutputError(f"{output} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB; "
-                          "free some space or choose another --output")
+        raise OutputError(
+            f"{output} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB; "
+            "free some space or choose another --output"
+        )
     return output
 
 
@@ -130,8 +136,14 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
     with reporter.stage("blocks") as progress:
         for layer in range(spec.layers):
             if f"block-{layer:05d}" not in journal:
-                _block(plan, layer, checkpoint, journal, shape,
-                       lambda part, n=layer: progress((n + part) / spec.layers, f"block {n + 1} of {spec.layers}"))
+                _block(
+                    plan,
+                    layer,
+                    checkpoint,
+                    journal,
+                    shape,
+                    lambda part, n=layer: progress((n + part) / spec.layers, f"block {n + 1} of {spec.layers}"),
+                )
     with reporter.stage("head"):
         if "head" not in journal:
             _head(plan, checkpoint, journal, shape)
@@ -140,8 +152,14 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
 def load_calibration(plan: Plan) -> np.ndarray:
     """Token windows [samples, length] of the recipe's calibration set."""
     settings = plan.recipe.calibration
-    return calibration_windows(settings.dataset, load_tokenizer(plan.source), samples=settings.samples,
-                               length=settings.length, seed=plan.recipe.seed, max_positions=plan.spec.max_positions)
+    return calibration_windows(
+        settings.dataset,
+        load_tokenizer(plan.source),
+        samples=settings.samples,
+        length=settings.length,
+        seed=plan.recipe.seed,
+        max_positions=plan.spec.max_positions,
+    )
 
 
 def _streams(plan: Plan, journal: Journal, place: str, shape: tuple[int, int, int]) -> Streams:
@@ -151,7 +169,9 @@ def _streams(plan: Plan, journal: Journal, place: str, shape: tuple[int, int, in
     return Streams(compressed, Activations(journal.folder / f"original-{place}.f32", shape) if two else None)
 
 
-def _embeddings(plan: Plan, table: PlannedTensor, checkpoint: Checkpoint, ids: np.ndarray | None) -> tuple[Packed, dict]:
+def _embeddings(
+    plan: Plan, table: PlannedTensor, checkpoint: Checkpoint, ids: np.ndarray | None
+) -> tuple[Packed, dict]:
     """The embedding table; a tied one with few bits is solved for what it does as the head, see LOOKUP_DAMPING."""
     weight = checkpoint.load(table.name)
     if ids is None or table.solver is None or not surveys_head(plan.spec, table.spec, table.codec):
@@ -172,8 +192,14 @@ def _alone(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
     return packed, {"solved": [vars(solved)]}
 
 
-def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, shape: tuple[int, int, int] | None,
-           progress: Callable[[float], None]) -> None:
+def _block(
+    plan: Plan,
+    layer: int,
+    checkpoint: Checkpoint,
+    journal: Journal,
+    shape: tuple[int, int, int] | None,
+    progress: Callable[[float], None],
+) -> None:
     """Both halves of one block, then its line in the journal; only then its inputs go."""
     block = plan.block(layer)
     places = (f"{layer:05d}", f"{layer:05d}-ffn", f"{layer + 1:05d}")
@@ -184,8 +210,16 @@ def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, sha
     halves: tuple[Half, Half] = ("attention", "ffn")
     for half, source, target in zip(halves, at[:2], at[1:], strict=True):
         tensors = [t for t in block if t.spec.half == half]
-        result = compress_half(plan.spec, layer, half, tensors, checkpoint.load, source,
-                               lambda done, before=len(packed): progress((before + done) / len(block)))
+        before = len(packed)
+        result = compress_half(
+            plan.spec,
+            layer,
+            half,
+            tensors,
+            checkpoint.load,
+            source,
+            lambda done, before=before: progress((before + done) / len(block)),
+        )
         if source is not None and target is not None:
             advance(plan.spec, layer, half, result.weights, source.compressed, target.compressed, source.batch)
             if source.original is not None and target.original is not None:
@@ -222,11 +256,25 @@ def _head(plan: Plan, checkpoint: Checkpoint, journal: Journal, shape: tuple[int
 
 def _scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Reporter) -> Scorecard:
     solved = [s for report in journal.units.values() for s in report.get("solved", ())]
-    fallbacks = [Fallback(subject=t.name, wanted=t.wanted or "", used=t.codec,
-                          reason=f"rows of {t.spec.shape[-1]} do not divide into {t.wanted} blocks") for t in plan.fallbacks]
-    fallbacks += [Fallback(subject=s["name"], wanted=f"damping {t.solver.damping:g}", used=f"damping {s['damping']:g}",
-                           reason=f"gram not positive definite, {s['retries']} retries")
-                  for s in solved if s["retries"] and (t := plan.by_name[s["name"]])]
+    fallbacks = [
+        Fallback(
+            subject=t.name,
+            wanted=t.wanted or "",
+            used=t.codec,
+            reason=f"rows of {t.spec.shape[-1]} do not divide into {t.wanted} blocks",
+        )
+        for t in plan.fallbacks
+    ]
+    fallbacks += [
+        Fallback(
+            subject=s["name"],
+            wanted=f"damping {t.solver.damping:g}",
+            used=f"damping {s['damping']:g}",
+            reason=f"gram not positive definite, {s['retries']} retries",
+        )
+        for s in solved
+        if s["retries"] and (t := plan.by_name[s["name"]])
+    ]
     experts = []
     for layer in range(plan.spec.layers):
         tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()
@@ -238,18 +286,38 @@ def _scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Report
             if tensor.layer == layer and tensor.expert is not None:
                 borrowed[tensor.expert] = max(borrowed[tensor.expert], s["borrowed"])
         cold = tuple(e for e, share in enumerate(borrowed) if share > 0.5)
-        fallbacks += [Fallback(subject=f"block {layer} expert {e}", wanted="own statistics",
-                               used=f"{borrowed[e]:.0%} of the block's pool",
-                               reason=f"{tokens[e]} calibration tokens reached it") for e in cold]
-        experts.append(Experts(layer=layer, tokens=tuple(tokens), cold=cold, borrowed=tuple(round(b, 4) for b in borrowed)))
+        fallbacks += [
+            Fallback(
+                subject=f"block {layer} expert {e}",
+                wanted="own statistics",
+                used=f"{borrowed[e]:.0%} of the block's pool",
+                reason=f"{tokens[e]} calibration tokens reached it",
+            )
+            for e in cold
+        ]
+        experts.append(
+            Experts(layer=layer, tokens=tuple(tokens), cold=cold, borrowed=tuple(round(b, 4) for b in borrowed))
+        )
     fallbacks += results.fallbacks
-    base = Base(bytes=plan.source_bytes, bits_per_weight=8 * plan.source_bytes / plan.parameters,
-                parameters=plan.parameters, scores=results.base_scores, tasks=results.base_tasks)
+    base = Base(
+        bytes=plan.source_bytes,
+        bits_per_weight=8 * plan.source_bytes / plan.parameters,
+        parameters=plan.parameters,
+        scores=results.base_scores,
+        tasks=results.base_tasks,
+    )
     return Scorecard(
-        model=plan.recipe.model, recipe=plan.recipe.name, artifacts=tuple(results.artifacts), base=base,
-        experts=tuple(experts), fallbacks=tuple(fallbacks), gate=Gate(passed=results.passed, checks=tuple(results.checks)),
-        stages=tuple(reporter.stages), recipe_digest=plan.recipe.digest(),
+        model=plan.recipe.model,
+        recipe=plan.recipe.name,
+        artifacts=tuple(results.artifacts),
+        base=base,
+        experts=tuple(experts),
+        fallbacks=tuple(fallbacks),
+        gate=Gate(passed=results.passed, checks=tuple(results.checks)),
+        stages=tuple(reporter.stages),
+        recipe_digest=plan.recipe.digest(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         calibration=plan.recipe.calibration.model_dump() if plan.needs_calibration else {},
-        versions={"compress": __version__, "torch": torch.__version__}, notes=tuple(plan.warnings),
+        versions={"compress": __version__, "torch": torch.__version__},
+        notes=tuple(plan.warnings),
     )

@@ -85,10 +85,7 @@ def expand(name: str, model: ModelSpec, *, imatrix: bool = True) -> tuple[Rule, 
             rules.setdefault((codec, None if codec == usual else ranges(layers)), []).append(role)
     exceptions_first = sorted(rules.items(), key=lambda item: item[0][1] is None)
     return (
-        *(
-            Rule(targets=tuple(roles), codec=codec, layers=layers)
-            for (codec, layers), roles in exceptions_first
-        ),
+        *(Rule(targets=tuple(roles), codec=codec, layers=layers) for (codec, layers), roles in exceptions_first),
         Rule(targets=FLOAT_ROLES, codec="f32"),
     )
 

@@ -7,7 +7,6 @@ least-squares target W + W drift (gram + damping)^-1 (GPTAQ, arXiv 2504.02692, e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +37,9 @@ class Moments:
             torch.zeros(residual, n) if residual else None,
         )
 
-    def add(self, x: Tensor, original: Tensor | None = None, gate: Tensor | None = None,
-            lag: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, original: Tensor | None = None, gate: Tensor | None = None, lag: Tensor | None = None
+    ) -> None:
         """x, original: float32 [tokens, n]; gate: routing weights [tokens], an expert's error being scaled by its gate
         and its squared error by the gate squared; lag: r0 - r [tokens, m]."""
         self.tokens += x.shape[0]
@@ -94,13 +94,17 @@ def blend(own: Moments, pool: Moments | None, strength: float) -> Statistics:
 
     gram = mixed(own.gram, None if pool is None else pool.gram)
     return Statistics(
-        gram, mixed(own.drift, None if pool is None else pool.drift),
-        mixed(own.residual, None if pool is None else pool.residual), own.tokens, share,
+        gram,
+        mixed(own.drift, None if pool is None else pool.drift),
+        mixed(own.residual, None if pool is None else pool.residual),
+        own.tokens,
+        share,
     )
 
 
-def corrected_target(weight: Tensor, statistics: Statistics, damping: float, strength: float,
-                     residual_strength: float = 0.0) -> Tensor:
+def corrected_target(
+    weight: Tensor, statistics: Statistics, damping: float, strength: float, residual_strength: float = 0.0
+) -> Tensor:
     """The float weight that best reproduces the original's output from the compressed model's inputs.
 
     weight: [m, n] -> [m, n]: W + (strength W drift + residual_strength residual) (gram + damping mean(diag) I)^-1.
@@ -118,8 +122,3 @@ def corrected_target(weight: Tensor, statistics: Statistics, damping: float, str
     if failed:
         raise NumericalError(f"gram cannot be factorised with a ridge of {damping:g} of its mean; raise drift_damping")
     return weight + torch.cholesky_solve(pull.T.double(), factor).T.float()
-
-
-def token_counts(moments: Mapping[str, Moments], experts: int, suffix: str = "in") -> list[int]:
-    """Tokens routed to every expert of a block."""
-    return [moments[f"experts.{e}.{suffix}"].tokens if f"experts.{e}.{suffix}" in moments else 0 for e in range(experts)]

@@ -92,8 +92,10 @@ def as_stored(planned: PlannedTensor, weight: Tensor) -> Packed:
     """A tensor that no solver touches, rounded to its float codec. Raises CheckpointError if it overflows."""
     packed = get_codec(planned.codec).encode(weight)
     if not torch.isfinite(packed.parts["values"]).all():
-        raise CheckpointError(f"{planned.name} does not fit into {planned.codec}: it holds values up to "
-                              f"{float(weight.abs().max()):.3g}; choose bf16 or f32 for it")
+        raise CheckpointError(
+            f"{planned.name} does not fit into {planned.codec}: it holds values up to "
+            f"{float(weight.abs().max()):.3g}; choose bf16 or f32 for it"
+        )
     return packed
 
 
@@ -109,8 +111,16 @@ def solve_tensor(planned: PlannedTensor, weight: Tensor, statistics: Statistics 
         gram = torch.eye(weight.shape[1])  # rows that are looked up, not multiplied: plain squared error
     solution = module.solve(target, gram, codec, options)
     packed = solution.pack()
-    report = Solved(planned.name, planned.codec, options.name, solution.error, solution.damping, solution.retries,
-                    None if statistics is None else statistics.tokens, 0.0 if statistics is None else statistics.borrowed)
+    report = Solved(
+        planned.name,
+        planned.codec,
+        options.name,
+        solution.error,
+        solution.damping,
+        solution.retries,
+        None if statistics is None else statistics.tokens,
+        0.0 if statistics is None else statistics.borrowed,
+    )
     return packed, report
 
 
@@ -135,8 +145,13 @@ def _single_threaded(jobs: int) -> Iterator[int]:
 
 
 def compress_half(
-    spec: ModelSpec, layer: int, half: Half, block: Sequence[PlannedTensor], load: Callable[[str], Tensor],
-    streams: Streams | None, progress: Callable[[int], None] = lambda done: None,
+    spec: ModelSpec,
+    layer: int,
+    half: Half,
+    block: Sequence[PlannedTensor],
+    load: Callable[[str], Tensor],
+    streams: Streams | None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> HalfResult:
     """Compress the attention or the feed-forward half of a block, each stage observing the earlier ones as compressed.
 
@@ -222,8 +237,14 @@ def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[Plan
 
 
 def collect(
-    spec: ModelSpec, layer: int, stage: int, group: Sequence[PlannedTensor], original: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor], streams: Streams, tokens: Sequence[int] = (),
+    spec: ModelSpec,
+    layer: int,
+    stage: int,
+    group: Sequence[PlannedTensor],
+    original: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    streams: Streams,
+    tokens: Sequence[int] = (),
 ) -> dict[str, Moments]:
     """Moments of every input that `stage` of a block needs, over all calibration windows.
 
@@ -248,8 +269,18 @@ def collect(
             forward_attention(spec, layer, weights, hidden, observe=note, until=stage)
             return seen, None
         routes: list[Routing] = []
-        forward_ffn(spec, layer, weights, hidden, observe=note, until=stage, routing=routing, on_route=routes.append,
-                    pooled=pooled, experts=experts)
+        forward_ffn(
+            spec,
+            layer,
+            weights,
+            hidden,
+            observe=note,
+            until=stage,
+            routing=routing,
+            on_route=routes.append,
+            pooled=pooled,
+            experts=experts,
+        )
         return seen, routes[0] if routes else None
 
     for start in range(0, streams.windows, streams.batch):
@@ -275,13 +306,16 @@ def collect(
     for key, moments in wanted.items():
         if not moments.finite:
             sample = _bad_sample(spec, layer, stage, original, weights, streams, key, pooled)
-            raise NumericalError(f"activations at {key} of block {layer} are beyond what float32 sums can hold for "
-                                 f"calibration sample {sample}; drop the sample or check the weights")
+            raise NumericalError(
+                f"activations at {key} of block {layer} are beyond what float32 sums can hold for "
+                f"calibration sample {sample}; drop the sample or check the weights"
+            )
     return wanted
 
 
-def _pools(stage: int, group: Sequence[PlannedTensor], tokens: Sequence[int], streams: Streams,
-           wanted: dict[str, Moments]) -> Pooled | None:
+def _pools(
+    stage: int, group: Sequence[PlannedTensor], tokens: Sequence[int], streams: Streams, wanted: dict[str, Moments]
+) -> Pooled | None:
     """Accumulators for the activations of cold experts under everybody's tokens (stage "ffn.act")."""
     if stage != 3 or not tokens:
         return None
@@ -306,8 +340,16 @@ def _rows_of(key: str, routing: Routing) -> Tensor:
     return (routing.experts == int(key.split(".")[1])).nonzero(as_tuple=True)[0]
 
 
-def _bad_sample(spec: ModelSpec, layer: int, stage: int, original: Mapping[str, Tensor], weights: Mapping[str, Tensor],
-                streams: Streams, wanted: str, pooled: Pooled | None) -> int:
+def _bad_sample(
+    spec: ModelSpec,
+    layer: int,
+    stage: int,
+    original: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    streams: Streams,
+    wanted: str,
+    pooled: Pooled | None,
+) -> int:
     """The calibration sample with the largest activations at `wanted` in either model, those not finite before all."""
     peaks = [0.0] * streams.windows
     for sample in range(streams.windows):
@@ -328,8 +370,15 @@ def _bad_sample(spec: ModelSpec, layer: int, stage: int, original: Mapping[str, 
     return peaks.index(max(peaks))
 
 
-def advance(spec: ModelSpec, layer: int, half: Half, weights: Mapping[str, Tensor], source: Activations,
-            target: Activations, batch: int) -> None:
+def advance(
+    spec: ModelSpec,
+    layer: int,
+    half: Half,
+    weights: Mapping[str, Tensor],
+    source: Activations,
+    target: Activations,
+    batch: int,
+) -> None:
     """Run half a block over all windows. Raises NumericalError naming the block and the sample."""
     forward = forward_attention if half == "attention" else forward_ffn
     with target.writing() as out:
@@ -339,9 +388,11 @@ def advance(spec: ModelSpec, layer: int, half: Half, weights: Mapping[str, Tenso
             if not torch.isfinite(hidden.sum()):  # the sum of finite values may overflow, too
                 bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero()
                 if len(bad):
-                    raise NumericalError(f"the {half} output of block {layer} is not finite for calibration sample "
-                                         f"{start + int(bad[0])}; the checkpoint overflows there, drop the sample or "
-                                         "check the weights")
+                    raise NumericalError(
+                        f"the {half} output of block {layer} is not finite for calibration sample "
+                        f"{start + int(bad[0])}; the checkpoint overflows there, drop the sample or "
+                        "check the weights"
+                    )
             out.append(hidden)
 
 

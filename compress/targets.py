@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 ROLES: tuple[str, ...] = (
     *(f"attention.{part}" for part in "qkvo"),
-    *(
-        f"{group}.{part}"
-        for group in ("mlp", "routed_experts", "shared_experts")
-        for part in ("gate", "up", "down")
-    ),
+    *(f"{group}.{part}" for group in ("mlp", "routed_experts", "shared_experts") for part in ("gate", "up", "down")),
     "router",
     "embeddings",
     "lm_head",
@@ -42,12 +38,8 @@ GROUPS: tuple[str, ...] = ("attention", "mlp", "routed_experts", "shared_experts
 FLOAT_ROLES: tuple[str, ...] = ("router", "norms", "biases")
 """Roles that are never quantized: they are tiny, and every engine expects floats there."""
 
-_LAYERS = re.compile(
-    r"(?P<low>\d+)(\s*-\s*(?P<high>\d+))?|(?P<end>first|last)\s+(?P<num>\d+)(\s*/\s*(?P<den>\d+))?"
-)
-LAYERS_HELP = (
-    "a layer ('5'), a range ('0-3'), 'first 4', 'last 4', a fraction ('first 1/8', 'last 1/4'), or a list"
-)
+_LAYERS = re.compile(r"(?P<low>\d+)(\s*-\s*(?P<high>\d+))?|(?P<end>first|last)\s+(?P<num>\d+)(\s*/\s*(?P<den>\d+))?")
+LAYERS_HELP = "a layer ('5'), a range ('0-3'), 'first 4', 'last 4', a fraction ('first 1/8', 'last 1/4'), or a list"
 
 
 def problem(message: str) -> PydanticCustomError:
@@ -59,11 +51,7 @@ def nearest(name: str, names: Iterable[str], count: int = 2) -> str:
     """'; nearest: a, b' or, when nothing is near, '; one of: ...'; ignores case."""
     by_lower = {candidate.lower(): candidate for candidate in names}
     near = difflib.get_close_matches(str(name).lower(), by_lower, n=count, cutoff=0.5)
-    return (
-        f"; nearest: {', '.join(by_lower[n] for n in near)}"
-        if near
-        else f"; one of: {', '.join(by_lower.values())}"
-    )
+    return f"; nearest: {', '.join(by_lower[n] for n in near)}" if near else f"; one of: {', '.join(by_lower.values())}"
 
 
 def check_target(target: str) -> str:
@@ -92,9 +80,7 @@ def check_codec(codec: str) -> str:
 def check_layers(layers: Any) -> str:
     """Returns one item of `layers:` in normal form; raises when it is not of the grammar of `LAYERS_HELP`."""
     text = str(layers).strip().lower()
-    match = (
-        _LAYERS.fullmatch(text) if isinstance(layers, str | int) and not isinstance(layers, bool) else None
-    )
+    match = _LAYERS.fullmatch(text) if isinstance(layers, str | int) and not isinstance(layers, bool) else None
     if match is None:
         raise problem(f"{layers!r} names no layers; expected {LAYERS_HELP}")
     if match["high"] and int(match["high"]) < int(match["low"]):

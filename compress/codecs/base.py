@@ -105,8 +105,9 @@ class BlockCodec(Codec):
 
     # -- the solver's view -------------------------------------------------------------------------------------
     @abstractmethod
-    def nearest(self, target: Tensor, weight: Tensor, metric: Tensor | None = None,
-                zero: Tensor | None = None) -> Tensor:
+    def nearest(
+        self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
+    ) -> Tensor:
         """Closest representable units.
 
         target: [N, step] in unit space, `(x + offset) / scale`; weight: [step] or [N, step] non-negative importance of
@@ -128,7 +129,9 @@ class BlockCodec(Codec):
         return out if grid.offset is None else out - self.columns(grid.offset)
 
     # -- scales ------------------------------------------------------------------------------------------------
-    def store(self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None) -> Grid:
+    def store(
+        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
+    ) -> Grid:
         """Nearest storable grid to the wanted effective scales.
 
         scale, offset: [R, J]; curvature: [R, J], how much a squared deviation of each scale costs.
@@ -264,7 +267,9 @@ class BlockCodec(Codec):
 
     def _per_block(self, grid: Grid) -> Grid:
         per = self.span // self.sub
-        wide = {k: None if v is None else v.reshape(-1, 1 if k in ("d", "dmin") else per) for k, v in vars(grid).items()}
+        wide = {
+            k: None if v is None else v.reshape(-1, 1 if k in ("d", "dmin") else per) for k, v in vars(grid).items()
+        }
         return Grid(**wide)
 
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
@@ -293,8 +298,9 @@ class ScalarCodec(BlockCodec):
         """Nearest level of each element."""
         return target.round().clamp_(self.low, self.high)
 
-    def nearest(self, target: Tensor, weight: Tensor, metric: Tensor | None = None,
-                zero: Tensor | None = None) -> Tensor:
+    def nearest(
+        self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
+    ) -> Tensor:
         return self.round(target)
 
     @cached_property
@@ -304,7 +310,9 @@ class ScalarCodec(BlockCodec):
     def fit(self, weight: Tensor, importance: Tensor) -> Grid:
         chunk = max(1, (1 << 19) // weight.shape[1])  # working set that stays in cache
         parts = [self._fit_rows(rows, importance) for rows in weight.split(chunk)]
-        return Grid(*(None if v[0] is None else torch.cat(v) for v in zip(*(vars(p).values() for p in parts), strict=True)))
+        return Grid(
+            *(None if v[0] is None else torch.cat(v) for v in zip(*(vars(p).values() for p in parts), strict=True))
+        )
 
     def _fit_rows(self, weight: Tensor, importance: Tensor) -> Grid:
         rows = weight.shape[0]

@@ -20,7 +20,9 @@ class IQ2_XS(LatticeCodec):
         groups = units.reshape(-1, 32, 8)
         words = self.index(groups) | (pack_signs(groups < 0) << 9)
         s = grid.integers.to(torch.int64).reshape(-1, 8, 2)
-        return torch.cat((half_bytes(grid.d), pack_words(words, 2), (s[..., 0] | (s[..., 1] << 4)).to(torch.uint8)), dim=1)
+        return torch.cat(
+            (half_bytes(grid.d), pack_words(words, 2), (s[..., 0] | (s[..., 1] << 4)).to(torch.uint8)), dim=1
+        )
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:
         words = unpack_words(blocks[:, 2:66], 2)

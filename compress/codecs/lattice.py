@@ -52,8 +52,9 @@ class LatticeCodec(BlockCodec):
         digits = torch.bucketize(units.abs(), levels)
         return table[(digits * self._radix(len(levels)).to(units.device)).sum(-1)]
 
-    def nearest(self, target: Tensor, weight: Tensor, metric: Tensor | None = None,
-                zero: Tensor | None = None) -> Tensor:
+    def nearest(
+        self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
+    ) -> Tensor:
         points = self.points.to(target.device)
         magnitude = target.abs()
         negative = target < 0
@@ -110,12 +111,19 @@ class LatticeCodec(BlockCodec):
         for half in (slice(0, 4), slice(4, 8)):
             m, w, neg = magnitude[:, half], weight[:, half], negative[:, half]
             dot, square, cheapest = self._correlations(m, w)
-            for cost, out, flip in ((square - 2 * dot, plain, False), (square - 2 * (dot - 2 * cheapest), flipped, True)):
+            for cost, out, flip in (
+                (square - 2 * dot, plain, False),
+                (square - 2 * (dot - 2 * cheapest), flipped, True),
+            ):
                 best = cost.topk(keep, dim=1, largest=False, sorted=True)
                 flips = torch.full_like(odd, flip)
                 out.append((best.values, self._flip(self.points.to(m.device)[best.indices], w * m, neg, flips)))
         combos, costs = [], []
-        for first, second, wanted in ((plain[0], plain[1], ~odd), (flipped[0], plain[1], odd), (plain[0], flipped[1], odd)):
+        for first, second, wanted in (
+            (plain[0], plain[1], ~odd),
+            (flipped[0], plain[1], odd),
+            (plain[0], flipped[1], odd),
+        ):
             cost = first[0][:, :, None] + second[0][:, None, :]
             costs.append((cost + torch.where(wanted, 0.0, torch.inf)[:, None, None]).flatten(1))
             a = first[1][:, :, None].expand(-1, -1, keep, -1)
@@ -137,7 +145,7 @@ class LatticeCodec(BlockCodec):
 
     def _search(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Best scale of every sub-block: stretched maxima, then least squares on the exact nearest points."""
-        rows, n = weight.shape
+        rows = weight.shape[0]
         groups = weight.reshape(-1, 8)
         a = importance.reshape(1, -1, 8).expand(rows, -1, -1).reshape(-1, 8)
         per_sub = self.sub // 8

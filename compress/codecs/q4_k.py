@@ -18,8 +18,10 @@ class Q4_K(ScalarCodec):
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         q = u8(units).reshape(-1, 4, 2, 32)
         scales = pack_scales_6bit(grid.integers, grid.min_integers)
-        return torch.cat((half_bytes(grid.d), half_bytes(grid.dmin), scales,
-                          (q[:, :, 0] | (q[:, :, 1] << 4)).reshape(-1, 128)), dim=1)
+        return torch.cat(
+            (half_bytes(grid.d), half_bytes(grid.dmin), scales, (q[:, :, 0] | (q[:, :, 1] << 4)).reshape(-1, 128)),
+            dim=1,
+        )
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scales, mins = unpack_scales_6bit(blocks[:, 4:16])

@@ -19,8 +19,9 @@ class Q5_1(ScalarCodec):
     scale_rule = min_rule = IntegerScale(1, 1)
     shrinks = (1.02, 1.0, 0.98, 0.96, 0.94, 0.92)
 
-    def store(self, scale: Tensor, offset: Tensor | None, curvature: Tensor,
-              offset_curvature: Tensor | None = None) -> Grid:
+    def store(
+        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
+    ) -> Grid:
         d, dmin, one = half(scale), half(offset), torch.ones_like(scale)
         return replace(Grid(scale=d), offset=dmin, d=d, dmin=dmin, integers=one, min_integers=one)
 

@@ -21,8 +21,16 @@ class Q5_K(ScalarCodec):
         high = ((q >> 4).to(torch.int32) * weights).sum(1)
         low = (q & 0xF).reshape(-1, 4, 2, 32)
         scales = pack_scales_6bit(grid.integers, grid.min_integers)
-        return torch.cat((half_bytes(grid.d), half_bytes(grid.dmin), scales, u8(high),
-                          (low[:, :, 0] | (low[:, :, 1] << 4)).reshape(-1, 128)), dim=1)
+        return torch.cat(
+            (
+                half_bytes(grid.d),
+                half_bytes(grid.dmin),
+                scales,
+                u8(high),
+                (low[:, :, 0] | (low[:, :, 1] << 4)).reshape(-1, 128),
+            ),
+            dim=1,
+        )
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scales, mins = unpack_scales_6bit(blocks[:, 4:16])

@@ -47,16 +47,18 @@ class UniformCodec(ScalarCodec):
     def asymmetric(self) -> bool:
         return not self.symmetric
 
-    def store(self, scale: Tensor, offset: Tensor | None, curvature: Tensor,
-              offset_curvature: Tensor | None = None) -> Grid:
+    def store(
+        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
+    ) -> Grid:
         # a half-precision scale of zero would silence the group: keep the smallest normal half instead
         scale = half(scale.clamp_min(6.2e-5 / 2**10))
         if offset is None:
             return Grid(scale=scale)
         return Grid(scale=scale, zero=(offset / scale).round().clamp(0, self.high))
 
-    def nearest(self, target: Tensor, weight: Tensor, metric: Tensor | None = None,
-                zero: Tensor | None = None) -> Tensor:
+    def nearest(
+        self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
+    ) -> Tensor:
         if self.symmetric or zero is None:
             return self.round(target)
         low = self.low - zero[:, None]
@@ -83,11 +85,15 @@ class UniformCodec(ScalarCodec):
         middle = 2 ** (self.bits - 1)
         zeros = torch.full_like(grid.scale, middle) if self.symmetric else grid.zero
         codes = units + (middle if self.symmetric else self.columns(grid.zero, self.sub))
-        return Packed(self.name, tuple(units.shape), {
-            "codes": codes.round().to(torch.uint8),
-            "scales": grid.scale.half(),
-            "zeros": zeros.round().to(torch.uint8),
-        })
+        return Packed(
+            self.name,
+            tuple(units.shape),
+            {
+                "codes": codes.round().to(torch.uint8),
+                "scales": grid.scale.half(),
+                "zeros": zeros.round().to(torch.uint8),
+            },
+        )
 
     def unpack(self, packed: Packed) -> Tensor:
         codes, scales, zeros = (packed.parts[k].float() for k in ("codes", "scales", "zeros"))

@@ -76,9 +76,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], vocab_size: int) ->
         data = {}
         entries = _sentencepiece_model(folder / "tokenizer.model")
     else:
-        raise OutputError(
-            f"no tokenizer.json or tokenizer.model in {folder}; a GGUF file needs the tokenizer"
-        )
+        raise OutputError(f"no tokenizer.json or tokenizer.model in {folder}; a GGUF file needs the tokenizer")
 
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [_UNUSED] * vocab_size
@@ -161,9 +159,7 @@ def _bpe_bytes(data: Mapping[str, Any]) -> _Entries:
     pre = _PRE_TOKENIZERS.get((structure, bool(model.get("ignore_merges"))))
     if pre is None:
         known = ", ".join(sorted(_PRE_TOKENIZERS.values()))
-        raise UnsupportedModel(
-            f"this tokenizer's pre-tokenizer is unknown to the GGUF writer (known: {known})"
-        )
+        raise UnsupportedModel(f"this tokenizer's pre-tokenizer is unknown to the GGUF writer (known: {known})")
     pairs = _merges(model)
     if any(" " in part for pair in pairs for part in pair):
         raise UnsupportedModel("this tokenizer merges raw spaces, which GGUF cannot store")
@@ -195,9 +191,7 @@ def _bpe_sentencepiece(data: Mapping[str, Any]) -> _Entries:
     for step in _steps(data.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step.get("prepend") == "▁":
             prefix = True
-        elif not (
-            step["type"] == "Replace" and step.get("content") == "▁" and step["pattern"].get("String") == " "
-        ):
+        elif not (step["type"] == "Replace" and step.get("content") == "▁" and step["pattern"].get("String") == " "):
             raise UnsupportedModel(f"tokenizer normalizer {step['type']!r} has no equivalent in llama.cpp")
     for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] != "Metaspace" or step.get("split", True) or step.get("replacement") != "▁":
@@ -213,9 +207,7 @@ def _bpe_sentencepiece(data: Mapping[str, Any]) -> _Entries:
             kind = _UNKNOWN
         elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kind = _BYTE
-        pieces.append(
-            (index, text, kind, -float(ranks.get(text, len(ranks) + index)) if kind == _NORMAL else 0.0)
-        )
+        pieces.append((index, text, kind, -float(ranks.get(text, len(ranks) + index)) if kind == _NORMAL else 0.0))
     return _Entries(model="llama", pre="default", pieces=tuple(pieces), add_space_prefix=prefix)
 
 
@@ -238,9 +230,7 @@ def _sentencepiece_model(path: Path) -> _Entries:
     except (IndexError, KeyError, ValueError, struct.error, AttributeError) as error:
         raise OutputError(f"{path} is not a SentencePiece model; download it again") from error
     if model_type != 2:
-        raise UnsupportedModel(
-            f"{path.name} is not a BPE model; llama.cpp's SentencePiece tokenizer is BPE only"
-        )
+        raise UnsupportedModel(f"{path.name} is not a BPE model; llama.cpp's SentencePiece tokenizer is BPE only")
     return _Entries(model="llama", pre="default", pieces=tuple(pieces), add_space_prefix=prefix)
 
 

@@ -104,9 +104,7 @@ def _write_file(
             for slot in group:
                 data = tensors[slot.name].detach().cpu().contiguous()
                 if tuple(data.shape) != slot.shape or data.numel() * data.element_size() != slot.bytes:
-                    raise OutputError(
-                        f"{slot.name} came out as {tuple(data.shape)} {data.dtype}, planned {slot}"
-                    )
+                    raise OutputError(f"{slot.name} came out as {tuple(data.shape)} {data.dtype}, planned {slot}")
                 file.seek(start + offsets[slot.name])
                 file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 

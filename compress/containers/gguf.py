@@ -67,9 +67,7 @@ def check_representable(spec: ModelSpec) -> list[str]:
     """
     arch, reasons = spec.family.gguf_arch, []
     if spec.experts and arch in ("llama", "qwen3moe") and not spec.norm_topk:
-        reasons.append(
-            f"llama.cpp's {arch} always normalises the chosen experts' weights; this model does not"
-        )
+        reasons.append(f"llama.cpp's {arch} always normalises the chosen experts' weights; this model does not")
     if spec.experts and arch == "qwen2moe" and spec.norm_topk:
         reasons.append("llama.cpp's qwen2moe never normalises the chosen experts' weights; this model does")
     if arch in ("qwen2moe", "qwen3moe") and len(spec.sparse_layers) < spec.layers:
@@ -125,9 +123,7 @@ def _rope_problems(spec: ModelSpec) -> list[str]:
         return [f"rope scaling {kind!r} cannot be expressed in GGUF for {arch}"]
     unusual = []
     if (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1) != (32, 1):
-        unusual.append(
-            "beta_fast and beta_slow other than 32 and 1"
-        )  # keys exist, these architectures ignore them
+        unusual.append("beta_fast and beta_slow other than 32 and 1")  # keys exist, these architectures ignore them
     if scaling.get("truncate", True) is False:
         unusual.append("truncate: false")
     return [f"llama.cpp's yarn for {arch} has no {' and no '.join(unusual)}"] if unusual else []
@@ -182,9 +178,7 @@ def _entries(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[_Entry]:
     for name, group in groups.items():
         codecs, shapes = {planned.codec for planned in group}, {planned.spec.shape for planned in group}
         if len(codecs) > 1 or len(shapes) > 1:
-            raise OutputError(
-                f"{name} stacks experts of one codec and shape; got {', '.join(sorted(codecs))}"
-            )
+            raise OutputError(f"{name} stacks experts of one codec and shape; got {', '.join(sorted(codecs))}")
         parts = [planned.spec for planned in group]
         shape = parts[0].shape
         if parts[0].expert is not None:
@@ -305,13 +299,9 @@ def write(
             for key, value in (provenance or {}).items():
                 writer.add_string(key, value)
             if factors is not None:
-                writer.add_tensor_info(
-                    "rope_freqs.weight", factors.shape, np.dtype("f4"), factors.nbytes, _type("f32")
-                )
+                writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("f4"), factors.nbytes, _type("f32"))
             for entry in entries:
-                writer.add_tensor_info(
-                    entry.name, entry.shape, np.dtype("f4"), _bytes(entry), _type(entry.codec)
-                )
+                writer.add_tensor_info(entry.name, entry.shape, np.dtype("f4"), _bytes(entry), _type(entry.codec))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -400,9 +390,7 @@ def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     elif kind == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(scaling["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(
-            int(scaling.get("original_max_position_embeddings") or spec.max_positions)
-        )
+        writer.add_rope_scaling_orig_ctx_len(int(scaling.get("original_max_position_embeddings") or spec.max_positions))
         writer.add_rope_scaling_attn_factors(_yarn_attention(scaling))
 
 
@@ -469,9 +457,7 @@ def _open(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable GGUF file ({error}); write or download it again"
-        ) from error
+        raise CheckpointError(f"{path} is not a readable GGUF file ({error}); write or download it again") from error
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
@@ -493,9 +479,7 @@ def read(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, str, tuple[int
     Goes through gguf.GGUFReader and gguf.dequantize only. CheckpointError for a missing or damaged file.
     """
     files = shards(path)
-    fields = {
-        key: field.contents() for key, field in _open(files[0]).fields.items() if not key.startswith("GGUF.")
-    }
+    fields = {key: field.contents() for key, field in _open(files[0]).fields.items() if not key.startswith("GGUF.")}
 
     def tensors() -> Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]:
         for file in files:
@@ -535,7 +519,9 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     for name, group in parts.items():
         lead = (len(group),) if group[0].expert is not None else ()
         if _shape(stored[name]) != (*lead, *group[0].shape):
-            raise CheckpointError(f"{name} in {first} has shape {_shape(stored[name])}, expected {(*lead, *group[0].shape)}")
+            raise CheckpointError(
+                f"{name} in {first} has shape {_shape(stored[name])}, expected {(*lead, *group[0].shape)}"
+            )
     by_name = {tensor.name: tensor for group in parts.values() for tensor in group}
 
     def load(name: str) -> Tensor:

@@ -59,11 +59,7 @@ class Format:
 def parse_codec(name: str) -> Format | None:
     """The format of a uniform codec's name ("int4-g128", "int3-row-asym"), None for other codecs."""
     match = _CODEC.fullmatch(name)
-    return (
-        Format(int(match[1]), -1 if match[2] == "row" else int(match[2][1:]), match[3] is None)
-        if match
-        else None
-    )
+    return Format(int(match[1]), -1 if match[2] == "row" else int(match[2][1:]), match[3] is None) if match else None
 
 
 def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
@@ -150,8 +146,7 @@ def _encode(packed: Packed, tensor: TensorSpec, codec: str) -> dict[str, Tensor]
     return {
         f"{module}.qweight": torch.from_numpy(pack_words(np.ascontiguousarray(codes.numpy().T), form.bits)),
         f"{module}.qzeros": torch.from_numpy(np.ascontiguousarray(qzeros.T)),
-        f"{module}.g_idx": torch.arange(columns, dtype=torch.int32)
-        // (columns if form.group == -1 else form.group),
+        f"{module}.g_idx": torch.arange(columns, dtype=torch.int32) // (columns if form.group == -1 else form.group),
         f"{module}.scales": scales.to(torch.float16).T.contiguous(),
     }
 
@@ -165,13 +160,9 @@ def quantization_config(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
     formats = {_module(p.spec.name): parse_codec(p.codec) for p in tensors if len(p.spec.shape) == 2}
     counts = Counter(form for form in formats.values() if form is not None)
     if not counts:
-        raise OutputError(
-            "nothing in this plan is quantized to intN; a GPTQ checkpoint needs at least one such module"
-        )
+        raise OutputError("nothing in this plan is quantized to intN; a GPTQ checkpoint needs at least one such module")
     if len({form.symmetric for form in counts}) > 1:
-        raise OutputError(
-            "a GPTQ checkpoint is symmetric or asymmetric throughout; choose one for all modules"
-        )
+        raise OutputError("a GPTQ checkpoint is symmetric or asymmetric throughout; choose one for all modules")
     base = max(counts, key=lambda form: (counts[form], form))
     linears = {
         _module(p.spec.name): parse_codec(p.codec)
@@ -245,9 +236,7 @@ def write(
         return _encode(fetch(name), by_name[name].spec, by_name[name].codec)
 
     sources = [(planned.spec.name, _slots(planned.spec, planned.codec)) for planned in tensors]
-    floats = Counter(
-        planned.codec for planned in tensors if planned.codec in _FLOATS and len(planned.spec.shape) == 2
-    )
+    floats = Counter(planned.codec for planned in tensors if planned.codec in _FLOATS and len(planned.spec.shape) == 2)
     dtype = _FLOATS[floats.most_common(1)[0][0] if floats else "f16"][1]
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
         files = write_shards(folder, sources, produce, options.max_shard_size)

@@ -58,9 +58,7 @@ def write(
         packed = fetch(tensor)
         return {tensor: get_codec(packed.codec).unpack(packed).to(dtype)}
 
-    sources = [
-        (planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in tensors
-    ]
+    sources = [(planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in tensors]
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
         files = write_shards(folder, sources, produce, options.max_shard_size)
         config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}

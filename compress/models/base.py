@@ -132,15 +132,34 @@ class ModelSpec:
 
     def tensors(self) -> list[TensorSpec]:
         """Every tensor in execution order: embeddings, blocks, final norm, head (absent when tied)."""
-        out = [TensorSpec("model.embed_tokens.weight", (self.vocab_size, self.hidden_size), "embeddings",
-                          None, None, "token_embd.weight", None)]
+        out = [
+            TensorSpec(
+                "model.embed_tokens.weight",
+                (self.vocab_size, self.hidden_size),
+                "embeddings",
+                None,
+                None,
+                "token_embd.weight",
+                None,
+            )
+        ]
         for layer in range(self.layers):
             out.extend(self.block_tensors(layer))
-        out.append(TensorSpec("model.norm.weight", (self.hidden_size,), "norms", None, None,
-                              "output_norm.weight", None))
+        out.append(
+            TensorSpec("model.norm.weight", (self.hidden_size,), "norms", None, None, "output_norm.weight", None)
+        )
         if not self.tied:
-            out.append(TensorSpec("lm_head.weight", (self.vocab_size, self.hidden_size), "lm_head", None, None,
-                                  "output.weight", "lm_head"))
+            out.append(
+                TensorSpec(
+                    "lm_head.weight",
+                    (self.vocab_size, self.hidden_size),
+                    "lm_head",
+                    None,
+                    None,
+                    "output.weight",
+                    "lm_head",
+                )
+            )
         return out
 
     def block_tensors(self, layer: int) -> Iterator[TensorSpec]:
@@ -148,8 +167,9 @@ class ModelSpec:
         fam, h, hd = self.family, self.hidden_size, self.head_dim
         root, blk = f"model.layers.{layer}.", f"blk.{layer}."
 
-        def one(name: str, shape: tuple[int, ...], role: str, gguf: str, input: str | None = None,
-                expert: int | None = None) -> TensorSpec:
+        def one(
+            name: str, shape: tuple[int, ...], role: str, gguf: str, input: str | None = None, expert: int | None = None
+        ) -> TensorSpec:
             return TensorSpec(root + name, shape, role, layer, expert, blk + gguf, input)
 
         yield one("input_layernorm.weight", (h,), "norms", "attn_norm.weight")
@@ -182,14 +202,25 @@ class ModelSpec:
         for leaf, rows, cols in (("gate", i, h), ("up", i, h), ("down", h, i)):
             for e in range(self.experts):
                 key = f"experts.{e}.{'act' if leaf == 'down' else 'in'}"
-                yield one(f"{moe.expert.format(e=e)}{getattr(moe, leaf)}.weight", (rows, cols),
-                          f"routed_experts.{leaf}", f"ffn_{leaf}_exps.weight", key, e)
+                yield one(
+                    f"{moe.expert.format(e=e)}{getattr(moe, leaf)}.weight",
+                    (rows, cols),
+                    f"routed_experts.{leaf}",
+                    f"ffn_{leaf}_exps.weight",
+                    key,
+                    e,
+                )
         if moe.shared:
             i = self.shared_intermediate_size
             for leaf, rows, cols in (("gate", i, h), ("up", i, h), ("down", h, i)):
                 key = "shared.act" if leaf == "down" else "shared.in"
-                yield one(f"{moe.shared}{leaf}_proj.weight", (rows, cols), f"shared_experts.{leaf}",
-                          f"ffn_{leaf}_shexp.weight", key)
+                yield one(
+                    f"{moe.shared}{leaf}_proj.weight",
+                    (rows, cols),
+                    f"shared_experts.{leaf}",
+                    f"ffn_{leaf}_shexp.weight",
+                    key,
+                )
             if moe.shared_router:
                 yield one(moe.shared_router, (1, h), "router", "ffn_gate_inp_shexp.weight", "router")
 
@@ -204,7 +235,7 @@ def families() -> Mapping[str, Family]:
             continue
         family = getattr(importlib.import_module(f"compress.models.{module.name}"), "FAMILY", None)
         if family is not None:
-            found.update({model_type: family for model_type in family.model_types})
+            found.update(dict.fromkeys(family.model_types, family))
     return found
 
 
@@ -218,7 +249,9 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
     if model_type not in known:
         near = difflib.get_close_matches(str(model_type), known, 1)
         hint = f" (nearest: {near[0]})" if near else ""
-        raise UnsupportedModel(f"architecture {model_type!r} is not supported{hint}; supported: {', '.join(sorted(known))}")
+        raise UnsupportedModel(
+            f"architecture {model_type!r} is not supported{hint}; supported: {', '.join(sorted(known))}"
+        )
     family = known[model_type]
     merged = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
 
@@ -238,7 +271,9 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
     if rope.get("partial_rotary_factor", merged.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModel("partial_rotary_factor other than 1 is not supported")
     # saved configs carry either name; a family's default stands in only when both are absent
-    experts = next((c[k] for c in (config, family.defaults) for k in ("num_experts", "num_local_experts") if c.get(k)), 0)
+    experts = next(
+        (c[k] for c in (config, family.defaults) for k in ("num_experts", "num_local_experts") if c.get(k)), 0
+    )
     sparse: frozenset[int] = frozenset()
     if family.moe is not None and experts:
         step, dense = merged.get("decoder_sparse_step", 1), set(merged.get("mlp_only_layers") or ())
@@ -249,17 +284,25 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
         window = None
     norm_topk = family.normalises_top_k
     return ModelSpec(
-        family=family, config=dict(config), hidden_size=hidden, layers=layers, heads=heads,
+        family=family,
+        config=dict(config),
+        hidden_size=hidden,
+        layers=layers,
+        heads=heads,
         kv_heads=merged.get("num_key_value_heads") or heads,
         head_dim=merged.get("head_dim") or hidden // heads,
-        vocab_size=need("vocab_size"), intermediate_size=need("intermediate_size"),
-        experts=experts, experts_per_token=merged.get("num_experts_per_tok", 0),
+        vocab_size=need("vocab_size"),
+        intermediate_size=need("intermediate_size"),
+        experts=experts,
+        experts_per_token=merged.get("num_experts_per_tok", 0),
         moe_intermediate_size=merged.get("moe_intermediate_size") or merged["intermediate_size"],
         shared_intermediate_size=merged.get("shared_expert_intermediate_size", 0),
-        norm_eps=merged.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
+        norm_eps=merged.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
         rope_scaling=None if rope_type == "default" else rope,
         tied=bool(merged.get("tie_word_embeddings", False)),
-        max_positions=merged.get("max_position_embeddings", 2048), sliding_window=window,
+        max_positions=merged.get("max_position_embeddings", 2048),
+        sliding_window=window,
         norm_topk=bool(merged.get(norm_topk, False)) if isinstance(norm_topk, str) else norm_topk,
         sparse_layers=sparse,
     )

@@ -157,8 +157,13 @@ def forward_block(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hi
 
 
 def forward_attention(
-    spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, *,
-    observe: Observer | None = None, until: int | None = None,
+    spec: ModelSpec,
+    layer: int,
+    weights: Mapping[str, Tensor],
+    hidden: Tensor,
+    *,
+    observe: Observer | None = None,
+    until: int | None = None,
 ) -> Tensor | None:
     """The attention half of a block, residual included: [B, T, hidden_size] -> the same.
 
@@ -186,9 +191,16 @@ def forward_attention(
 
 
 def forward_ffn(
-    spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, *,
-    observe: Observer | None = None, until: int | None = None, routing: Routing | None = None,
-    on_route: Callable[[Routing], None] | None = None, pooled: Pooled | None = None,
+    spec: ModelSpec,
+    layer: int,
+    weights: Mapping[str, Tensor],
+    hidden: Tensor,
+    *,
+    observe: Observer | None = None,
+    until: int | None = None,
+    routing: Routing | None = None,
+    on_route: Callable[[Routing], None] | None = None,
+    pooled: Pooled | None = None,
     experts: frozenset[int] | None = None,
 ) -> Tensor | None:
     """The feed-forward half of a block, residual included; observe and until as in `forward_attention`.
@@ -222,9 +234,18 @@ def _see(observe: Observer | None, key: str, x: Tensor, gate: Tensor | None = No
         observe(key, x.reshape(-1, x.shape[-1]), gate)
 
 
-def _mixture(spec: ModelSpec, root: str, weights: Mapping[str, Tensor], x: Tensor, observe: Observer | None,
-             until: int | None, routing: Routing | None, on_route: Callable[[Routing], None] | None,
-             pooled: Pooled | None, experts: frozenset[int] | None) -> Tensor | None:
+def _mixture(
+    spec: ModelSpec,
+    root: str,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    observe: Observer | None,
+    until: int | None,
+    routing: Routing | None,
+    on_route: Callable[[Routing], None] | None,
+    pooled: Pooled | None,
+    experts: frozenset[int] | None,
+) -> Tensor | None:
     """Routed and shared experts of one block. x: [tokens, hidden]."""
     moe = spec.family.moe
     assert moe is not None

@@ -12,6 +12,5 @@ FAMILY = Family(
     moe=MoeNames(router="mlp.gate.weight", expert="mlp.experts.{e}."),
     normalises_top_k="norm_topk_prob",
     sliding_window=True,
-    defaults={"use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8,
-              "moe_intermediate_size": 768},
+    defaults={"use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
 )

@@ -40,8 +40,12 @@ def _header(plan: Plan) -> Text:
         facts.append(f"{spec.experts} experts, {spec.experts_per_token} a token")
         if len(spec.sparse_layers) < spec.layers:
             facts.append(f"in {len(spec.sparse_layers)} layers")
-    return Text.assemble((plan.recipe.model, "bold"), "  ·  recipe ", (plan.recipe.name, "bold"),
-                         f"\n{spec.family.hf_architecture} ({spec.model_type}), {', '.join(facts)}")
+    return Text.assemble(
+        (plan.recipe.model, "bold"),
+        "  ·  recipe ",
+        (plan.recipe.name, "bold"),
+        f"\n{spec.family.hf_architecture} ({spec.model_type}), {', '.join(facts)}",
+    )
 
 
 def _role_table(plan: Plan) -> Table:
@@ -57,11 +61,28 @@ def _role_table(plan: Plan) -> Table:
         row[1] += t.spec.parameters
         row[2] += t.bytes
     for (role, codec, solver), (count, parameters, size) in rows.items():
-        table.add_row(role, codec, solver, f"{count:,}", f"{parameters:,}", human_bytes(size),
-                      f"{8 * size / parameters:.2f}", f"{100 * size / plan.bytes:.1f}%")
+        table.add_row(
+            role,
+            codec,
+            solver,
+            f"{count:,}",
+            f"{parameters:,}",
+            human_bytes(size),
+            f"{8 * size / parameters:.2f}",
+            f"{100 * size / plan.bytes:.1f}%",
+        )
     table.add_section()
-    table.add_row("all", "", "", f"{len(plan.tensors):,}", f"{plan.parameters:,}", human_bytes(plan.bytes),
-                  f"{plan.bits_per_weight:.2f}", "100%", style="bold")
+    table.add_row(
+        "all",
+        "",
+        "",
+        f"{len(plan.tensors):,}",
+        f"{plan.parameters:,}",
+        human_bytes(plan.bytes),
+        f"{plan.bits_per_weight:.2f}",
+        "100%",
+        style="bold",
+    )
     return table
 
 
@@ -76,8 +97,14 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
     share = plan.bytes / plan.source_bytes
     original = f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.parameters:.2f} bits a weight"
     table.add_row("original", original)
-    table.add_row("compressed", Text(f"{human_bytes(plan.bytes)} at {plan.bits_per_weight:.2f} bits a weight: "
-                                     f"{100 * share:.1f}% of the original (1/{1 / share:.1f})", style="bold"))
+    table.add_row(
+        "compressed",
+        Text(
+            f"{human_bytes(plan.bytes)} at {plan.bits_per_weight:.2f} bits a weight: "
+            f"{100 * share:.1f}% of the original (1/{1 / share:.1f})",
+            style="bold",
+        ),
+    )
     for export in plan.recipe.export:
         table.add_row("artifact", f"{export.container}, in {plan.recipe.output}")
     if plan.needs_calibration:

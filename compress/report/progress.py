@@ -60,9 +60,16 @@ class Reporter:
         bars = None
         if self.level and self.console.is_terminal:
             # rich forgets speeds after 30 s by default, and one block of a large model takes longer than that
-            bars = Progress(TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(),
-                            TimeElapsedColumn(), _Left(), console=self.console, transient=True,
-                            speed_estimate_period=1e9)
+            bars = Progress(
+                TextColumn("{task.description:<24}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                _Left(),
+                console=self.console,
+                transient=True,
+                speed_estimate_period=1e9,
+            )
         try:
             if bars is not None:
                 bars.start()

@@ -177,21 +177,15 @@ def read(path: str | Path) -> Scorecard:
     try:
         raw = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CompressError(
-            f"no scorecard at {source}; give a finished run's folder or its {FILE_NAME}"
-        ) from None
+        raise CompressError(f"no scorecard at {source}; give a finished run's folder or its {FILE_NAME}") from None
     except OSError as error:
-        raise CompressError(
-            f"cannot read {source}: {error.strerror}; check the path and its permissions"
-        ) from error
+        raise CompressError(f"cannot read {source}: {error.strerror}; check the path and its permissions") from error
     except ValueError as error:
         raise CompressError(f"{source} is not valid JSON ({error}); run or score the model again") from error
     if not isinstance(raw, dict):
         raise CompressError(f"{source} is not a scorecard: it holds no JSON object; give a run's {FILE_NAME}")
     if isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
-        raise CompressError(
-            f"{source} has format {raw['format']}, this version reads {FORMAT}; upgrade compress-llm"
-        )
+        raise CompressError(f"{source} has format {raw['format']}, this version reads {FORMAT}; upgrade compress-llm")
     try:
         return Scorecard.model_validate(_revive(raw))
     except ValidationError as error:

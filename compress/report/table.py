@@ -59,9 +59,7 @@ def _significant(value: float | None, digits: int = 3) -> str:
     return f"{value:.{min(max(decimals, 0), 8)}f}"
 
 
-def _estimate(
-    value: float | None, low: float | None, high: float | None, scale: float = 1.0, unit: str = ""
-) -> str:
+def _estimate(value: float | None, low: float | None, high: float | None, scale: float = 1.0, unit: str = "") -> str:
     """Like 12.34 [11.90, 12.81]: enough decimals to show the interval's second digit."""
     if value is None:
         return DASH
@@ -184,9 +182,7 @@ def _change(score: TaskScore | None) -> str:
 
 
 def _evaluation_facts(scorecard: Scorecard) -> str:
-    scores = next(
-        (artifact.scores for artifact in scorecard.artifacts if artifact.scores), scorecard.base.scores
-    )
+    scores = next((artifact.scores for artifact in scorecard.artifacts if artifact.scores), scorecard.base.scores)
     if scores is None:
         return ""
     return (
@@ -213,9 +209,7 @@ def _expert_table(scorecard: Scorecard) -> Table:
             *_spread(everything),
             str(cold) if cold else "none",
         )
-        layers = sorted((layer for layer in layers if layer.cold), key=lambda layer: min(layer.tokens))[
-            :SHOWN_LAYERS
-        ]
+        layers = sorted((layer for layer in layers if layer.cold), key=lambda layer: min(layer.tokens))[:SHOWN_LAYERS]
     for layer in layers:
         cold = ", ".join(_cold(layer, expert) for expert in layer.cold[:6])
         cold += f" and {len(layer.cold) - 6} more" if len(layer.cold) > 6 else ""
@@ -224,9 +218,7 @@ def _expert_table(scorecard: Scorecard) -> Table:
 
 
 def _spread(counts: Sequence[int]) -> tuple[str, str, str]:
-    return (
-        (f"{min(counts):,}", f"{median(counts):,.0f}", f"{max(counts):,}") if counts else (DASH, DASH, DASH)
-    )
+    return (f"{min(counts):,}", f"{median(counts):,.0f}", f"{max(counts):,}") if counts else (DASH, DASH, DASH)
 
 
 def _cold(layer: Any, expert: int) -> str:
@@ -267,9 +259,7 @@ def _fallback_lines(scorecard: Scorecard) -> RenderableType:
 def _gate_lines(scorecard: Scorecard) -> RenderableType:
     gate = scorecard.gate
     verdict = ("passed", "bold green") if gate.passed else ("FAILED", "bold red")
-    done = (
-        f" ({sum(check.passed for check in gate.checks)} of {len(gate.checks)} checks)" if gate.checks else ""
-    )
+    done = f" ({sum(check.passed for check in gate.checks)} of {len(gate.checks)} checks)" if gate.checks else ""
     lines = [Text.assemble("Integrity gate: ", verdict, done)]
     for check in gate.checks:
         mark = ("  ok   ", "green") if check.passed else ("  FAIL ", "red")
@@ -347,11 +337,7 @@ def _failed(row: Row) -> bool:
 
 
 def _top1(scores: Scores | None) -> str:
-    return (
-        DASH
-        if scores is None or scores.top1_agreement is None
-        else f"{100 * scores.top1_agreement.value:.1f}%"
-    )
+    return DASH if scores is None or scores.top1_agreement is None else f"{100 * scores.top1_agreement.value:.1f}%"
 
 
 def _base_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -374,9 +360,7 @@ def _base_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _compare_notes(rows: Sequence[Row]) -> list[str]:
-    notes = [
-        "* on the front: nothing else for this model and text is both smaller and closer to the original"
-    ]
+    notes = ["* on the front: nothing else for this model and text is both smaller and closer to the original"]
     if any(map(_failed, rows)):
         notes.append("! failed its integrity gate; never on the front")
     if len({row.group for row in rows}) > 1:
@@ -393,9 +377,7 @@ def compare_table(scorecards: Sequence[Scorecard]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     # The last Markdown column does not fit beside a full interval.
     for index, heading in enumerate(_HEADINGS[:-1]):
-        table.add_column(
-            heading, justify="left" if index < 3 else "right", overflow="fold", no_wrap=index != 1
-        )
+        table.add_column(heading, justify="left" if index < 3 else "right", overflow="fold", no_wrap=index != 1)
     table.columns[1].min_width = 12
     for row in rows:
         table.add_row(*_cells(row)[:-1], style="bold" if row.on_front else "")

@@ -257,9 +257,7 @@ def score_many(
         if progress is not None:
             progress(number + 1, count)
 
-    digest = hashlib.sha256(
-        np.ascontiguousarray(windows, dtype="<i8").tobytes() + f"{windows.shape}".encode()
-    )
+    digest = hashlib.sha256(np.ascontiguousarray(windows, dtype="<i8").tobytes() + f"{windows.shape}".encode())
     results = []
     for index, candidate in enumerate(candidates):
         facts = {
@@ -276,8 +274,7 @@ def score_many(
 
 def _summary(parts: list[TokenStats], facts: dict) -> tuple[Scores, WindowStats]:
     nll_ref, nll, kld, same = (
-        np.stack([getattr(part, field) for part in parts])
-        for field in ("nll_ref", "nll_cand", "kld", "same_top1")
+        np.stack([getattr(part, field) for part in parts]) for field in ("nll_ref", "nll_cand", "kld", "same_top1")
     )
     stats = WindowStats(nll.mean(axis=1), nll_ref.mean(axis=1), kld.mean(axis=1), same.mean(axis=1))
     mean = mean_interval(stats.kld, low=0.0)

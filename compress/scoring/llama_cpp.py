@@ -163,9 +163,7 @@ def dequantize_rows(type_name: str, blocks: np.ndarray, columns: int) -> np.ndar
     source = np.ascontiguousarray(blocks, dtype=np.uint8)
     row_bytes = _row_bytes(type_name, columns)
     if source.ndim != 2 or source.shape[1] != row_bytes:
-        raise ValueError(
-            f"{type_name} rows of {columns} columns take {row_bytes} bytes, got shape {source.shape}"
-        )
+        raise ValueError(f"{type_name} rows of {columns} columns take {row_bytes} bytes, got shape {source.shape}")
     if number == GGML_TYPES["f32"]:  # the one type without a to_float
         return source.view(np.float32).copy()
     traits = _ggml().ggml_get_type_traits(number).contents

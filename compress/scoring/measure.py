@@ -45,16 +45,22 @@ def measure(
     lm-eval the tasks are left out and `fallbacks` says so. Raises CalibrationError for windows over the limit, and
     what `score_many` raises.
     """
-    windows = eval_windows(suite.text, tokenizer, windows=suite.windows, length=suite.length,
-                           max_positions=max_positions)
-    scores, _ = score_many(original, [source], windows, tokenizer=label,
-                           progress=lambda n, total: progress(_TEXT_SHARE * n / total))[0]
+    windows = eval_windows(
+        suite.text, tokenizer, windows=suite.windows, length=suite.length, max_positions=max_positions
+    )
+    scores, _ = score_many(
+        original, [source], windows, tokenizer=label, progress=lambda n, total: progress(_TEXT_SHARE * n / total)
+    )[0]
     base_scores = None if original is None else replace(scores.of_reference(), engine=original.name)
     if not suite.tasks:
         return Measured(scores, base_scores=base_scores)
     if find_spec("lm_eval") is None:
-        missing = Fallback(subject="tasks", wanted=", ".join(suite.tasks), used="not scored",
-                           reason="lm-eval is not installed: pip install 'compress-llm[eval]'")
+        missing = Fallback(
+            subject="tasks",
+            wanted=", ".join(suite.tasks),
+            used="not scored",
+            reason="lm-eval is not installed: pip install 'compress-llm[eval]'",
+        )
         return Measured(scores, base_scores=base_scores, fallbacks=(missing,))
 
     from compress.scoring.tasks import Outcomes, compare, summarise, task_outcomes
@@ -64,9 +70,18 @@ def measure(
     outcomes: list[dict[str, Outcomes]] = []
     for engine in engines:
         start = _TEXT_SHARE + share * len(outcomes)
-        outcomes.append(task_outcomes(engine, tokenizer, suite.tasks, max_length=max_positions,
-                                      progress=lambda n, total, start=start: progress(start + share * n / total)))
+        outcomes.append(
+            task_outcomes(
+                engine,
+                tokenizer,
+                suite.tasks,
+                max_length=max_positions,
+                progress=lambda n, total, start=start: progress(start + share * n / total),
+            )
+        )
     after, before = outcomes[-1], outcomes[0] if original is not None else {}
-    tasks = {name: TaskScore(**row, difference=compare(after[name], before[name]) if name in after and before else None)
-             for name, row in summarise(after).items()}
+    tasks = {
+        name: TaskScore(**row, difference=compare(after[name], before[name]) if name in after and before else None)
+        for name, row in summarise(after).items()
+    }
     return Measured(scores, tasks, base_scores, {name: TaskScore(**row) for name, row in summarise(before).items()})

@@ -110,9 +110,7 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
     folder = Path(model).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder} has no config.json; give a Hugging Face model folder or a hub id"
-            )
+            raise CheckpointError(f"{folder} has no config.json; give a Hugging Face model folder or a hub id")
         location = str(folder)
     elif isinstance(model, Path) or str(model).startswith((".", "/", "~")):
         raise CheckpointError(f"no such model folder: {model}; check the path or give a hub id")
@@ -141,9 +139,7 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
         ("conversion_errors", "cannot be converted for"),
         ("error_msgs", "cannot be read for"),
     ):
-        names = sorted(
-            str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(problem) or ()
-        )
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(problem) or ())
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(

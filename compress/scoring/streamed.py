@@ -48,7 +48,9 @@ class StreamedSource:
         hidden = _scratch(int(starts[-1]), spec.hidden_size)
         table = self.load("model.embed_tokens.weight")
         for sequence, start in zip(sequences, starts, strict=False):
-            hidden[start : start + len(sequence)] = table[torch.from_numpy(np.asarray(sequence, dtype=np.int64))].float()
+            hidden[start : start + len(sequence)] = table[
+                torch.from_numpy(np.asarray(sequence, dtype=np.int64))
+            ].float()
         del table
         batches = _batches(lengths)
         with torch.inference_mode():

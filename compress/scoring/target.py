@@ -41,8 +41,9 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
     with reporter.stage("open"):
         is_gguf = _is_gguf(target)
         if is_gguf and against is None:
-            raise CheckpointError(f"scoring {target} needs the original's tokenizer; add --against ORIGINAL "
-                                  "(its folder or hub id)")
+            raise CheckpointError(
+                f"scoring {target} needs the original's tokenizer; add --against ORIGINAL (its folder or hub id)"
+            )
         original = None if against is None else _open_model(against)
         if original is not None and original.container == "gptq":
             raise CheckpointError(f"{against} is itself quantized; give the original to --against")
@@ -54,25 +55,46 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
     fallbacks: list[Fallback] = []
     with _source(target, opened, model, fallbacks) as source, reporter.stage("score") as progress:
         reference = None if original is None else StreamedSource(original.spec, original.load, "original")
-        measured = measure(source, reference, chosen, tokenizer, label=Path(model.name).name,
-                           max_positions=model.spec.max_positions, progress=progress)
+        measured = measure(
+            source,
+            reference,
+            chosen,
+            tokenizer,
+            label=Path(model.name).name,
+            max_positions=model.spec.max_positions,
+            progress=progress,
+        )
     weight_bytes = sum(file.stat().st_size for file in files)
     size = weight_bytes if opened is None else sum(f.stat().st_size for f in opened.folder.rglob("*") if f.is_file())
     perplexity = measured.scores.perplexity.value
     finite = Check(name="perplexity", passed=isfinite(perplexity), detail=f"{perplexity:.4g}")
     base = Base(bytes=None)
     if original is not None:
-        base = Base(bytes=original.bytes, bits_per_weight=8 * original.bytes / original.parameters,
-                    parameters=original.parameters, scores=measured.base_scores, tasks=measured.base_tasks)
+        base = Base(
+            bytes=original.bytes,
+            bits_per_weight=8 * original.bytes / original.parameters,
+            parameters=original.parameters,
+            scores=measured.base_scores,
+            tasks=measured.base_tasks,
+        )
     artifact = Artifact(
-        container="gguf" if opened is None else opened.container, path=target, bytes=size,
+        container="gguf" if opened is None else opened.container,
+        path=target,
+        bytes=size,
         bits_per_weight=round(8 * weight_bytes / model.parameters, 4),
-        ratio=None if original is None else weight_bytes / original.bytes, scores=measured.scores, tasks=measured.tasks,
+        ratio=None if original is None else weight_bytes / original.bytes,
+        scores=measured.scores,
+        tasks=measured.tasks,
     )
     return Scorecard(
-        model=model.name, recipe=Path(target).name, artifacts=(artifact,), base=base,
-        fallbacks=(*fallbacks, *measured.fallbacks), gate=Gate(passed=finite.passed, checks=(finite,)),
-        stages=tuple(reporter.stages), created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=model.name,
+        recipe=Path(target).name,
+        artifacts=(artifact,),
+        base=base,
+        fallbacks=(*fallbacks, *measured.fallbacks),
+        gate=Gate(passed=finite.passed, checks=(finite,)),
+        stages=tuple(reporter.stages),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={"compress": __version__},
     )
 
@@ -115,8 +137,9 @@ def _open_model(name: str) -> _Model:
 
         return _Model(name, checkpoint.folder, spec, "gptq", open_dense(checkpoint.folder, spec), files)
     if method is not None:
-        raise UnsupportedModel(f"{name} is quantized with {method}; this version scores dense folders, GPTQ folders "
-                               "and GGUF files")
+        raise UnsupportedModel(
+            f"{name} is quantized with {method}; this version scores dense folders, GPTQ folders and GGUF files"
+        )
     if problems := checkpoint_problems(spec, checkpoint):
         raise CheckpointError(f"{problems[0]}; fetch the model again")
     return _Model(name, checkpoint.folder, spec, "safetensors", checkpoint.load, files)
@@ -166,6 +189,12 @@ def gguf_source(path: Path, spec: ModelSpec, fallbacks: list[Fallback]) -> Itera
         return
     from compress.containers.gguf import open_dense
 
-    fallbacks.append(Fallback(subject=path.name, wanted="scored by llama.cpp", used="scored by its decoded weights",
-                              reason="llama-cpp-python is not installed: pip install 'compress-llm[llama]'"))
+    fallbacks.append(
+        Fallback(
+            subject=path.name,
+            wanted="scored by llama.cpp",
+            used="scored by its decoded weights",
+            reason="llama-cpp-python is not installed: pip install 'compress-llm[llama]'",
+        )
+    )
     yield StreamedSource(spec, open_dense(path, spec), "decoded weights")

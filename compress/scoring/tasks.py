@@ -171,9 +171,7 @@ def _adapter() -> Callable[..., Any]:
         raise MissingExtra("lm-eval", "eval", "Task accuracy") from error
 
     class LogitSourceLM(TemplateLM):
-        def __init__(
-            self, source: LogitSource, tokenizer: Any, max_length: int | None, progress: Progress | None
-        ):
+        def __init__(self, source: LogitSource, tokenizer: Any, max_length: int | None, progress: Progress | None):
             super().__init__()
             self.source, self.tokenizer = source, tokenizer
             self.max_length, self.progress = max_length, progress
@@ -233,9 +231,7 @@ def answer(
             )
         if max_length is not None:
             if len(continuation) > max_length:
-                raise CalibrationError(
-                    f"a task answer of {len(continuation)} tokens exceeds the limit of {max_length}"
-                )
+                raise CalibrationError(f"a task answer of {len(continuation)} tokens exceeds the limit of {max_length}")
             tokens = tokens[-(max_length + 1) :]
         inputs.setdefault(tokens[:-1], []).append(index)  # the last token is predicted, never read
     order = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))

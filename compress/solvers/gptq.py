@@ -69,7 +69,9 @@ def solve(weight: Tensor, gram: Tensor, codec: BlockCodec, options: GptqOptions)
     for _ in range(options.sweeps):
         units = _sweep(weight, units, grid, hessian, codec)
         grid = codec.refit(weight, units, grid, hessian)
-    return Solution(units, grid, codec, damping, retries, relative_error(weight, codec.decode(units, grid), gram.float()))
+    return Solution(
+        units, grid, codec, damping, retries, relative_error(weight, codec.decode(units, grid), gram.float())
+    )
 
 
 def _order(hessian: Tensor, step: int, act_order: bool) -> Tensor:

@@ -16,8 +16,10 @@ class SolverOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     name: str
     shrinkage: float = Field(
-        1.0, ge=0, description="an expert's statistics are shrunk towards its block's pool as if the pool had seen "
-        "this many tokens per input column"
+        1.0,
+        ge=0,
+        description="an expert's statistics are shrunk towards its block's pool as if the pool had seen "
+        "this many tokens per input column",
     )
 
 
@@ -32,7 +34,9 @@ class GptqOptions(SolverOptions):
 
     name: Literal["gptq"] = "gptq"
     damping: float = Field(0.05, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
-    act_order: bool = Field(True, description="round columns (steps of eight for lattices) by falling activation energy")
+    act_order: bool = Field(
+        True, description="round columns (steps of eight for lattices) by falling activation energy"
+    )
     sweeps: int = Field(2, ge=0, description="passes of coordinate descent over codes and scales after the feedback")
     refits: int = Field(2, ge=0, description="passes over the scales alone before the sweeps")
     drift: float = Field(1.0, ge=0, le=1, description="how far to compensate what earlier rounding did to the inputs")

@@ -25,8 +25,17 @@ def solve(weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOp
     zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
     weights = importance.reshape(1, -1, codec.step).expand(weight.shape[0], -1, -1).reshape(-1, codec.step)
     chunks = range(0, len(target), 1 << 15)
-    units = torch.cat([codec.nearest(target[i : i + (1 << 15)], weights[i : i + (1 << 15)], None,
-                                     None if zero is None else zero[i : i + (1 << 15)]) for i in chunks])
+    units = torch.cat(
+        [
+            codec.nearest(
+                target[i : i + (1 << 15)],
+                weights[i : i + (1 << 15)],
+                None,
+                None if zero is None else zero[i : i + (1 << 15)],
+            )
+            for i in chunks
+        ]
+    )
     units = units.reshape(weight.shape)
     reference = torch.diag(importance) if gram is None else gram.float()
     return Solution(units, grid, codec, 0.0, 0, relative_error(weight, codec.decode(units, grid), reference))
