@@ -35,6 +35,7 @@ from compress.scoring.target import gguf_source
 from compress.text import calibration_windows, eval_windows, load_suite, load_tokenizer
 
 CHECK_WINDOWS, CHECK_LENGTH = 4, 256
+WHOLE_MODEL_BYTES = 4 * 2**30  # dense models up to this size in float32 are checked by transformers itself
 # The file is decoded by an independent reader and run through the same float32 forward: only rounding differs.
 DECODE_TOLERANCE = 1e-5  # relative to the largest value of a tensor
 # Engines compute in their own precision (llama.cpp rounds activations to 8 bits a block): median KL divergence between
@@ -119,10 +120,12 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
         options = {"options": module.GgufOptions(**options)}
     else:
         path = folder / (export.name or f"{plan.recipe.name}-{export.container}")
+        dense = export.container == "safetensors"
         kind = {"gptq": "GptqOptions", "safetensors": "SafetensorsOptions"}[export.container]
-        options = {"options": getattr(module, kind)(**options)}
+        options = {"options": getattr(module, kind)(**options, **({"dtype": plan.own_codec} if dense else {}))}
     provenance = {
         "compress.version": __version__,
+        "compress.model": plan.recipe.model,
         "compress.recipe": plan.recipe.name,
         "compress.recipe_digest": plan.recipe.digest(),
         "compress.calibration": _calibration_line(plan),
@@ -149,11 +152,20 @@ def engine(plan: Plan, export: Export, files: Sequence[Path], fallbacks: list[Fa
         with gguf_source(files[0], plan.spec, fallbacks) as source:
             yield source
         return
-    if export.container == "safetensors":
+    if export.container == "safetensors" and 4 * plan.parameters <= WHOLE_MODEL_BYTES:
         from compress.scoring.sources import TransformersSource
 
         yield TransformersSource(files[0].parent)
         return
+    if export.container == "safetensors":
+        fallbacks.append(
+            Fallback(
+                subject=files[0].parent.name,
+                wanted="scored by transformers",
+                used="scored by its streamed weights",
+                reason=f"the whole model in float32 is more than {WHOLE_MODEL_BYTES / 2**30:.0f} GiB",
+            )
+        )
     module = import_module(f"compress.containers.{export.container}")
     yield StreamedSource(plan.spec, module.open_dense(files, plan.spec), "decoded weights")
 
@@ -186,6 +198,10 @@ def require_texts(plan: Plan) -> None:
         eval_windows(suite.text, load_tokenizer(plan.source), windows=suite.windows, length=suite.length)
     elif not plan.needs_calibration:  # else the calibration itself reads it
         check_windows(plan)
+    if any(export.container == "gguf" for export in plan.recipe.export):
+        from compress.containers._gguf_tokenizer import read_vocabulary
+
+        read_vocabulary(plan.source, plan.spec.config, plan.spec.vocab_size)
 
 
 def check_windows(plan: Plan) -> np.ndarray:
@@ -226,7 +242,7 @@ def _check_tensors(plan: Plan, export: Export, files: Sequence[Path], journal: J
             )
         gap = float((values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
         limit = 2**-8 if export.container == "safetensors" else DECODE_TOLERANCE
-        if gap > limit:
+        if not gap <= limit:
             return Check(
                 name=f"{export.container} tensors",
                 passed=False,
@@ -236,7 +252,7 @@ def _check_tensors(plan: Plan, export: Export, files: Sequence[Path], journal: J
     return Check(
         name=f"{export.container} tensors",
         passed=True,
-        detail=f"{len(plan.tensors)} present, finite, of their planned type; largest relative gap {worst:.2g}",
+        detail=f"{len(plan.tensors)} present, finite, decoding to what was solved; largest relative gap {worst:.2g}",
     )
 
 

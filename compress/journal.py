@@ -72,7 +72,9 @@ class Journal:
         if path.exists():
             try:
                 state = json.loads(path.read_text())
-            except json.JSONDecodeError:
+                if not isinstance(state["units"], dict):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
                 raise ResumeError(f"{path} is damaged; start over with --fresh") from None
             if state.get("digest") != digest:
                 raise ResumeError(

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
 from compress.checkpoint import Checkpoint
 from compress.codecs.names import CONTAINERS, codec_info, ggml_fallback, stored_bytes
-from compress.errors import CheckpointError, PlanError
+from compress.errors import CheckpointError, OutputError, PlanError, UnsupportedModel
 from compress.models.base import ModelSpec, TensorSpec, load_spec
 from compress.recipe import Recipe
 from compress.solvers.options import RtnOptions, SolverOptions
@@ -25,6 +26,7 @@ _FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "
 # measured by benchmarks/memory_by_depth.py with torch 2.13 on Linux.
 RUNTIME_BYTES = 850 * 2**20
 MOMENTS_BYTES = 2 * 2**30  # statistics held at once; experts beyond it take another pass over the calibration text
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 BATCH_TOKENS = 4096  # tokens that go through a block at once
 
 
@@ -54,6 +56,10 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     warnings: tuple[str, ...]
     source_bytes: int
+    own_codec: str = "bf16"
+    """The checkpoint's own float type."""
+    stamp: tuple[tuple[str, int, int], ...] = ()
+    """Name, size and modification time of the weight files, so that a changed checkpoint does not resume."""
 
     @cached_property
     def by_name(self) -> Mapping[str, PlannedTensor]:
@@ -84,6 +90,7 @@ class Plan:
             "version": __version__,
             "config": dict(self.spec.config),
             "codecs": [t.codec for t in self.tensors],
+            "weights": self.stamp,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -112,7 +119,9 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Work folder (packed blocks; activations of both models at three places) and one copy of every artifact."""
-        return self.bytes * (1 + len(self.recipe.export)) + 6 * self.activation_bytes
+        work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in self.tensors)
+        out = sum(2 * self.parameters if e.container == "safetensors" else self.bytes for e in self.recipe.export)
+        return work + out + 6 * self.activation_bytes
 
     @cached_property
     def peak_memory_bytes(self) -> int:
@@ -215,8 +224,14 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     """
     checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
     spec = load_spec(checkpoint.config)
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
     problems = _container_problems(recipe, spec)
     warnings: list[str] = []
+    rope = (spec.rope_scaling or {}).get("rope_type", (spec.rope_scaling or {}).get("type", "default"))
+    if rope not in ROPE_TYPES:
+        problems.append(f"rope scaling {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     calibration = recipe.calibration
     find_data("calibration", calibration.dataset)
     if calibration.length > spec.max_positions:
@@ -231,6 +246,8 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
                 f"suite {suite.name} scores windows of {suite.length} tokens, the model allows "
                 f"{spec.max_positions}; choose another suite or score: false"
             )
+    elif recipe.gate.max_kld is not None or recipe.gate.max_perplexity_ratio is not None:
+        problems.append("gate: its limits need scores, and score is false; set a suite or drop the limits")
     if len(recipe.steps) > 1:
         problems.append("more than one quantize step: a tensor can be quantized once; put all rules in one step")
     if problems:
@@ -274,6 +291,18 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
         ]
     if weights:
         problems += checkpoint_problems(spec, checkpoint)
+    for kind in sorted(kinds & {"gguf", "gptq"} if not problems else ()):
+        module = import_module(f"compress.containers.{kind}")
+        try:
+            module.check_plan(spec, tensors)
+        except OutputError as error:
+            problems.append(f"{kind}: {error}")
+    if "gguf" in kinds:
+        from compress.containers.gguf import caveats
+
+        warnings += caveats(spec)
+    if "safetensors" in kinds and any(codec_info(t.codec).kind != "float" for t in tensors):
+        warnings.append(f"safetensors is dense: decoded weights are rounded to the checkpoint's own type ({own})")
     if problems:
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
     for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
@@ -283,7 +312,10 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     source = sum(2 * t.spec.parameters for t in tensors)
     if checkpoint.entries:
         source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
-    return Plan(recipe, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source)
+    stamp = tuple(
+        sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
+    )
+    return Plan(recipe, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp)
 
 
 def model_location(model: str) -> str:
@@ -323,6 +355,10 @@ def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
         if entry is None:
             raise CheckpointError(
                 f"{checkpoint.folder} has no tensor {tensor.name}; the checkpoint does not fit its config.json"
+            )
+        if entry.dtype not in _FLOAT_CODEC:
+            problems.append(
+                f"{tensor.name} is stored as {entry.dtype}; give the original checkpoint in F32, F16 or BF16"
             )
         if entry.shape != tensor.shape:
             problems.append(

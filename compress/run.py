@@ -46,7 +46,6 @@ WORK = ".work"
 # final hidden states say): the head's gram with this much of its mean on the diagonal stands for both.
 LOOKUP_DAMPING = 0.1
 SURVEY_TOKENS_PER_COLUMN = 64
-OURS = {WORK, scorecards.FILE_NAME, "recipe.json", "rejected", ".checking"}
 
 
 def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporter: Reporter | None = None) -> Scorecard:
@@ -57,6 +56,9 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     """
     reporter = reporter or Reporter(0)
     with reporter.stage("plan"):
+        claim(
+            Path(recipe.output), make_plan(recipe), fresh=fresh
+        )  # before a hub download, all that config.json can tell
         plan = make_plan(recipe, weights=True)
         output = claim(Path(recipe.output), plan, fresh=fresh)
         journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
@@ -72,7 +74,7 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     card = _scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
     write_synced(output / "recipe.json", json.dumps(recipe.as_dict(), indent=2).encode())
-    if not keep_work:
+    if card.gate.passed and not keep_work:
         shutil.rmtree(output / WORK, ignore_errors=True)
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]

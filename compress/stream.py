@@ -201,7 +201,7 @@ def stage_groups(spec: ModelSpec, stage: int, block: Sequence[PlannedTensor]) ->
         if key not in sizes and groups[-1] and sum(sizes.values()) + size > MOMENTS_BYTES:
             groups.append([])
             sizes = {}
-        sizes[key] = size
+        sizes[key] = max(size, sizes.get(key, 0))
         groups[-1].append(planned)
     return groups
 
@@ -222,14 +222,14 @@ def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[Plan
     """Empty accumulators for a stage: the union of what its solvers need, shared where inputs are shared."""
     wanted: dict[str, Moments] = {}
     sparse = spec.is_sparse(layer)
+    drifting = {t.spec.input for t in group if getattr(t.solver, "drift", 0.0)}
     for planned in group:
         key, n = planned.spec.input, planned.spec.shape[-1]
-        drift = bool(getattr(planned.solver, "drift", 0.0))
         residual = spec.hidden_size if repairs_residual(spec, planned) else None
         if key is not None and key not in wanted:
-            wanted[key] = Moments.zeros(n, drift=drift, residual=residual)
+            wanted[key] = Moments.zeros(n, drift=key in drifting, residual=residual)
         if planned.spec.expert is not None and stage == 2 and "router" not in wanted:
-            wanted["router"] = Moments.zeros(n, drift=drift)
+            wanted["router"] = Moments.zeros(n, drift=bool(drifting))
     if sparse and stage == 2:
         for e in range(spec.experts):  # tokens are counted even where nothing is solved
             wanted.setdefault(f"experts.{e}.in", Moments.zeros(0))

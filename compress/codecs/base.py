@@ -59,10 +59,6 @@ class Grid:
     integers: Tensor | None = None
     min_integers: Tensor | None = None
 
-    def select(self, rows: Tensor | slice) -> Grid:
-        """The grid of a subset of rows."""
-        return Grid(*(None if v is None else v[rows] for v in vars(self).values()))
-
 
 def half(values: Tensor) -> Tensor:
     """Round to half precision and back; overflow is clamped to the largest finite half."""
@@ -98,7 +94,6 @@ class BlockCodec(Codec):
     block_bytes: int
     scale_rule: IntegerScale | None = None
     min_rule: IntegerScale | None = None
-    needs_importance = False
 
     def bits_per_weight(self, in_features: int) -> float:
         return 8.0 * self.block_bytes / self.span

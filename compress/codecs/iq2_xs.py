@@ -14,7 +14,6 @@ class IQ2_XS(LatticeCodec):
     name, span, sub, block_bytes = "iq2_xs", 256, 16, 74
     table = "IQ2_XS"
     scale_rule = IntegerScale(0, 15, factor=0.25, shift=0.125)
-    needs_importance = True
 
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         groups = units.reshape(-1, 32, 8)

@@ -14,7 +14,6 @@ class IQ2_XXS(LatticeCodec):
     name, span, sub, block_bytes = "iq2_xxs", 256, 32, 66
     table = "IQ2_XXS"
     scale_rule = IntegerScale(0, 15, factor=0.25, shift=0.125)  # d * (s + 1/2) / 4
-    needs_importance = True
 
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         groups = units.reshape(-1, 8, 4, 8)

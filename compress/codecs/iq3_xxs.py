@@ -14,7 +14,6 @@ class IQ3_XXS(LatticeCodec):
     name, span, sub, block_bytes = "iq3_xxs", 256, 32, 98
     table = "IQ3_XXS"
     scale_rule = IntegerScale(0, 15, factor=0.5, shift=0.25)  # d * (s + 1/2) / 2
-    needs_importance = True
 
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         index = self.index(units.reshape(-1, 64, 4)).to(torch.uint8)

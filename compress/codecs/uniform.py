@@ -50,7 +50,7 @@ class UniformCodec(ScalarCodec):
     def store(
         self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
     ) -> Grid:
-        # a half-precision scale of zero would silence the group: keep the smallest normal half instead
+        # a half-precision scale of zero would silence the group: keep the smallest half instead
         scale = half(scale.clamp_min(6.2e-5 / 2**10))
         if offset is None:
             return Grid(scale=scale)

@@ -192,6 +192,11 @@ def _entries(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[_Entry]:
     return entries
 
 
+def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
+    """Raise OutputError for a plan the format cannot hold, before anything is computed."""
+    _entries(spec, tensors)
+
+
 def _type(codec: str) -> gguf.GGMLQuantizationType:
     import gguf
 

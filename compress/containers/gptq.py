@@ -75,6 +75,14 @@ def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
     return None
 
 
+def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
+    """Raise OutputError for a plan the format cannot hold, before anything is computed."""
+    problems = [p for p in (codec_problem(planned.spec, planned.codec) for planned in tensors) if p]
+    if problems:
+        raise OutputError(problems[0])
+    quantization_config(tensors)
+
+
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
@@ -226,9 +234,7 @@ def write(
     """
     options = options or GptqOptions()
     path = Path(path)
-    problems = [p for p in (codec_problem(planned.spec, planned.codec) for planned in tensors) if p]
-    if problems:
-        raise OutputError(problems[0])
+    check_plan(spec, tensors)
     quantization = quantization_config(tensors)
     by_name = {planned.spec.name: planned for planned in tensors}
 

@@ -105,7 +105,7 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
         import torch
         import transformers
     except ImportError as error:
-        raise MissingExtra("transformers", "hf", "Scoring the original model") from error
+        raise MissingExtra("transformers", "all", "Scoring the original model") from error
 
     folder = Path(model).expanduser()
     if folder.exists():

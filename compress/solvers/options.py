@@ -40,7 +40,12 @@ class GptqOptions(SolverOptions):
     sweeps: int = Field(2, ge=0, description="passes of coordinate descent over codes and scales after the feedback")
     refits: int = Field(2, ge=0, description="passes over the scales alone before the sweeps")
     drift: float = Field(1.0, ge=0, le=1, description="how far to compensate what earlier rounding did to the inputs")
-    residual: float = Field(1.0, ge=0, le=1, description="how far o_proj and down_proj also repair the residual stream")
+    residual: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="how far o_proj, dense down_proj and experts whose routing weights sum to one also repair the residual stream",
+    )
     drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
 
 
