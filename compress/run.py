@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,9 +57,7 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     """
     reporter = reporter or Reporter(0)
     with reporter.stage("plan"):
-        claim(
-            Path(recipe.output), make_plan(recipe), fresh=fresh
-        )  # before a hub download, all that config.json can tell
+        claim(Path(recipe.output), make_plan(recipe), fresh=fresh)  # before a hub download: all that config.json tells
         plan = make_plan(recipe, weights=True)
         output = claim(Path(recipe.output), plan, fresh=fresh)
         journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
@@ -86,7 +85,8 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
 
 
 def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
-    """Make the output folder ours: new, empty, or of this very recipe. Raises OutputError otherwise or on a full disk.
+    """The output folder, if it can be ours: new, empty, or of this very recipe. Raises OutputError otherwise or on a
+    full disk; touches nothing.
 
     fresh: the folder of another recipe's finished run will do, too.
     """
@@ -103,11 +103,10 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
                     f"{output} holds a finished run of another recipe ({finished.recipe}); "
                     "choose another --output, or write into it all the same with --fresh"
                 )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output).free
-    except OSError as error:
-        raise OutputError(f"cannot create {output}: {error.strerror or error}; choose another --output") from error
+    nearest = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise OutputError(f"cannot write into {output}: {nearest} is no folder or read-only; choose another --output")
+    free = shutil.disk_usage(nearest).free
     if free < plan.disk_bytes and not (output / WORK).exists():
         raise OutputError(
             f"{output} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB; "

@@ -91,6 +91,7 @@ def main() -> None:
     for moment, output in spec["moments"].items():
         child = os.fork()
         if child == 0:
+            signal.alarm(120)  # a child that hangs fails the test instead of holding it up
             globals()[moment]()
             compress.run.run(load_recipe(spec["recipe"], spec["sets"], model=spec["model"], output=output))
             os._exit(0)

@@ -462,7 +462,8 @@ def test_library_raises_what_the_command_line_prints(good: Path, tmp_path: Path)
 # --- Ctrl-C -------------------------------------------------------------------------------
 
 _INTERRUPTED = """
-import sys, time, torch
+import signal, time, torch
+signal.alarm(120)  # rather fail than hang
 torch.set_num_threads(1)
 from compress.journal import Journal
 finish = Journal.finish

@@ -20,14 +20,16 @@ from compress import run as run_module
 from compress import stream
 from compress.checkpoint import Checkpoint
 from compress.journal import Activations
+from compress.models import load_spec
 from compress.models.decoder import STAGES
 from compress.plan import PlannedTensor, make_plan
 from compress.recipe import Recipe
 from compress.report.scorecard import read
 from compress.run import load_calibration, run
+from compress.scoring.streamed import StreamedSource
 from compress.statistics import Moments, Statistics
 from tests.integration.runs import as_model, carry_out, kept, sha256, small, spec_of, text_file
-from tests.tiny import tiny_model
+from tests.tiny import demo_model, tiny_model
 
 RECIPE = "gguf-q4-k-m"
 FILE = f"{RECIPE}.gguf"
@@ -115,6 +117,15 @@ def test_result_does_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest
         found.append(seen[0, 0]["attention.in"])
     assert found[0].tokens == found[1].tokens
     assert torch.allclose(found[0].gram, found[1].gram, rtol=1e-5, atol=1e-5 * float(found[0].gram.abs().max()))
+
+
+def test_scoring_leaves_the_callers_autograd_alone() -> None:
+    """Two sources read in turn, as scoring does: torch's inference mode must not outlive a step of either."""
+    checkpoint = Checkpoint.open(demo_model())
+    source = StreamedSource(load_spec(checkpoint.config), checkpoint.load, "original")
+    for _ in zip(*(source.logits([np.arange(4)] * 2) for _ in range(2)), strict=True):
+        assert not torch.is_inference_mode_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 # --- statistics -------------------------------------------------------------------------------
@@ -307,7 +318,6 @@ def test_seed_decides_the_text(tmp_path: Path) -> None:
     documents.write_text("".join(f'{{"text": "{text_file(p, 100, n).read_text()}"}}\n' for n, p in enumerate(lines)))
     sets = (f"calibration.dataset={documents}", "calibration.samples=2")
     windows = [
-        load_calibration(make_plan(small(RECIPE, model, tmp_path / "out", *sets, f"seed={seed}")))
-        for seed in (0, 0, 1)
+        load_calibration(make_plan(small(RECIPE, model, tmp_path / "out", *sets, f"seed={seed}"))) for seed in (0, 0, 1)
     ]
     assert np.array_equal(windows[0], windows[1]) and not np.array_equal(windows[0], windows[2])
