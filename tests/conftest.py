@@ -8,7 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: spinning threads of two engines slow each other down
+
+import torch  # noqa: E402
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)

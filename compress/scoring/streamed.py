@@ -34,8 +34,9 @@ class StreamedSource:
         states = self.final_states(sequences)
         head = self.load("model.embed_tokens.weight" if self.spec.tied else "lm_head.weight").float()
         for row in states:
-            with torch.inference_mode():
-                yield (row @ head.T).numpy()
+            with torch.inference_mode():  # not around the yield: the caller would run in it, too
+                logits = (row @ head.T).numpy()
+            yield logits
 
     def final_states(self, sequences: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """Hidden states behind the last norm, float32 [len(sequence), hidden_size] for each sequence in order.
