@@ -182,20 +182,28 @@ class BlockCodec(Codec):
         dmin = None if grid.dmin is None else grid.dmin.clone()
         per_span = self.span // self.sub
 
+        # Within a span only its own columns are kept up to date; what it moved reaches later spans in one product.
+        local = block = moved = torch.empty(0)
+
         def move(delta: Tensor, direction: Tensor, where: slice) -> None:
-            """Q += delta * direction on the columns `where`."""
-            pull.sub_((direction * delta[:, None]) @ gram[where])
+            """Q += delta * direction on the span's columns `where`."""
+            change = direction * delta[:, None]
+            moved[:, where] += change
+            local.sub_(change @ block[where])
 
         def optimum(direction: Tensor, where: slice) -> tuple[Tensor, Tensor]:
             """Best step along `direction` and its curvature."""
-            curve = ((direction @ gram[where, where]) * direction).sum(1)
-            return (direction * pull[:, where]).sum(1) / curve.clamp_min(TINY), curve
+            curve = ((direction @ block[where, where]) * direction).sum(1)
+            return (direction * local[:, where]).sum(1) / curve.clamp_min(TINY), curve
 
         for span in range(weight.shape[1] // self.span):
+            at = slice(span * self.span, (span + 1) * self.span)
+            local, block, moved = pull[:, at].contiguous(), gram[at, at], torch.zeros_like(weight[:, at])
+            codes = units[:, at]
             for sub in range(per_span):
                 j = span * per_span + sub
-                where = slice(j * self.sub, (j + 1) * self.sub)
-                direction = units[:, where]
+                where = slice(sub * self.sub, (sub + 1) * self.sub)
+                direction = codes[:, where]
                 step, curve = optimum(direction, where)
                 new = self._nearest_scale(scale[:, j] + step, None if d is None else d[:, span], self.scale_rule)
                 new_scale = new if d is None else d[:, span] * self.scale_rule.multiplier(new)
@@ -217,10 +225,10 @@ class BlockCodec(Codec):
                     move(delta, ones, where)
                     mins[:, j] = torch.where(good, new, mins[:, j])
                     offset[:, j] = dmin[:, span] * self.min_rule.multiplier(mins[:, j])
-            where = slice(span * self.span, (span + 1) * self.span)
+            where = slice(0, self.span)
             subs = slice(span * per_span, (span + 1) * per_span)
             if d is not None:
-                direction = units[:, where] * self.columns(self.scale_rule.multiplier(integers[:, subs]))
+                direction = codes * self.columns(self.scale_rule.multiplier(integers[:, subs]))
                 delta = self._move_super(d, span, *optimum(direction, where))
                 move(delta, direction, where)
                 scale[:, subs] = d[:, span, None] * self.scale_rule.multiplier(integers[:, subs])
@@ -229,6 +237,8 @@ class BlockCodec(Codec):
                 delta = self._move_super(dmin, span, *optimum(direction, where))
                 move(delta, direction, where)
                 offset[:, subs] = dmin[:, span, None] * self.min_rule.multiplier(mins[:, subs])
+            if at.stop < weight.shape[1]:
+                pull[:, at.stop :].addmm_(moved, gram[at, at.stop :], alpha=-1)
         return Grid(scale=scale, offset=offset, zero=grid.zero, d=d, dmin=dmin, integers=integers, min_integers=mins)
 
     @staticmethod
