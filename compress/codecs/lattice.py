@@ -137,7 +137,7 @@ class LatticeCodec(BlockCodec):
     # -- scales ------------------------------------------------------------------------------------------------
     def fit(self, weight: Tensor, importance: Tensor) -> Grid:
         rows = weight.shape[0]
-        chunk = max(1, (1 << 22) // (weight.shape[1] // 8 * len(self.points)))
+        chunk = max(1, (1 << 20) // (weight.shape[1] // 8 * len(self.points)))
         importance = importance + importance.mean() * 1e-3 + TINY
         parts = [self._search(rows_, importance) for rows_ in weight.split(chunk)]
         scale, curvature = (torch.cat(v) for v in zip(*parts, strict=True))
