@@ -112,7 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/tiny-qwen3-moe")
     parser.add_argument("--samples", type=int, default=512, help="calibration windows of 512 tokens")
-    parser.add_argument("--windows", type=int, default=100, help="scored windows of 512 tokens of held-out Wikipedia")
+    parser.add_argument("--text", default="wikitext2", help="bundled evaluation set to score on")
+    parser.add_argument("--windows", type=int, default=100, help="scored windows of 512 tokens")
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="a subset of: " + ", ".join(CASES))
     parser.add_argument("--set", nargs="*", default=[], help="more recipe overrides for our side")
     parser.add_argument("--markdown", type=Path)
@@ -130,7 +131,7 @@ def main() -> None:
             plan = make_plan(load_recipe(recipe, overrides, model=args.model), weights=True)
             checkpoint = Checkpoint.open(plan.source)
             if importance is None:
-                windows = eval_windows("wikipedia", load_tokenizer(plan.source), windows=args.windows, length=512)
+                windows = eval_windows(args.text, load_tokenizer(plan.source), windows=args.windows, length=512)
                 importance = imatrix(checkpoint, plan.spec, load_calibration(plan))
                 source = reference(plan, checkpoint, folder)
             mine, seconds = ours(plan, checkpoint, folder)
