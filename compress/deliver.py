@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from compress import __version__
 from compress.checkpoint import Checkpoint
-from compress.codecs import get_codec
 from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
 from compress.journal import Journal
-from compress.plan import Plan
+from compress.plan import Plan, container_module
 from compress.recipe import Export
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Check, Fallback, TaskScore
@@ -32,10 +30,12 @@ from compress.scoring.measure import measure
 from compress.scoring.sources import LogitSource
 from compress.scoring.streamed import StreamedSource
 from compress.scoring.target import gguf_source
+from compress.solve import decode
 from compress.text import calibration_windows, eval_windows, load_suite, load_tokenizer
 
 CHECK_WINDOWS, CHECK_LENGTH = 4, 256
 WHOLE_MODEL_BYTES = 4 * 2**30  # dense models up to this size in float32 are checked by transformers itself
+LOADED_BY_TRANSFORMERS = ("safetensors", "compress", "bitsandbytes", "compressed-tensors")
 # The file is decoded by an independent reader and run through the same float32 forward: only rounding differs.
 DECODE_TOLERANCE = 1e-5  # relative to the largest value of a tensor
 # Engines compute in their own precision (llama.cpp rounds activations to 8 bits a block): median KL divergence between
@@ -70,7 +70,7 @@ def deliver(plan: Plan, checkpoint: Checkpoint, journal: Journal, output: Path, 
         for export in plan.recipe.export:
             with reporter.stage(f"write {export.container}") as progress:
                 written.append((export, write(plan, export, journal, staging, progress)))
-        original = StreamedSource(plan.spec, checkpoint.load, "original")
+        original = StreamedSource(plan.original, checkpoint.load, "original")
         memory = StreamedSource(plan.spec, lambda name: _dense(journal, name), "in-memory compressed model")
         for export, files in written:
             artifact = describe(plan, export, files, staging)
@@ -105,7 +105,7 @@ def deliver(plan: Plan, checkpoint: Checkpoint, journal: Journal, output: Path, 
 
 def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: Callable[[float], None]) -> list[Path]:
     """One container, from the journal's codes. Returns its files."""
-    module = import_module(f"compress.containers.{export.container}")
+    module = container_module(export.container)
     done = 0
 
     def fetch(name: str) -> Any:
@@ -114,15 +114,14 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
         progress(done / len(plan.tensors))
         return journal.fetch(name)
 
-    options: dict[str, Any] = {} if export.max_shard_size is None else {"max_shard_size": export.max_shard_size}
+    settings: dict[str, Any] = {} if export.max_shard_size is None else {"max_shard_size": export.max_shard_size}
     if export.container == "gguf":
-        path, options["name"] = folder / f"{export.name or plan.recipe.name}.gguf", plan.recipe.name
-        options = {"options": module.GgufOptions(**options)}
+        path, settings["name"] = folder / f"{export.name or plan.recipe.name}.gguf", plan.recipe.name
     else:
         path = folder / (export.name or f"{plan.recipe.name}-{export.container}")
-        dense = export.container == "safetensors"
-        kind = {"gptq": "GptqOptions", "safetensors": "SafetensorsOptions"}[export.container]
-        options = {"options": getattr(module, kind)(**options, **({"dtype": plan.own_codec} if dense else {}))}
+    if export.container == "safetensors":
+        settings["dtype"] = plan.own_codec
+    options = module.Options(**settings)
     provenance = {
         "compress.version": __version__,
         "compress.model": plan.recipe.model,
@@ -130,7 +129,9 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
         "compress.recipe_digest": plan.recipe.digest(),
         "compress.calibration": _calibration_line(plan),
     }
-    return module.write(path, plan.spec, plan.tensors, fetch, source=plan.source, provenance=provenance, **options)
+    return module.write(
+        path, plan.spec, plan.tensors, fetch, source=plan.source, provenance=provenance, options=options
+    )
 
 
 def _calibration_line(plan: Plan) -> str:
@@ -141,8 +142,7 @@ def _calibration_line(plan: Plan) -> str:
 
 
 def _dense(journal: Journal, name: str) -> Tensor:
-    packed = journal.fetch(name)
-    return get_codec(packed.codec).unpack(packed)
+    return decode(journal.fetch(name))
 
 
 @contextmanager
@@ -152,12 +152,12 @@ def engine(plan: Plan, export: Export, files: Sequence[Path], fallbacks: list[Fa
         with gguf_source(files[0], plan.spec, fallbacks) as source:
             yield source
         return
-    if export.container == "safetensors" and 4 * plan.parameters <= WHOLE_MODEL_BYTES:
+    if export.container in LOADED_BY_TRANSFORMERS and 4 * plan.parameters <= WHOLE_MODEL_BYTES:
         from compress.scoring.sources import TransformersSource
 
         yield TransformersSource(files[0].parent)
         return
-    if export.container == "safetensors":
+    if export.container in LOADED_BY_TRANSFORMERS:
         fallbacks.append(
             Fallback(
                 subject=files[0].parent.name,
@@ -166,7 +166,7 @@ def engine(plan: Plan, export: Export, files: Sequence[Path], fallbacks: list[Fa
                 reason=f"the whole model in float32 is more than {WHOLE_MODEL_BYTES / 2**30:.0f} GiB",
             )
         )
-    module = import_module(f"compress.containers.{export.container}")
+    module = container_module(export.container)
     yield StreamedSource(plan.spec, module.open_dense(files, plan.spec), "decoded weights")
 
 
@@ -225,7 +225,7 @@ def check_windows(plan: Plan) -> np.ndarray:
 
 
 def _check_tensors(plan: Plan, export: Export, files: Sequence[Path], journal: Journal) -> Check:
-    module = import_module(f"compress.containers.{export.container}")
+    module = container_module(export.container)
     load = module.open_dense(files, plan.spec)
     if export.container == "gguf":
         stored = module.inventory(files[0])

@@ -5,28 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from compress import __version__
 from compress.checkpoint import Checkpoint
-from compress.codecs.names import CONTAINERS, codec_info, ggml_fallback, stored_bytes
-from compress.errors import CheckpointError, OutputError, PlanError, UnsupportedModel
+from compress.codecs.names import codec_info, ggml_fallback, stored_bytes
+from compress.errors import OutputError, PlanError, UnsupportedModel
+from compress.legal import (
+    FLOAT_CODEC,
+    checkpoint_problems,
+    container_problems,
+    step_problems,
+    tensor_problems,
+    text_problems,
+)
 from compress.models.base import ModelSpec, TensorSpec, load_spec
-from compress.recipe import Recipe
-from compress.solvers.options import RtnOptions, SolverOptions
-from compress.text import find_data, load_suite
+from compress.recipe import Quantize, Recipe
+from compress.solvers.options import RecoverOptions, RtnOptions, SolverOptions
+from compress.targets import Rule
+from compress.transforms.options import RotateOptions, TransformOptions
 
-_FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 # What the process takes beside the model: interpreter, torch, tokenizer, allocator and the solvers' scratch on two cores;
 # measured by benchmarks/memory_by_depth.py with torch 2.13 on Linux.
 RUNTIME_BYTES = 850 * 2**20
 MOMENTS_BYTES = 2 * 2**30  # statistics held at once; experts beyond it take another pass over the calibration text
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 BATCH_TOKENS = 4096  # tokens that go through a block at once
 
 
@@ -40,6 +48,10 @@ class PlannedTensor:
     bytes: int
     wanted: str | None = None
     """The codec the recipe asked for, when rows do not divide into its blocks."""
+    incoherence: bool = False
+    """Whether the codes are those of the weight between two randomised Hadamard transforms."""
+    activations: str | None = None
+    """How an engine rounds the inputs of this linear ("int8": each token by its largest value)."""
 
     @property
     def name(self) -> str:
@@ -48,9 +60,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run will do, before it does anything."""
+    """Everything a run will do, before it does anything.
+
+    `spec` is the model that is compressed: the original, or what a rotation makes of it.
+    """
 
     recipe: Recipe
+    original: ModelSpec
     spec: ModelSpec
     source: Path
     tensors: tuple[PlannedTensor, ...]
@@ -60,6 +76,27 @@ class Plan:
     """The checkpoint's own float type."""
     stamp: tuple[tuple[str, int, int], ...] = ()
     """Name, size and modification time of the weight files, so that a changed checkpoint does not resume."""
+
+    @property
+    def rotation(self) -> RotateOptions | None:
+        """How the model is turned before anything else."""
+        return self.recipe.step("rotate")
+
+    @property
+    def transforms(self) -> tuple[TransformOptions, ...]:
+        """The scalings of every block, in order."""
+        return tuple(step.options for step in self.recipe.steps if step.kind in ("awq", "smooth"))
+
+    @property
+    def recover(self) -> RecoverOptions | None:
+        """How floats are tuned once a block's codes are known."""
+        return self.recipe.step("recover")
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether the original's activations are carried along."""
+        drifts = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in self.tensors)
+        return self.needs_calibration and (drifts or self.recover is not None)
 
     @cached_property
     def by_name(self) -> Mapping[str, PlannedTensor]:
@@ -166,7 +203,7 @@ class Plan:
                     "shape": list(t.spec.shape),
                     "role": t.spec.role,
                     "layer": t.spec.layer,
-                    "steps": ["quantize"] if t.solver else [],
+                    "steps": [step.kind for step in self.recipe.steps] if t.solver else [],
                     "solver": t.solver.name if t.solver else None,
                     "codec": t.codec,
                     "wanted": t.wanted,
@@ -175,16 +212,6 @@ class Plan:
                 for t in self.tensors
             ],
         }
-
-    def by_role(self) -> list[tuple[str, str, int, int, int]]:
-        """(role, codec, tensors, parameters, bytes), in model order, for tables."""
-        rows: dict[tuple[str, str], list[int]] = {}
-        for t in self.tensors:
-            row = rows.setdefault((t.spec.role, t.codec), [0, 0, 0])
-            row[0] += 1
-            row[1] += t.spec.parameters
-            row[2] += t.bytes
-        return [(role, codec, *row) for (role, codec), row in rows.items()]
 
 
 def repairs_residual(spec: ModelSpec, planned: PlannedTensor) -> bool:
@@ -223,99 +250,99 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
     """
     checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
-    spec = load_spec(checkpoint.config)
+    original = load_spec(checkpoint.config)
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
-    problems = _container_problems(recipe, spec)
-    warnings: list[str] = []
-    rope = (spec.rope_scaling or {}).get("rope_type", (spec.rope_scaling or {}).get("type", "default"))
-    if rope not in ROPE_TYPES:
-        problems.append(f"rope scaling {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    calibration = recipe.calibration
-    find_data("calibration", calibration.dataset)
-    if calibration.length > spec.max_positions:
-        problems.append(
-            f"calibration.length {calibration.length} is longer than the model's limit of "
-            f"{spec.max_positions} positions; lower calibration.length"
-        )
-    if recipe.score is not None:
-        suite = load_suite(recipe.score.suite)
-        if suite.length > spec.max_positions:
-            problems.append(
-                f"suite {suite.name} scores windows of {suite.length} tokens, the model allows "
-                f"{spec.max_positions}; choose another suite or score: false"
-            )
-    elif recipe.gate.max_kld is not None or recipe.gate.max_perplexity_ratio is not None:
-        problems.append("gate: its limits need scores, and score is false; set a suite or drop the limits")
-    if len(recipe.steps) > 1:
-        problems.append("more than one quantize step: a tensor can be quantized once; put all rules in one step")
+    spec = original.untied() if recipe.step("rotate") else original
+    problems = container_problems(recipe, spec) + text_problems(recipe, spec) + step_problems(recipe)
     if problems:
         raise PlanError(problems)
 
-    quantize = recipe.steps[0].quantize if recipe.steps else None
+    quantize = recipe.step("quantize")
     matcher = quantize.matcher(spec) if quantize else None
     kinds = {e.container for e in recipe.export}
-    own = _FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
-    tensors = []
+    own = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
+    tensors: list[PlannedTensor] = []
     for tensor in spec.tensors():
         rule = matcher.match(tensor) if matcher else None
         codec = rule.codec if rule else _unmatched(tensor, checkpoint, own, kinds)
-        if len(tensor.shape) == 1 and "gguf" in kinds:
-            codec = "f32"  # llama.cpp's norms and biases are float32
-        wanted = None
-        info = codec_info(codec)
-        if info.kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
-            wanted, codec = codec, replacement
-        elif info.kind == "uniform" and info.block and tensor.shape[-1] % info.block:
-            problems.append(
-                f"{tensor.name}: rows of {tensor.shape[-1]} do not divide into groups of {info.block}; "
-                f"use a smaller group or int{info.bits}-row"
-            )
-        elif info.kind == "uniform" and "gptq" in kinds and (tensor.shape[-1] % 32 or tensor.shape[0] % 32):
-            problems.append(
-                f"{tensor.name}: GPTQ kernels need dimensions that divide by 32, this one is "
-                f"{tensor.shape[0]} x {tensor.shape[1]}; add it to ignore"
-            )
-        solver = quantize.solver_of(rule) if rule and codec_info(codec).kind != "float" else None
-        if solver is not None and tensor.input is None and not surveys_head(spec, tensor, codec):
-            solver = RtnOptions()  # rows that are looked up have no input statistics to solve against
-        tensors.append(
-            PlannedTensor(tensor, codec, solver, 0 if problems else stored_bytes(codec, tensor.shape), wanted)
-        )
-    if matcher:
-        warnings += [
-            f"rule matches no tensor of this model: {rule}"
-            for rule in matcher.unused()
-            if quantize and rule in quantize.rules
-        ]
+        planned = _planned(spec, tensor, codec, rule, quantize, kinds)
+        problems += tensor_problems(planned, kinds)
+        tensors.append(planned)
     if weights:
-        problems += checkpoint_problems(spec, checkpoint)
-    for kind in sorted(kinds & {"gguf", "gptq"} if not problems else ()):
-        module = import_module(f"compress.containers.{kind}")
-        try:
-            module.check_plan(spec, tensors)
-        except OutputError as error:
-            problems.append(f"{kind}: {error}")
-    if "gguf" in kinds:
-        from compress.containers.gguf import caveats
-
-        warnings += caveats(spec)
-    if "safetensors" in kinds and any(codec_info(t.codec).kind != "float" for t in tensors):
-        warnings.append(f"safetensors is dense: decoded weights are rounded to the checkpoint's own type ({own})")
+        problems += checkpoint_problems(original, checkpoint)
     if problems:
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-    for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
-        warnings.append(
-            f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
-        )
-    source = sum(2 * t.spec.parameters for t in tensors)
+    tensors = [replace(t, bytes=_bytes(t)) for t in tensors]
+    for kind in sorted(kinds - {"safetensors"}):
+        try:
+            container_module(kind).check_plan(spec, tensors)
+        except OutputError as error:
+            problems.append(f"{kind}: {error}")
+    if problems:
+        raise PlanError(problems)
+    unused = [rule for rule in matcher.unused() if rule in quantize.rules] if matcher else []
+    warnings = [f"rule matches no tensor of this model: {rule}" for rule in unused]
+    warnings += _warnings(spec, original, tensors, kinds, own)
+    source = sum(2 * t.parameters for t in original.tensors())
     if checkpoint.entries:
         source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
     stamp = tuple(
         sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
     )
-    return Plan(recipe, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp)
+    return Plan(recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp)
+
+
+def _planned(
+    spec: ModelSpec, tensor: TensorSpec, codec: str, rule: Rule | None, quantize: Quantize | None, kinds: set[str]
+) -> PlannedTensor:
+    """What becomes of one tensor, its bytes still to be counted."""
+    if len(tensor.shape) == 1 and "gguf" in kinds:
+        codec = "f32"  # llama.cpp's norms and biases are float32
+    wanted = None
+    if codec_info(codec).kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
+        wanted, codec = codec, replacement
+    info = codec_info(codec)
+    if rule is None or quantize is None or info.kind == "float":
+        return PlannedTensor(tensor, codec, None, 0, wanted)
+    solver = quantize.solver_of(rule)
+    if tensor.input is None and not surveys_head(spec, tensor, codec):
+        solver = RtnOptions()  # rows that are looked up have no input statistics to solve against
+    incoherence = info.kind == "vector" if rule.incoherence is None else rule.incoherence
+    return PlannedTensor(tensor, codec, solver, 0, wanted, incoherence, rule.activations)
+
+
+def _bytes(planned: PlannedTensor) -> int:
+    """Bytes of one tensor with everything needed to read it back; signs that a codec does not count itself included."""
+    rows, columns = (1, *planned.spec.shape)[-2:]
+    signs = planned.incoherence and codec_info(planned.codec).kind != "vector"
+    return stored_bytes(planned.codec, planned.spec.shape) + (-(-rows // 8) + -(-columns // 8) if signs else 0)
+
+
+def _warnings(
+    spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], kinds: set[str], own: str
+) -> list[str]:
+    """What users should know before they start."""
+    warnings = []
+    if "gguf" in kinds:
+        from compress.containers.gguf import caveats
+
+        warnings += caveats(spec)
+    if original.tied and not spec.tied:
+        warnings.append("rotate unties the head from the embeddings: both are stored")
+    if "safetensors" in kinds and any(codec_info(t.codec).kind != "float" for t in tensors):
+        warnings.append(f"safetensors is dense: decoded weights are rounded to the checkpoint's own type ({own})")
+    for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
+        warnings.append(
+            f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
+        )
+    return warnings
+
+
+def container_module(container: str) -> ModuleType:
+    """The module that writes and reads a container; YAML names may have dashes."""
+    return import_module(f"compress.containers.{container.replace('-', '_')}")
 
 
 def model_location(model: str) -> str:
@@ -332,36 +359,5 @@ def model_location(model: str) -> str:
 def _unmatched(tensor: TensorSpec, checkpoint: Checkpoint, own: str, kinds: set[str]) -> str:
     """No rule: the checkpoint's own float type, float32 for what engines want in float32."""
     entry = checkpoint.entries.get(tensor.name)
-    codec = _FLOAT_CODEC.get(entry.dtype, own) if entry else own
+    codec = FLOAT_CODEC.get(entry.dtype, own) if entry else own
     return "f32" if "gguf" in kinds and tensor.role in ("router", "norms", "biases") else codec
-
-
-def _container_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
-    problems = []
-    for export in recipe.export:
-        assert export.container in CONTAINERS
-        if export.container == "gguf":
-            from compress.containers.gguf import check_representable
-
-            problems += [f"gguf: {reason}" for reason in check_representable(spec)]
-    return problems
-
-
-def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
-    """Tensors of another shape than config.json implies; CheckpointError for the first that is not there."""
-    problems = []
-    for tensor in spec.tensors():
-        entry = checkpoint.entries.get(tensor.name)
-        if entry is None:
-            raise CheckpointError(
-                f"{checkpoint.folder} has no tensor {tensor.name}; the checkpoint does not fit its config.json"
-            )
-        if entry.dtype not in _FLOAT_CODEC:
-            problems.append(
-                f"{tensor.name} is stored as {entry.dtype}; give the original checkpoint in F32, F16 or BF16"
-            )
-        if entry.shape != tensor.shape:
-            problems.append(
-                f"{tensor.name} is {list(entry.shape)} in the checkpoint, config.json implies {list(tensor.shape)}"
-            )
-    return problems

@@ -27,7 +27,7 @@ from pydantic import (
 from compress.codecs.names import CONTAINERS, KIND_NAMES, codec_info
 from compress.errors import RecipeError
 from compress.schemes import expand, scheme_kind, scheme_name
-from compress.solvers.options import SOLVERS, GptqOptions, SolverOptions
+from compress.solvers.options import SOLVERS, GptqOptions, RecoverOptions, SolverOptions
 from compress.targets import (
     FLOAT_ROLES,
     Ignored,
@@ -38,6 +38,7 @@ from compress.targets import (
     nearest,
     problem,
 )
+from compress.transforms.options import AwqOptions, RotateOptions, SmoothOptions
 
 if TYPE_CHECKING:
     from compress.models.base import ModelSpec
@@ -101,7 +102,6 @@ class Calibration(Section):
 class Quantize(Section):
     """Choose codes for the weights that `rules`, then `scheme`, name."""
 
-    kind: ClassVar[str] = "quantize"
     solver: Solver = GptqOptions()
     scheme: Annotated[str, AfterValidator(_scheme)] | None = None
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_tuple)] = ()
@@ -121,27 +121,40 @@ class Quantize(Section):
 
 
 class Step(Section):
-    """One step of the chain: exactly one key, its kind. A new kind of step is one more field."""
+    """One step of the chain: exactly one key, its kind. A new kind of step is one more field.
 
+    In the order in which they may follow each other: rotations of the whole model, scalings of a block, the codes, and
+    what is tuned once those are known.
+    """
+
+    rotate: RotateOptions | None = None
+    awq: AwqOptions | None = None
+    smooth: SmoothOptions | None = None
     quantize: Quantize | None = None
+    recover: RecoverOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _one_kind(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
         if isinstance(value, dict) and len(value) != 1:
             raise problem(f"expected exactly one key, the kind of step ({', '.join(STEP_KINDS)}), got {len(value)}")
-        if isinstance(value, dict) and None in value.values():
+        if isinstance(value, dict) and "quantize" in value and not value["quantize"]:
             raise problem("this step says nothing; give it at least a scheme or rules")
+        if isinstance(value, dict):
+            return {kind: {} if options is None else options for kind, options in value.items()}
         return value
 
     @property
-    def options(self) -> Quantize:
-        """The one value that is set."""
-        return next(value for name in STEP_KINDS if (value := getattr(self, name)) is not None)
+    def kind(self) -> str:
+        """The key that is set."""
+        return next(name for name in STEP_KINDS if getattr(self, name) is not None)
 
     @property
-    def kind(self) -> str:
-        return self.options.kind
+    def options(self) -> Any:
+        """Its value."""
+        return getattr(self, self.kind)
 
 
 STEP_KINDS: tuple[str, ...] = tuple(Step.model_fields)
@@ -188,6 +201,10 @@ class Recipe(Section):
     export: Annotated[tuple[Export, ...], BeforeValidator(_tuple), Field(min_length=1)]
     score: Annotated[Score | None, BeforeValidator(_score)] = Score()
     gate: Gate = Gate()
+
+    def step(self, kind: str) -> Any:
+        """The options of the step of this kind, None when the recipe has none."""
+        return next((step.options for step in self.steps if step.kind == kind), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, defaults filled in and names in canonical form, ready for JSON or YAML."""

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 
 from compress.checkpoint import Checkpoint
-from compress.codecs import get_codec
 from compress.errors import OutputError
 from compress.journal import Activations, Journal
 from compress.models.base import ModelSpec
 from compress.plan import BATCH_TOKENS, Plan, PlannedTensor
 from compress.scoring.divergence import token_stats
+from compress.solve import decode, solve_tensor
+from compress.source import Loader, working_model
 from compress.statistics import Statistics
-from compress.stream import STAGES_OF, Half, Streams, advance, collect, compress_half, embed, solve_tensor, stage_groups
+from compress.stream import STAGES_OF, Half, Streams, advance, collect, compress_half, embed, stage_groups
 from compress.text import Suite, calibration_windows, load_suite, load_tokenizer, task_documents
 from compress.weights import Packed
 
@@ -104,7 +105,7 @@ def rehearse(plan: Plan) -> Rehearsal:
 
 
 def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal:
-    spec, settings, clock = plan.spec, plan.recipe.calibration, _Clock()
+    spec, settings, clock, load = plan.spec, plan.recipe.calibration, _Clock(), working_model(plan, checkpoint)
     torch.ones(512, 512) @ torch.ones(512, 512)  # the first product of a process starts its threads
     with clock("text"):
         tokenizer = load_tokenizer(plan.source)
@@ -121,10 +122,10 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
                 seed=plan.recipe.seed,
                 max_positions=spec.max_positions,
             )
-        streams = _embedded(plan, checkpoint, journal.folder, ids)
-    measured = {kind: _block(plan, layer, checkpoint, journal, streams) for kind, layer in _kinds(plan)}
+        streams = _embedded(plan, load, journal.folder, ids)
+    measured = {kind: _block(plan, layer, load, journal, streams) for kind, layer in _kinds(plan)}
     blocks = [measured.get(_kind(plan, layer)) or _like(plan, layer, measured) for layer in range(spec.layers)]
-    outer = sum(_outer_solve(t, checkpoint) for t in plan.tensors if t.spec.layer is None and t.solver is not None)
+    outer = sum(_outer_solve(t, load) for t in plan.tensors if t.spec.layer is None and t.solver is not None)
     check = sum(DECODES * b.decode + 2 * CHECK_TOKENS * b.token for b in blocks)
     store = sum(b.store for b in blocks)
     artifacts = len(plan.recipe.export)
@@ -184,32 +185,34 @@ def _like(plan: Plan, layer: int, measured: Mapping[Any, _Block]) -> _Block:
     return block.scaled(active / active_model, stored / stored_model)
 
 
-def _embedded(plan: Plan, checkpoint: Checkpoint, folder: Path, ids: np.ndarray) -> Streams:
+def _embedded(plan: Plan, load: Loader, folder: Path, ids: np.ndarray) -> Streams:
     """The activations at the input of the first block, from the original embeddings in both streams."""
     shape = (*ids.shape, plan.spec.hidden_size)
-    two = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in plan.tensors)
     streams = Streams(
-        Activations(folder / "in.f32", shape), Activations(folder / "in-original.f32", shape) if two else None
+        Activations(folder / "in.f32", shape),
+        Activations(folder / "in-original.f32", shape) if plan.two_streams else None,
     )
-    table = checkpoint.load("model.embed_tokens.weight")
+    table = load("model.embed_tokens.weight")
     for stream in (streams.compressed, streams.original):
         if stream is not None:
             embed(table, ids, stream, streams.batch)
     return streams
 
 
-def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, streams: Streams | None) -> _Block:
+def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Streams | None) -> _Block:
     """Compress one block as `compress run` would, its parts timed one by one."""
     spec, block, clock = plan.spec, plan.block(layer), _Clock()
     with clock("load"):
         for planned in block:
-            checkpoint.load(planned.name).float()
+            load(planned.name).float()
     packed: dict[str, Packed] = {}
     halves: tuple[Half, Half] = ("attention", "ffn")
     for half in halves:
         tensors = [t for t in block if t.spec.half == half]
         with clock("half"):
-            result = compress_half(spec, layer, half, tensors, checkpoint.load, streams)
+            result = compress_half(
+                spec, layer, half, tensors, load, streams, transforms=plan.transforms, seed=plan.recipe.seed
+            )
         packed |= result.packed
         if streams is None:
             continue
@@ -232,7 +235,7 @@ def _block(plan: Plan, layer: int, checkpoint: Checkpoint, journal: Journal, str
         journal.finish(f"block-{layer:05d}", packed, {})
     with clock("decode"):
         for part in packed.values():
-            get_codec(part.codec).unpack(part)
+            decode(part)
     windows = 1 if streams is None else streams.windows
     length = plan.recipe.calibration.length
     return _Block(
@@ -254,9 +257,9 @@ def _beside(streams: Streams, half: str) -> Streams:
     return Streams(moved(streams.compressed), None if streams.original is None else moved(streams.original))
 
 
-def _outer_solve(planned: PlannedTensor, checkpoint: Checkpoint) -> float:
+def _outer_solve(planned: PlannedTensor, load: Loader) -> float:
     """Seconds to solve embeddings or head, from some of their rows."""
-    clock, weight = _Clock(), checkpoint.load(planned.name)
+    clock, weight = _Clock(), load(planned.name)
     rows = min(HEAD_ROWS, len(weight))
     few = replace(planned, spec=replace(planned.spec, shape=(rows, weight.shape[1])))
     statistics = None if planned.spec.input is None else Statistics(torch.eye(weight.shape[1]), None, None, 1)

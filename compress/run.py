@@ -15,7 +15,6 @@ import torch
 
 from compress import __version__
 from compress.checkpoint import Checkpoint
-from compress.codecs import get_codec
 from compress.deliver import Delivery, deliver, require_texts
 from compress.errors import GateFailed, OutputError
 from compress.journal import Activations, Journal, write_synced
@@ -24,23 +23,16 @@ from compress.recipe import Recipe
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
-from compress.stream import (
-    Half,
-    Solved,
-    Streams,
-    advance,
-    as_stored,
-    compress_half,
-    embed,
-    head_statistics,
-    solve_tensor,
-    survey_head,
-)
+from compress.solve import Solved, as_stored, decode, solve_tensor
+from compress.source import Loader, working_model
+from compress.stream import Half, Streams, advance, compress_half, embed, head_statistics, survey_head
 from compress.text import calibration_windows, load_tokenizer
 from compress.weights import Packed
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from compress.prepare import Folded
 
 WORK = ".work"
 # A tied table is looked up row by row (every column counts the same) and multiplied as the head (columns count as the
@@ -118,6 +110,7 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
 def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter) -> None:
     """Every unit that the journal does not hold yet: embeddings, blocks, head."""
     spec = plan.spec
+    load = working_model(plan, checkpoint)
     shape: tuple[int, int, int] | None = None
     ids: np.ndarray | None = None
     if plan.needs_calibration:
@@ -127,12 +120,12 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
     with reporter.stage("embeddings"):
         if "embeddings" not in journal:
             table = plan.by_name["model.embed_tokens.weight"]
-            packed, report = _embeddings(plan, table, checkpoint, ids)
+            packed, report = _embeddings(plan, table, load, ids)
             if ids is not None and shape is not None:
                 streams = _streams(plan, journal, f"{0:05d}", shape)
-                embed(get_codec(table.codec).unpack(packed), ids, streams.compressed, streams.batch)
+                embed(decode(packed), ids, streams.compressed, streams.batch)
                 if streams.original is not None:
-                    embed(checkpoint.load(table.name), ids, streams.original, streams.batch)
+                    embed(load(table.name), ids, streams.original, streams.batch)
             journal.finish("embeddings", {table.name: packed}, report)
     with reporter.stage("blocks") as progress:
         for layer in range(spec.layers):
@@ -140,14 +133,14 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
                 _block(
                     plan,
                     layer,
-                    checkpoint,
+                    load,
                     journal,
                     shape,
                     lambda part, n=layer: progress((n + part) / spec.layers, f"block {n + 1} of {spec.layers}"),
                 )
     with reporter.stage("head"):
         if "head" not in journal:
-            _head(plan, checkpoint, journal, shape)
+            _head(plan, load, journal, shape)
 
 
 def load_calibration(plan: Plan) -> np.ndarray:
@@ -165,38 +158,37 @@ def load_calibration(plan: Plan) -> np.ndarray:
 
 def _streams(plan: Plan, journal: Journal, place: str, shape: tuple[int, int, int]) -> Streams:
     """The activation files at a place: the input of a block (`00003`) or of its feed-forward half (`00003-ffn`)."""
-    two = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in plan.tensors)
     compressed = Activations(journal.folder / f"activations-{place}.f32", shape)
-    return Streams(compressed, Activations(journal.folder / f"original-{place}.f32", shape) if two else None)
+    return Streams(
+        compressed, Activations(journal.folder / f"original-{place}.f32", shape) if plan.two_streams else None
+    )
 
 
-def _embeddings(
-    plan: Plan, table: PlannedTensor, checkpoint: Checkpoint, ids: np.ndarray | None
-) -> tuple[Packed, dict]:
+def _embeddings(plan: Plan, table: PlannedTensor, load: Loader, ids: np.ndarray | None) -> tuple[Packed, dict]:
     """The embedding table; a tied one with few bits is solved for what it does as the head, see LOOKUP_DAMPING."""
-    weight = checkpoint.load(table.name)
+    weight = load(table.name)
     if ids is None or table.solver is None or not surveys_head(plan.spec, table.spec, table.codec):
-        return _alone(table, weight)
+        return _alone(plan, table, weight)
     wanted = -(-SURVEY_TOKENS_PER_COLUMN * plan.spec.hidden_size // ids.shape[1])
-    statistics = survey_head(plan.spec, checkpoint.load, ids[:wanted])
+    statistics = survey_head(plan.spec, load, ids[:wanted])
     damping = max(getattr(table.solver, "damping", 0.0), LOOKUP_DAMPING)
     solver = table.solver.model_copy(update={"damping": damping}) if hasattr(table.solver, "damping") else table.solver
-    packed, solved = solve_tensor(replace(table, solver=solver), weight.float(), statistics)
-    return packed, {"solved": [vars(solved)]}
+    outcome = solve_tensor(replace(table, solver=solver), weight.float(), statistics, plan.recipe.seed)
+    return outcome.pack(), {"solved": [vars(outcome.report)]}
 
 
-def _alone(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
+def _alone(plan: Plan, planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
     """A tensor without inputs of its own: embeddings, the last norm."""
     if planned.solver is None:
         return as_stored(planned, weight), {}
-    packed, solved = solve_tensor(planned, weight.float(), None)
-    return packed, {"solved": [vars(solved)]}
+    outcome = solve_tensor(planned, weight.float(), None, plan.recipe.seed)
+    return outcome.pack(), {"solved": [vars(outcome.report)]}
 
 
 def _block(
     plan: Plan,
     layer: int,
-    checkpoint: Checkpoint,
+    load: Loader,
     journal: Journal,
     shape: tuple[int, int, int] | None,
     progress: Callable[[float], None],
@@ -207,6 +199,7 @@ def _block(
     at = [None if shape is None else _streams(plan, journal, place, shape) for place in places]
     packed: dict[str, Packed] = {}
     solved: list[Solved] = []
+    folded: list[Folded] = []
     tokens: tuple[int, ...] = ()
     halves: tuple[Half, Half] = ("attention", "ffn")
     for half, source, target in zip(halves, at[:2], at[1:], strict=True):
@@ -217,9 +210,11 @@ def _block(
             layer,
             half,
             tensors,
-            checkpoint.load,
+            load,
             source,
             lambda done, before=before: progress((before + done) / len(block)),
+            transforms=plan.transforms,
+            seed=plan.recipe.seed,
         )
         if source is not None and target is not None:
             advance(plan.spec, layer, half, result.weights, source.compressed, target.compressed, source.batch)
@@ -227,8 +222,9 @@ def _block(
                 advance(plan.spec, layer, half, result.original, source.original, target.original, source.batch)
         packed |= result.packed
         solved += result.solved
+        folded += result.folded
         tokens = result.tokens
-    report = {"solved": [vars(s) for s in solved], "tokens": list(tokens)}
+    report = {"solved": [vars(s) for s in solved], "folded": [vars(f) for f in folded], "tokens": list(tokens)}
     journal.finish(f"block-{layer:05d}", packed, report)
     for streams in at[:2]:
         if streams is not None:
@@ -236,20 +232,20 @@ def _block(
     progress(1.0)
 
 
-def _head(plan: Plan, checkpoint: Checkpoint, journal: Journal, shape: tuple[int, int, int] | None) -> None:
+def _head(plan: Plan, load: Loader, journal: Journal, shape: tuple[int, int, int] | None) -> None:
     spec = plan.spec
     norm = plan.by_name["model.norm.weight"]
-    packed = {norm.name: as_stored(norm, checkpoint.load(norm.name))}
+    packed = {norm.name: as_stored(norm, load(norm.name))}
     report: dict[str, Any] = {}
     head = plan.by_name.get("lm_head.weight")
     streams = None if shape is None else _streams(plan, journal, f"{spec.layers:05d}", shape)
     if head is not None and head.solver is not None and streams is not None:
-        scale = get_codec(norm.codec).unpack(packed[norm.name])
-        statistics = head_statistics(spec, scale, streams, bool(getattr(head.solver, "drift", 0.0)))
-        packed[head.name], solved = solve_tensor(head, checkpoint.load(head.name).float(), statistics)
-        report = {"solved": [vars(solved)]}
+        drift = bool(getattr(head.solver, "drift", 0.0))
+        statistics = head_statistics(spec, decode(packed[norm.name]), streams, drift)
+        outcome = solve_tensor(head, load(head.name).float(), statistics, plan.recipe.seed)
+        packed[head.name], report = outcome.pack(), {"solved": [vars(outcome.report)]}
     elif head is not None:
-        packed[head.name], report = _alone(head, checkpoint.load(head.name))
+        packed[head.name], report = _alone(plan, head, load(head.name))
     journal.finish("head", packed, report)
     if streams is not None:
         streams.delete()

@@ -20,21 +20,26 @@ class Moments:
     """Second moments of one group of inputs of width n.
 
     gram, drift: float32 [n, n] sums (drift None when only one model is run); residual: [m, n], sum of
-    w (r0 - r) x^T for the residual stream r that the output is added to, or None; weight: sum of w; tokens: count.
+    w (r0 - r) x^T for the residual stream r that the output is added to, or None; absolute, peak: [n], sum and maximum
+    of |x| over tokens whatever their weight, or None; weight: sum of w; tokens: count.
     """
 
     gram: Tensor
     drift: Tensor | None = None
     residual: Tensor | None = None
+    absolute: Tensor | None = None
+    peak: Tensor | None = None
     weight: float = 0.0
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, n: int, *, drift: bool = False, residual: int | None = None) -> Moments:
+    def zeros(cls, n: int, *, drift: bool = False, residual: int | None = None, magnitudes: bool = False) -> Moments:
         return cls(
             torch.zeros(n, n),
             torch.zeros(n, n) if drift else None,
             torch.zeros(residual, n) if residual else None,
+            torch.zeros(n) if magnitudes else None,
+            torch.zeros(n) if magnitudes else None,
         )
 
     def add(
@@ -49,13 +54,16 @@ class Moments:
         if self.drift is not None and original is not None:
             gap = original - x if gate is None else (original - x) * gate[:, None]
             self.drift.addmm_(gap.T, scaled)
+        if self.absolute is not None and self.peak is not None and len(x):
+            self.absolute += x.abs().sum(0)
+            torch.maximum(self.peak, x.abs().amax(0), out=self.peak)
         if self.residual is not None and lag is not None:
             self.residual.addmm_((lag if gate is None else lag * gate[:, None]).T, scaled)
 
     @property
     def finite(self) -> bool:
         """Whether every activation so far was; one that is not spoils its gram for good."""
-        sums = (self.gram.diagonal(), self.drift, self.residual)
+        sums = (self.gram.diagonal(), self.drift, self.residual, self.absolute)
         return all(bool(torch.isfinite(s).all()) for s in sums if s is not None)
 
 

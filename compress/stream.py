@@ -10,23 +10,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.codecs import block_codec, get_codec
-from compress.errors import CheckpointError, NumericalError
+from compress.errors import NumericalError
 from compress.journal import Activations
 from compress.models.base import ModelSpec
 from compress.models.decoder import Pooled, Routing, forward_attention, forward_ffn, rms_norm, stage_of
 from compress.plan import BATCH_TOKENS, MOMENTS_BYTES, PlannedTensor, moments_bytes, repairs_residual
 from compress.scoring.streamed import StreamedSource
-from compress.solvers.options import SolverOptions
-from compress.statistics import Moments, Statistics, blend, corrected_target
+from compress.solve import Outcome, Solved, as_stored, decode, solve_tensor
+from compress.statistics import Moments, Statistics, blend
+from compress.transforms.options import TransformOptions
 from compress.weights import Packed
+
+if TYPE_CHECKING:
+    from compress.prepare import Folded
 
 Half = Literal["attention", "ffn"]
 STAGES_OF: Mapping[Half, tuple[int, int]] = {"attention": (0, 1), "ffn": (2, 3)}
@@ -34,29 +36,22 @@ POOL_TOKENS_PER_COLUMN = 8  # tokens that a cold expert's pool holds, per input 
 
 
 @dataclass(frozen=True)
-class Solved:
-    """How one tensor came out: relative gram-weighted error, damping used, tokens seen, share borrowed."""
-
-    name: str
-    codec: str
-    solver: str
-    error: float
-    damping: float = 0.0
-    retries: int = 0
-    tokens: int | None = None
-    borrowed: float = 0.0
-
-
-@dataclass(frozen=True)
 class HalfResult:
-    """packed: every tensor of half a block as it ships; solved: one report a solved tensor; tokens: per expert;
-    original, weights: the float32 weights before and after, by checkpoint name."""
+    """packed: every tensor of half a block as it ships; outcomes: one a solved tensor; tokens: per expert; original,
+    weights: the float32 weights before and after, by checkpoint name, the former as transforms left them; folded: what
+    those did."""
 
     packed: Mapping[str, Packed]
-    solved: tuple[Solved, ...]
+    outcomes: Mapping[str, Outcome]
     tokens: tuple[int, ...]
     original: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
+    folded: tuple[Folded, ...] = ()
+
+    @property
+    def solved(self) -> tuple[Solved, ...]:
+        """One report a solved tensor."""
+        return tuple(outcome.report for outcome in self.outcomes.values())
 
 
 @dataclass(frozen=True)
@@ -88,48 +83,6 @@ def embed(table: Tensor, ids: np.ndarray, into: Activations, batch: int) -> None
             out.append(table[tokens].float())
 
 
-def as_stored(planned: PlannedTensor, weight: Tensor) -> Packed:
-    """A tensor that no solver touches, rounded to its float codec. Raises CheckpointError if it overflows."""
-    packed = get_codec(planned.codec).encode(weight)
-    if not torch.isfinite(packed.parts["values"]).all():
-        raise CheckpointError(
-            f"{planned.name} does not fit into {planned.codec}: it holds values up to "
-            f"{float(weight.abs().max()):.3g}; choose bf16 or f32 for it"
-        )
-    return packed
-
-
-def solve_tensor(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> tuple[Packed, Solved]:
-    """Run one tensor's solver. weight: float32 [m, n]."""
-    options = planned.solver
-    assert options is not None
-    module = import_module(f"compress.solvers.{options.name}")
-    codec = block_codec(planned.codec, weight.shape[1])
-    gram = None if statistics is None else statistics.gram
-    target = weight if statistics is None else corrected(weight, statistics, options)
-    if gram is None and module.NEEDS_GRAM:
-        gram = torch.eye(weight.shape[1])  # rows that are looked up, not multiplied: plain squared error
-    solution = module.solve(target, gram, codec, options)
-    packed = solution.pack()
-    report = Solved(
-        planned.name,
-        planned.codec,
-        options.name,
-        solution.error,
-        solution.damping,
-        solution.retries,
-        None if statistics is None else statistics.tokens,
-        0.0 if statistics is None else statistics.borrowed,
-    )
-    return packed, report
-
-
-def corrected(weight: Tensor, statistics: Statistics, options: SolverOptions) -> Tensor:
-    """The target of solvers that compensate drift; the weight itself for the others."""
-    drift, residual = getattr(options, "drift", 0.0), getattr(options, "residual", 0.0)
-    return corrected_target(weight, statistics, getattr(options, "drift_damping", 0.1), drift, residual)
-
-
 @contextmanager
 def _single_threaded(jobs: int) -> Iterator[int]:
     """Threads for `jobs` independent solves: one each when there are enough of them to fill the cores."""
@@ -152,20 +105,28 @@ def compress_half(
     load: Callable[[str], Tensor],
     streams: Streams | None,
     progress: Callable[[int], None] = lambda done: None,
+    *,
+    transforms: Sequence[TransformOptions] = (),
+    seed: int = 0,
 ) -> HalfResult:
     """Compress the attention or the feed-forward half of a block, each stage observing the earlier ones as compressed.
 
     block: the tensors of this half; load(name) gives a checkpoint tensor; streams: activations at the input of this
-    half. progress receives the number of tensors that are done.
+    half; transforms: scalings that come first. progress receives the number of tensors that are done.
     """
     original = {t.name: load(t.name).float() for t in block}
+    folded: tuple[Folded, ...] = ()
+    if streams is not None and transforms:
+        from compress.prepare import prepare_half
+
+        original, folded = prepare_half(spec, layer, half, block, original, streams, transforms)
     weights = dict(original)
     packed: dict[str, Packed] = {}
-    solved: list[Solved] = []
+    outcomes: dict[str, Outcome] = {}
     for planned in block:
         if planned.solver is None:
             packed[planned.name] = as_stored(planned, original[planned.name])
-            weights[planned.name] = get_codec(planned.codec).unpack(packed[planned.name])
+            weights[planned.name] = decode(packed[planned.name])
     tokens: tuple[int, ...] = ()
     groups = [(stage, group) for stage in STAGES_OF[half] for group in stage_groups(spec, stage, block)]
     for stage, group in groups:
@@ -175,16 +136,16 @@ def compress_half(
             if spec.is_sparse(layer) and stage == 2 and not tokens:
                 tokens = tuple(moments[f"experts.{e}.in"].tokens for e in range(spec.experts))
 
-        def one(planned: PlannedTensor, moments: dict[str, Moments] = moments) -> tuple[Packed, Solved, Tensor]:
-            result, report = solve_tensor(planned, original[planned.name], _statistics(planned, moments))
-            return result, report, get_codec(planned.codec).unpack(result)
+        def one(planned: PlannedTensor, moments: dict[str, Moments] = moments) -> tuple[Outcome, Packed, Tensor]:
+            outcome = solve_tensor(planned, original[planned.name], _statistics(planned, moments), seed)
+            result = outcome.pack()
+            return outcome, result, decode(result)
 
         with _single_threaded(len(group)) as workers, ThreadPoolExecutor(workers) as pool:
-            for planned, (result, report, dense) in zip(group, pool.map(one, group), strict=True):
-                packed[planned.name], weights[planned.name] = result, dense
-                solved.append(report)
+            for planned, (outcome, result, dense) in zip(group, pool.map(one, group), strict=True):
+                outcomes[planned.name], packed[planned.name], weights[planned.name] = outcome, result, dense
                 progress(len(packed))
-    return HalfResult(packed, tuple(solved), tokens, original, weights)
+    return HalfResult(packed, outcomes, tokens, original, weights, folded)
 
 
 def stage_groups(spec: ModelSpec, stage: int, block: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
 from pydantic_core import PydanticCustomError
@@ -149,7 +149,9 @@ Layers = Annotated[
 class Rule(BaseModel):
     """One line of a recipe: the tensors of `targets` (in `layers`, if given) go to `codec`.
 
-    `solver` overrides the step's. A codec that is not a float never applies to routers or 1-D tensors.
+    `solver` overrides the step's. `incoherence` codes the weight between two randomised Hadamard transforms (the default
+    of the vector codecs); `activations: int8` has the engine round each token of the inputs to 8 bits, too. A codec
+    that is not a float never applies to routers or 1-D tensors.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -157,6 +159,8 @@ class Rule(BaseModel):
     codec: Annotated[str, AfterValidator(check_codec)]
     layers: Layers | None = None
     solver: Solver | None = None
+    incoherence: bool | None = None
+    activations: Literal["int8"] | None = None
 
     def __str__(self) -> str:
         where = f" in layers {', '.join(self.layers)}" if self.layers else ""

@@ -1,8 +1,10 @@
 """Which codecs exist and what they cost, without importing torch: the numbers `plan` and `recipe` work with.
 
-Three kinds: `float` (values stored as they are), `ggml` (llama.cpp's block formats) and `uniform` (intN with
-one scale and zero point per group of a row, as GPTQ checkpoints store them). Names are case-insensitive; the
-canonical form is lower case. ggml sizes are those of ggml-common.h, fallbacks those of llama-quant.cpp.
+Kinds: `float` (values stored as they are), `ggml` (llama.cpp's block formats), `uniform` (intN with one scale and
+zero point per group of a row, as GPTQ checkpoints store them), `bnb` (bitsandbytes' 4-bit blocks) and `vector` (points
+of a lattice or a trellis in incoherent space, one scale a row, a sign for every row and column). Names are
+case-insensitive; the canonical form is lower case. ggml sizes are those of ggml-common.h, fallbacks those of
+llama-quant.cpp.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ class CodecInfo:
     """One codec by its canonical `name`.
 
     A row of `columns` weights takes `row_bytes` of them; `block` columns share a record of `block_bytes`
-    (float: one value; uniform: the group, 0 for the whole row). `bits` is the width of one code, `symmetric`
-    says that the zero point is fixed at 2^(bits-1). `fallback_only` codecs cannot be asked for in a recipe.
+    (float: one value; uniform: the group, 0 for the whole row; vector: columns coded together). `bits` is the width
+    of one code, `symmetric` says that the zero point is fixed at 2^(bits-1), `rows` how many rows must be coded
+    together. `fallback_only` codecs cannot be asked for in a recipe.
     """
 
     name: str
@@ -31,6 +34,7 @@ class CodecInfo:
     symmetric: bool = True
     fallback: str | None = None
     fallback_only: bool = False
+    rows: int = 1
 
 
 def _ggml(name: str, block: int, size: int, fallback: str | None = None, *, only: bool = False) -> CodecInfo:
@@ -57,6 +61,12 @@ _FIXED = {
         _ggml("iq3_xxs", 256, 98, "iq4_nl"),
         _ggml("iq2_xs", 256, 74, "iq4_nl"),
         _ggml("iq2_xxs", 256, 66, "iq4_nl"),
+        CodecInfo("nf4", "bnb", 64, 32 + 4, bits=4),
+        CodecInfo("nf4-dq", "bnb", 64, 32 + 1, bits=4),
+        CodecInfo("fp4", "bnb", 64, 32 + 4, bits=4),
+        CodecInfo("fp4-dq", "bnb", 64, 32 + 1, bits=4),
+        *(CodecInfo(f"e8p{bits if bits > 2 else ''}", "vector", 8, bits, bits=bits) for bits in (2, 3, 4)),
+        *(CodecInfo(f"trellis{bits}", "vector", 16, 2 * bits, bits=bits, rows=16) for bits in (2, 3, 4)),
     )
 }
 _UNIFORM = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
@@ -92,9 +102,9 @@ def block_columns(codec: str) -> int:
 
 
 def fits(codec: str, in_features: int) -> bool:
-    """Whether rows of `in_features` can be stored at all; only ggml demands whole blocks."""
+    """Whether rows of `in_features` can be stored at all; uniform codecs allow a last group that is not full."""
     info = codec_info(codec)
-    return info.kind != "ggml" or in_features % info.block == 0
+    return info.kind == "uniform" or in_features % info.block == 0
 
 
 def ggml_fallback(codec: str, in_features: int) -> str | None:
@@ -112,12 +122,10 @@ def ggml_fallback(codec: str, in_features: int) -> str | None:
 
 
 def row_bytes(codec: str, in_features: int) -> int:
-    """Bytes of one row of a float or ggml matrix. Raises ValueError for uniform codecs, which pack across
-    rows.
-    """
+    """Bytes of one row of a float or ggml matrix. Raises ValueError for other codecs, whose rows share something."""
     info = codec_info(codec)
-    if info.kind == "uniform":
-        raise ValueError(f"{info.name} packs its zero points across rows; use stored_bytes(codec, shape)")
+    if info.kind not in ("float", "ggml"):
+        raise ValueError(f"rows of {info.name} share something; use stored_bytes(codec, shape)")
     if not fits(codec, in_features):
         raise ValueError(f"{info.name} needs rows of a multiple of {info.block} columns, not {in_features}")
     return in_features // info.block * info.block_bytes
@@ -127,12 +135,20 @@ def stored_bytes(codec: str, shape: tuple[int, ...]) -> int:
     """Bytes of a whole tensor of `shape` (rows of shape[-1]) with everything needed to read it back.
 
     Uniform codecs are counted as a GPTQ checkpoint stores them: codes in int32 words down the columns,
-    float16 scales and packed zero points per group, and the int32 group index of every column.
+    float16 scales and packed zero points per group, and the int32 group index of every column. Double-quantized
+    bitsandbytes codecs add a float32 for every 256 blocks and one for the tensor, vector codecs a float16 scale and a
+    sign bit a row and a sign bit a column.
     """
     info = codec_info(codec)
-    if info.kind != "uniform":
+    if info.kind in ("float", "ggml"):
         return prod(shape[:-1]) * row_bytes(codec, shape[-1])
     *lead, rows, columns = shape
+    if info.kind == "bnb":
+        blocks = rows * columns // info.block
+        return prod(lead) * (blocks * info.block_bytes + (4 * (ceil(blocks / 256) + 1) if "dq" in info.name else 0))
+    if info.kind == "vector":
+        codes = rows * columns * info.bits // 8
+        return prod(lead) * (codes + 2 * rows + ceil(rows / 8) + ceil(columns / 8))
     groups = ceil(columns / info.block) if info.block else 1
     codes = ceil(columns * info.bits / 32) * rows * 4
     scales = groups * rows * 2
@@ -150,9 +166,20 @@ class ContainerInfo:
 
 CONTAINERS: dict[str, ContainerInfo] = {
     "gguf": ContainerInfo(frozenset({"float", "ggml"})),
-    # Engines look embeddings up as plain rows; no GPTQ loader unpacks them.
+    # Engines look embeddings up as plain rows; no loader of these formats unpacks them.
     "gptq": ContainerInfo(frozenset({"float", "uniform"}), ("embeddings",)),
+    "awq": ContainerInfo(frozenset({"float", "uniform"}), ("embeddings", "lm_head")),
+    "bitsandbytes": ContainerInfo(frozenset({"float", "bnb"}), ("embeddings", "lm_head")),
+    "compressed-tensors": ContainerInfo(frozenset({"float", "uniform"}), ("embeddings",)),
+    # Ours: every codec as it is, run by transformers after `import compress`.
+    "compress": ContainerInfo(frozenset({"float", "ggml", "uniform", "bnb", "vector"})),
     # Dense: every codec is written as the values it decodes to.
-    "safetensors": ContainerInfo(frozenset({"float", "ggml", "uniform"})),
+    "safetensors": ContainerInfo(frozenset({"float", "ggml", "uniform", "bnb", "vector"})),
 }
-KIND_NAMES = {"float": "f32, f16, bf16", "ggml": "the ggml codecs", "uniform": "the intN codecs"}
+KIND_NAMES = {
+    "float": "f32, f16, bf16",
+    "ggml": "the ggml codecs",
+    "uniform": "the intN codecs",
+    "bnb": "nf4 and fp4",
+    "vector": "e8p and trellis",
+}

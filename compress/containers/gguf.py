@@ -49,7 +49,7 @@ class PlannedTensor(Protocol):
 
 
 @dataclass(frozen=True)
-class GgufOptions:
+class Options:
     """`max_shard_size` in bytes (None: one file); `name` becomes general.name; `tokenizer` False writes none."""
 
     max_shard_size: int | None = None
@@ -273,7 +273,7 @@ def write(
     fetch: Callable[[str], Packed],
     *,
     source: Path,
-    options: GgufOptions | None = None,
+    options: Options | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write `path`, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
@@ -286,7 +286,7 @@ def write(
     import gguf
     import numpy as np
 
-    options = options or GgufOptions()
+    options = options or Options()
     path = Path(path)
     entries = _entries(spec, tensors)
     factors = _llama3_factors(spec)
@@ -322,7 +322,7 @@ def write(
 
 
 def _add_general(
-    writer: gguf.GGUFWriter, spec: ModelSpec, entries: Sequence[_Entry], source: Path, options: GgufOptions
+    writer: gguf.GGUFWriter, spec: ModelSpec, entries: Sequence[_Entry], source: Path, options: Options
 ) -> None:
     import gguf
 

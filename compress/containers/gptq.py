@@ -37,7 +37,7 @@ _PACK = 32  # codes per pack of `bits` words
 
 
 @dataclass(frozen=True)
-class GptqOptions:
+class Options:
     """`max_shard_size` in bytes; `replace` an existing folder."""
 
     max_shard_size: int = 5_000_000_000
@@ -223,7 +223,7 @@ def write(
     fetch: Callable[[str], Packed],
     *,
     source: Path,
-    options: GptqOptions | None = None,
+    options: Options | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
@@ -232,7 +232,7 @@ def write(
     file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
     folder that holds something else.
     """
-    options = options or GptqOptions()
+    options = options or Options()
     path = Path(path)
     check_plan(spec, tensors)
     quantization = quantization_config(tensors)

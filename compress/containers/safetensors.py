@@ -22,7 +22,7 @@ _DTYPES = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16"
 
 
 @dataclass(frozen=True)
-class SafetensorsOptions:
+class Options:
     """`dtype` f32, f16 or bf16; `max_shard_size` in bytes; `replace` an existing folder."""
 
     dtype: str = "bf16"
@@ -37,7 +37,7 @@ def write(
     fetch: Callable[[str], Packed],
     *,
     source: Path,
-    options: SafetensorsOptions | None = None,
+    options: Options | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
@@ -47,16 +47,16 @@ def write(
     """
     import torch
 
-    from compress.codecs import get_codec
+    from compress.solve import decode
 
-    options = options or SafetensorsOptions()
+    options = options or Options()
     path = Path(path)
     kind, name = _DTYPES[options.dtype]
     dtype = getattr(torch, name)
 
     def produce(tensor: str) -> dict[str, Tensor]:
         packed = fetch(tensor)
-        return {tensor: get_codec(packed.codec).unpack(packed).to(dtype)}
+        return {tensor: decode(packed).to(dtype)}
 
     sources = [(planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in tensors]
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:

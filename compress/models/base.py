@@ -11,7 +11,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -129,6 +129,10 @@ class ModelSpec:
     def flag(self, value: str | bool) -> bool:
         """A family's True/False/config-key as a bool."""
         return bool(self.config.get(value, self.family.defaults.get(value, False))) if isinstance(value, str) else value
+
+    def untied(self) -> ModelSpec:
+        """The same model with a head of its own."""
+        return replace(self, tied=False, config={**self.config, "tie_word_embeddings": False})
 
     def tensors(self) -> list[TensorSpec]:
         """Every tensor in execution order: embeddings, blocks, final norm, head (absent when tied)."""

@@ -49,4 +49,11 @@ class GptqOptions(SolverOptions):
     drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
 
 
+class RecoverOptions(BaseModel):
+    """Tune what stays in float once a block's codes are known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    epochs: int = Field(2, ge=1)
+
+
 SOLVERS: dict[str, type[SolverOptions]] = {"rtn": RtnOptions, "gptq": GptqOptions}

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from compress.codecs import get_codec
 from compress.journal import Journal
 from compress.models import ModelSpec
 from compress.plan import make_plan
 from compress.recipe import Recipe, load_recipe
 from compress.report.scorecard import Scorecard
 from compress.run import WORK, run
+from compress.solve import decode
 from tests.tiny import demo_model
 
 _WORDS = (
@@ -58,8 +58,7 @@ def kept(recipe: Recipe) -> dict[str, torch.Tensor]:
     journal = Journal.open(Path(recipe.output) / WORK, make_plan(recipe).digest)
     out = {}
     for tensor in make_plan(recipe).tensors:
-        packed = journal.fetch(tensor.name)
-        out[tensor.name] = get_codec(packed.codec).unpack(packed)
+        out[tensor.name] = decode(journal.fetch(tensor.name))
     return out
 
 

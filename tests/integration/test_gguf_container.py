@@ -46,12 +46,10 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-PLAIN = container.GgufOptions(tokenizer=False)
+PLAIN = container.Options(tokenizer=False)
 
 
-def write(
-    model: Path, target: Path, codec: str = "f32", *, tokenizer: bool = False, **options: Any
-) -> list[Path]:
+def write(model: Path, target: Path, codec: str = "f32", *, tokenizer: bool = False, **options: Any) -> list[Path]:
     """Without a tokenizer unless asked: its 4096 tokens take most of the time."""
     spec, weights = spec_of(model), weights_of(model)
     lines = plan(spec, codec)
@@ -61,7 +59,7 @@ def write(
         lines,
         fetcher(weights, lines),
         source=model,
-        options=container.GgufOptions(tokenizer=tokenizer, **options),
+        options=container.Options(tokenizer=tokenizer, **options),
         provenance={"compress.recipe": "test", "compress.version": "0"},
     )
 
@@ -105,9 +103,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "config"), CASES, ids=lambda value: value if isinstance(value, str) else None
-)
+@pytest.mark.parametrize(("family", "config"), CASES, ids=lambda value: value if isinstance(value, str) else None)
 def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path / "model", **config)
     assert container.check_representable(spec_of(model)) == []
@@ -172,9 +168,7 @@ def test_read_back_is_what_was_written(family: str, codec: str, tmp_path: Path) 
     dense = container.load_dense(files, spec)
     assert list(dense) != [] and set(dense) == set(weights)
     for line in lines:
-        assert torch.equal(dense[line.spec.name], fetch(line.spec.name).parts["values"].float()), (
-            line.spec.name
-        )
+        assert torch.equal(dense[line.spec.name], fetch(line.spec.name).parts["values"].float()), line.spec.name
     fields, tensors = container.read(files[0])
     seen = {name: (kind, shape) for name, kind, shape, values in tensors if values.shape == shape}
     assert seen == container.inventory(files[0])
@@ -494,9 +488,7 @@ def _sentencepiece_file(pieces: list[tuple[str, float, int]]) -> bytes:
 
     out = b""
     for text, score, kind in pieces:
-        out += field(
-            1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
-        )
+        out += field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind]))
     return out + field(2, b"\x18\x02")  # trainer_spec.model_type = BPE
 
 
@@ -555,9 +547,7 @@ def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
 # --- llama.cpp as an engine -------------------------------------------------------------------------------------------
 
 
-def test_engine_sequences_are_independent_and_long_ones_are_cut_into_batches(
-    moe: Path, tmp_path: Path
-) -> None:
+def test_engine_sequences_are_independent_and_long_ones_are_cut_into_batches(moe: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     from compress.scoring.llama_cpp import LlamaCpp
 
@@ -602,9 +592,7 @@ def test_llama_quantize_uses_the_given_importance_and_types(tmp_path: Path) -> N
     from compress.errors import CompressError
     from compress.scoring import llama_cpp
 
-    model = tiny_model(
-        "qwen3_moe", tmp_path / "model", hidden_size=256, moe_intermediate_size=256, num_experts=3
-    )
+    model = tiny_model("qwen3_moe", tmp_path / "model", hidden_size=256, moe_intermediate_size=256, num_experts=3)
     (source,) = write(model, tmp_path / "f32.gguf")
     generator = np.random.default_rng(0)
     experts = {n: s for n, (_, s) in container.inventory(source).items() if n.endswith("_exps.weight")}

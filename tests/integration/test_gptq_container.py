@@ -115,11 +115,7 @@ def test_every_code_survives(codec: str, tmp_path: Path) -> None:
     form = gptq.parse_codec(codec)
     assert form is not None
     floats = ("embeddings", "lm_head", "norms", "biases")
-    usable = [
-        t
-        for t in spec.tensors()
-        if t.role not in floats and (form.group == -1 or t.shape[1] % form.group == 0)
-    ]
+    usable = [t for t in spec.tensors() if t.role not in floats and (form.group == -1 or t.shape[1] % form.group == 0)]
     chosen = {t.name for t in usable}
     lines = [Planned(t, codec if t.name in chosen else "f32") for t in spec.tensors()]
     packs = {name: round_to_nearest(codec, weights[name]) for name in chosen}
@@ -130,7 +126,7 @@ def test_every_code_survives(codec: str, tmp_path: Path) -> None:
         lines,
         lambda name: packs[name] if name in chosen else plain(name),
         source=model,
-        options=gptq.GptqOptions(max_shard_size=600_000),
+        options=gptq.Options(max_shard_size=600_000),
         provenance={"compress.recipe": "test"},
     )
     assert len(files) > 1 and (tmp_path / "out" / "model.safetensors.index.json").is_file()
@@ -150,10 +146,7 @@ def test_every_code_survives(codec: str, tmp_path: Path) -> None:
 def test_tensors_of_one_module(tmp_path: Path) -> None:
     model = tiny_model("qwen3_moe", tmp_path / "model")
     spec, weights = spec_of(model), weights_of(model)
-    lines = [
-        Planned(t, "int4-g32" if t.role.startswith(("routed", "attention")) else "bf16")
-        for t in spec.tensors()
-    ]
+    lines = [Planned(t, "int4-g32" if t.role.startswith(("routed", "attention")) else "bf16") for t in spec.tensors()]
     floats = fetcher(weights, lines[:1] + [p for p in lines if p.codec == "bf16"])
 
     def fetch(name: str) -> Packed:
@@ -238,7 +231,7 @@ def test_nothing_partial_and_nothing_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not empty"):
         safetensors.write(target, spec, lines, inner, source=model)
     assert [path.name for path in target.iterdir()] == ["thesis.txt"]
-    options = safetensors.SafetensorsOptions(replace=True)
+    options = safetensors.Options(replace=True)
     safetensors.write(target, spec, lines, inner, source=model, options=options)
     assert (target / "config.json").is_file() and not (target / "thesis.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
@@ -250,15 +243,11 @@ def test_nothing_partial_and_nothing_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "shard"), [("f32", 200_000), ("bf16", 10**9), ("f16", 10**9)])
 def test_dense_folder_is_the_model(dtype: str, shard: int, tmp_path: Path) -> None:
     """Decoded weights, loadable by transformers; in f32 the logits are exactly the original's."""
-    model = tiny_model(
-        "qwen2_moe", tmp_path / "model", hidden_size=72, num_attention_heads=3, num_key_value_heads=3
-    )
+    model = tiny_model("qwen2_moe", tmp_path / "model", hidden_size=72, num_attention_heads=3, num_key_value_heads=3)
     spec, weights = spec_of(model), weights_of(model)
     lines = plan(spec)
-    options = safetensors.SafetensorsOptions(dtype=dtype, max_shard_size=shard)
-    files = safetensors.write(
-        tmp_path / "out", spec, lines, fetcher(weights, lines), source=model, options=options
-    )
+    options = safetensors.Options(dtype=dtype, max_shard_size=shard)
+    files = safetensors.write(tmp_path / "out", spec, lines, fetcher(weights, lines), source=model, options=options)
     assert (len(files) > 1) == (shard < 10**9)
     checkpoint = Checkpoint.open(tmp_path / "out")
     kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -292,7 +281,7 @@ def test_gptqmodel_loads_the_folder(family: str, codec: str, tmp_path: Path) -> 
         return Packed("f16", tuple(weights[name].shape), {"values": weights[name].half()})
 
     gptq.write(tmp_path / "gptq", spec, lines, fetch, source=model)
-    options = safetensors.SafetensorsOptions(dtype="f16")
+    options = safetensors.Options(dtype="f16")
     safetensors.write(tmp_path / "dense", spec, lines, fetch, source=model, options=options)
     ids = torch.from_numpy(token_ids())[None]
     loaded = loader.GPTQModel.load(

@@ -106,9 +106,7 @@ def types_by_llama_cpp(source, target, scheme: str, spec: ModelSpec, *, imatrix:
             item.name, item.size = name, len(values)
             item.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = entries
-    assert (
-        llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
-    )
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
     return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(target).tensors}
 
 
@@ -131,9 +129,7 @@ def test_expansion_is_llama_quantizes_own_choice(kind, tmp_path):
             continue  # what these models are here for
         # The imatrix matters to three mixes; the smallest refuse to go without.
         for imatrix in (True, False) if scheme in ("Q4_0", "IQ4_NL", "IQ4_XS") else (True,):
-            theirs = types_by_llama_cpp(
-                tmp_path / "f16.gguf", tmp_path / "q.gguf", scheme, spec, imatrix=imatrix
-            )
+            theirs = types_by_llama_cpp(tmp_path / "f16.gguf", tmp_path / "q.gguf", scheme, spec, imatrix=imatrix)
             matcher = RuleMatcher(expand(scheme, spec, imatrix=imatrix), spec.layers)
             for tensor in spec.tensors():
                 chosen = matcher.match(tensor).codec

@@ -228,10 +228,10 @@ def test_expert_that_sees_no_token(lopsided: Path, tmp_path: Path, monkeypatch: 
     given: dict[str, Statistics] = {}
     solve = stream.solve_tensor
 
-    def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None) -> Any:
+    def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None, seed: int = 0) -> Any:
         if statistics is not None:
             given[planned.name] = statistics
-        return solve(planned, weight, statistics)
+        return solve(planned, weight, statistics, seed)
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, "solve_tensor", noting)
@@ -277,10 +277,10 @@ def test_expert_without_tokens_borrows_even_without_shrinkage(
     given: dict[str, Statistics] = {}
     solve = stream.solve_tensor
 
-    def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None) -> Any:
+    def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None, seed: int = 0) -> Any:
         if statistics is not None:
             given[planned.name] = statistics
-        return solve(planned, weight, statistics)
+        return solve(planned, weight, statistics, seed)
 
     monkeypatch.setattr(stream, "solve_tensor", noting)
     monkeypatch.setattr(run_module, "solve_tensor", noting)

@@ -63,9 +63,7 @@ def test_same_answers_as_lm_evals_own_model(source, tokenizer, outcomes):
 
     theirs = HFLM(pretrained=source.model, tokenizer=tokenizer, batch_size=16)
     with tasks._quiet():
-        loaded = TaskManager(include_path=str(data_root("eval") / "tasks"), include_defaults=False).load(
-            list(COUNTS)
-        )
+        loaded = TaskManager(include_path=str(data_root("eval") / "tasks"), include_defaults=False).load(list(COUNTS))
         results = evaluate(
             theirs, loaded, samples={name: list(range(n)) for name, n in COUNTS.items()}, bootstrap_iters=0
         )

@@ -18,7 +18,7 @@ PURE = ("transforms", "solvers", "codecs")
 
 VALUES = ("statistics", "weights", "errors")
 PURE_MAY_IMPORT = {
-    "transforms": ("transforms.base", "codecs.base", *VALUES),
+    "transforms": ("transforms.base", "transforms.options", "transforms.hadamard", "codecs.base", *VALUES),
     "solvers": ("solvers.base", "solvers.options", "codecs.base", *VALUES),
     "codecs": ("codecs.base", "codecs.bits", "codecs.lattice", "codecs.names", *VALUES),
 }
@@ -28,6 +28,7 @@ SAME_FORMAT = {
     ("compress.codecs.iq4_xs", "compress.codecs.iq4_nl"),  # the sixteen levels
     ("compress.codecs", "compress.codecs.float"),  # the package's own look-up
     ("compress.codecs", "compress.codecs.uniform"),
+    ("compress.codecs", "compress.codecs.e8p"),
 }
 """Imports between two files of one folder that share a table, each with its reason."""
 

@@ -163,7 +163,7 @@ def test_scheme_and_container_disagree(write):
     text = "model: m\nsteps: [{quantize: {scheme: W4A16}}]\nexport: [{container: gguf}]\n"
     assert problems_of(write(text)) == [
         "x.yaml:2: steps[0].quantize.scheme: container gguf (export[0]) cannot hold W4A16; it holds "
-        "f32, f16, bf16 and the ggml codecs; use gptq or safetensors"
+        "f32, f16, bf16 and the ggml codecs; use gptq or awq or compressed-tensors or compress or safetensors"
     ]
 
 

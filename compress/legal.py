@@ -1,0 +1,116 @@
+"""Why a recipe cannot be carried out on a model: every check of `plan` that ends in a line for the user."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.checkpoint import Checkpoint
+from compress.codecs.names import CONTAINERS, codec_info
+from compress.errors import CheckpointError
+from compress.models.base import ModelSpec
+from compress.recipe import STEP_KINDS, Recipe
+from compress.text import find_data, load_suite
+
+if TYPE_CHECKING:
+    from compress.plan import PlannedTensor
+
+FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def container_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
+    """What a container cannot say about this model, whatever its weights."""
+    problems = []
+    for export in recipe.export:
+        assert export.container in CONTAINERS
+        if export.container == "gguf":
+            from compress.containers.gguf import check_representable
+
+            problems += [f"gguf: {reason}" for reason in check_representable(spec)]
+    return problems
+
+
+def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
+    """Texts and limits that do not go with the model."""
+    problems = []
+    rope = (spec.rope_scaling or {}).get("rope_type", (spec.rope_scaling or {}).get("type", "default"))
+    if rope not in ROPE_TYPES:
+        problems.append(f"rope scaling {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    calibration = recipe.calibration
+    find_data("calibration", calibration.dataset)
+    if calibration.length > spec.max_positions:
+        problems.append(
+            f"calibration.length {calibration.length} is longer than the model's limit of "
+            f"{spec.max_positions} positions; lower calibration.length"
+        )
+    if recipe.score is not None:
+        suite = load_suite(recipe.score.suite)
+        if suite.length > spec.max_positions:
+            problems.append(
+                f"suite {suite.name} scores windows of {suite.length} tokens, the model allows "
+                f"{spec.max_positions}; choose another suite or score: false"
+            )
+    elif recipe.gate.max_kld is not None or recipe.gate.max_perplexity_ratio is not None:
+        problems.append("gate: its limits need scores, and score is false; set a suite or drop the limits")
+    return problems
+
+
+def step_problems(recipe: Recipe) -> list[str]:
+    """Steps that are there twice, in the wrong order, or without what they work on."""
+    kinds = [step.kind for step in recipe.steps]
+    problems = []
+    if kinds.count("quantize") > 1:
+        problems.append("more than one quantize step: a tensor can be quantized once; put all rules in one step")
+    problems += [f"more than one {k} step" for k in dict.fromkeys(kinds) if k != "quantize" and kinds.count(k) > 1]
+    ranks = [STEP_KINDS.index(kind) for kind in kinds]
+    if ranks != sorted(ranks):
+        wanted = ", ".join(sorted(dict.fromkeys(kinds), key=STEP_KINDS.index))
+        problems.append(f"steps: this order makes no sense, write them as {wanted}")
+    if "recover" in kinds and "quantize" not in kinds:
+        problems.append("steps: recover repairs what quantize did; add a quantize step before it")
+    return problems
+
+
+def tensor_problems(planned: PlannedTensor, kinds: set[str]) -> list[str]:
+    """Why a tensor cannot be stored as planned."""
+    info, shape, name = codec_info(planned.codec), planned.spec.shape, planned.name
+    problems = []
+    if info.kind == "uniform" and info.block and shape[-1] % info.block:
+        problems.append(
+            f"{name}: rows of {shape[-1]} do not divide into groups of {info.block}; "
+            f"use a smaller group or int{info.bits}-row"
+        )
+    elif info.kind in ("bnb", "vector") and shape[-1] % info.block:
+        problems.append(f"{name}: rows of {shape[-1]} do not divide into {info.name}'s {info.block} columns; ignore it")
+    elif len(shape) > 1 and shape[-2] % info.rows:
+        problems.append(f"{name}: {info.name} codes {info.rows} rows together, this one has {shape[-2]}; ignore it")
+    for container in sorted(kinds):
+        if planned.incoherence and container not in ("compress", "safetensors"):
+            problems.append(
+                f"{name}: container {container} has no place for the signs of incoherence; use compress or safetensors"
+            )
+        if planned.activations and container not in ("compress", "compressed-tensors"):
+            problems.append(
+                f"{name}: container {container} says nothing about activations; use compress or compressed-tensors"
+            )
+    return problems
+
+
+def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+    """Tensors of another shape than config.json implies; CheckpointError for the first that is not there."""
+    problems = []
+    for tensor in spec.tensors():
+        entry = checkpoint.entries.get(tensor.name)
+        if entry is None:
+            raise CheckpointError(
+                f"{checkpoint.folder} has no tensor {tensor.name}; the checkpoint does not fit its config.json"
+            )
+        if entry.dtype not in FLOAT_CODEC:
+            problems.append(
+                f"{tensor.name} is stored as {entry.dtype}; give the original checkpoint in F32, F16 or BF16"
+            )
+        if entry.shape != tensor.shape:
+            problems.append(
+                f"{tensor.name} is {list(entry.shape)} in the checkpoint, config.json implies {list(tensor.shape)}"
+            )
+    return problems

@@ -1,0 +1,130 @@
+"""One tensor: from its float weight to what ships, and back. Here transforms, solvers and codecs meet.
+
+Codecs of kind `vector` (and any other whose rule says `incoherence`) are solved in incoherent space: the weight between
+two randomised Hadamard transforms, the gram of its inputs turned with it. The signs ship beside the codes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.codecs import block_codec, get_codec
+from compress.errors import CheckpointError
+from compress.models.base import TensorSpec
+from compress.solvers.base import Solution
+from compress.solvers.options import SolverOptions
+from compress.statistics import Statistics, corrected_target
+from compress.weights import Packed
+
+if TYPE_CHECKING:
+    from compress.plan import PlannedTensor
+    from compress.transforms.incoherence import Incoherence
+
+
+@dataclass(frozen=True)
+class Solved:
+    """How one tensor came out: relative gram-weighted error, damping used, tokens seen, share borrowed."""
+
+    name: str
+    codec: str
+    solver: str
+    error: float
+    damping: float = 0.0
+    retries: int = 0
+    tokens: int | None = None
+    borrowed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A solved tensor: its codes and scales, the space they live in, and how well it went."""
+
+    solution: Solution
+    incoherence: Incoherence | None
+    report: Solved
+
+    def pack(self) -> Packed:
+        """The bytes that ship."""
+        packed = self.solution.pack()
+        if self.incoherence is None:
+            return packed
+        from compress.transforms.incoherence import pack_signs
+
+        signs = {
+            "signs_in": pack_signs(self.incoherence.signs_in),
+            "signs_out": pack_signs(self.incoherence.signs_out),
+        }
+        return Packed(packed.codec, packed.shape, {**packed.parts, **signs})
+
+
+def as_stored(planned: PlannedTensor, weight: Tensor) -> Packed:
+    """A tensor that no solver touches, rounded to its float codec. Raises CheckpointError if it overflows."""
+    packed = get_codec(planned.codec).encode(weight)
+    if not torch.isfinite(packed.parts["values"]).all():
+        raise CheckpointError(
+            f"{planned.name} does not fit into {planned.codec}: it holds values up to "
+            f"{float(weight.abs().max()):.3g}; choose bf16 or f32 for it"
+        )
+    return packed
+
+
+def solve_tensor(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None, seed: int = 0) -> Outcome:
+    """Run one tensor's solver. weight: float32 [m, n]; seed: the recipe's, from which random signs are drawn."""
+    options = planned.solver
+    assert options is not None
+    module = import_module(f"compress.solvers.{options.name}")
+    codec = block_codec(planned.codec, weight.shape[1])
+    gram = None if statistics is None else statistics.gram
+    target = weight if statistics is None else _corrected(weight, statistics, options)
+    if gram is None and module.NEEDS_GRAM:
+        gram = torch.eye(weight.shape[1])  # rows that are looked up, not multiplied: plain squared error
+    incoherence = None
+    if planned.incoherence:
+        from compress.transforms.incoherence import Incoherence
+
+        incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed))
+        target = incoherence.weight(target)
+        gram = None if gram is None else incoherence.gram(gram)
+    solution = module.solve(target, gram, codec, options)
+    report = Solved(
+        planned.name,
+        planned.codec,
+        options.name,
+        solution.error,
+        solution.damping,
+        solution.retries,
+        None if statistics is None else statistics.tokens,
+        0.0 if statistics is None else statistics.borrowed,
+    )
+    return Outcome(solution, incoherence, report)
+
+
+def decode(packed: Packed) -> Tensor:
+    """What an engine computes with: float32 of the packed shape."""
+    values = get_codec(packed.codec).unpack(packed)
+    if "signs_in" not in packed.parts:
+        return values
+    from compress.transforms.incoherence import Incoherence, unpack_signs
+
+    rows, columns = packed.shape
+    signs_in, signs_out = unpack_signs(packed.parts["signs_in"], columns), unpack_signs(packed.parts["signs_out"], rows)
+    return Incoherence(signs_in, signs_out).restore(values)
+
+
+def _sign_seeds(spec: TensorSpec, seed: int) -> tuple[int, int]:
+    """Seeds of the input's and the output's signs: linears that read the same activations share the former, so that an
+    engine transforms those once."""
+    place = (spec.input or "").rpartition(".")[2]  # "in" of every expert, "act", "out"
+    return zlib.crc32(f"{seed} {spec.layer} {place}".encode()), zlib.crc32(f"{seed} {spec.name}".encode())
+
+
+def _corrected(weight: Tensor, statistics: Statistics, options: SolverOptions) -> Tensor:
+    """The target of solvers that compensate drift; the weight itself for the others."""
+    drift, residual = getattr(options, "drift", 0.0), getattr(options, "residual", 0.0)
+    return corrected_target(weight, statistics, getattr(options, "drift_damping", 0.1), drift, residual)

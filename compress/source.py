@@ -1,0 +1,24 @@
+"""The model a run works on: the checkpoint itself, or the checkpoint seen through a rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from compress.checkpoint import Checkpoint
+from compress.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Loader = Callable[[str], "Tensor"]
+
+
+def working_model(plan: Plan, checkpoint: Checkpoint) -> Loader:
+    """A function that gives a tensor of `plan.spec` by name, one at a time."""
+    if plan.rotation is None:
+        return checkpoint.load
+    from compress.transforms.rotate import Rotation
+
+    rotation = Rotation.draw(plan.original, plan.rotation)
+    return lambda name: rotation.tensor(name, checkpoint.load)

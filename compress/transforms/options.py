@@ -1,0 +1,44 @@
+"""The options of every transform, without importing torch; the keys of a recipe's steps are validated with these classes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Place = Literal["attention.in", "attention.out", "ffn.in", "ffn.act"]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class TransformOptions(BaseModel):
+    """Base of the scalings of a block; `fold` names the inputs whose channels are scaled."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    name: str
+    fold: Annotated[tuple[Place, ...], BeforeValidator(_tuple)] = ("attention.in", "attention.out", "ffn.in", "ffn.act")
+
+
+class AwqOptions(TransformOptions):
+    """Activation-aware scaling: channels with large activations get finer steps."""
+
+    name: Literal["awq"] = "awq"
+    grid: int = Field(20, ge=1, description="exponents tried between 0 and 1")
+    duo: bool = Field(True, description="divide by the weights' own magnitudes, too")
+
+
+class SmoothOptions(TransformOptions):
+    """SmoothQuant: move the activations' outliers into the weights, for 8-bit activations."""
+
+    name: Literal["smooth"] = "smooth"
+    alpha: float = Field(0.5, ge=0, le=1, description="how much of the difficulty moves from activations to weights")
+
+
+class RotateOptions(BaseModel):
+    """Rotations merged into the weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    kinds: Annotated[tuple[Literal["R1", "R2"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("R1", "R2")
+    seed: int = Field(0, ge=0)
