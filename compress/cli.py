@@ -23,6 +23,9 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name 
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub id, instead of the recipe's model.")]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Output folder, instead of the recipe's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, as calibration.samples=64; repeatable.")]
+PluginOption = Annotated[
+    list[str] | None, typer.Option("--plugin", help="A Python file that registers a codec; its code runs. Repeatable.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print what every stage does.")]
@@ -51,12 +54,20 @@ def _print(renderable: Any) -> None:
     console.print(renderable)
 
 
+def _load_plugins(files: list[str] | None) -> None:
+    from compress import plugins
+
+    for file in files or ():
+        plugins.load(file)
+
+
 @app.command()
 def run(
     recipe: RecipeArgument,
     model: ModelOption = None,
     output: OutputOption = None,
     set: SetOption = None,
+    plugin: PluginOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished run in the output folder.")] = False,
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
     quiet: QuietOption = False,
@@ -65,6 +76,7 @@ def run(
     """Carry out a recipe: calibrate, quantize, export, check, score."""
     from compress.recipe import load_recipe
 
+    _load_plugins(plugin)
     loaded = load_recipe(recipe, set or (), model=model, output=output)
     from compress.report.progress import Reporter
     from compress.report.table import scorecard_table
@@ -82,6 +94,7 @@ def plan(
     model: ModelOption = None,
     output: OutputOption = None,
     set: SetOption = None,
+    plugin: PluginOption = None,
     as_json: JsonOption = False,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
 ) -> None:
@@ -89,6 +102,7 @@ def plan(
     from compress.plan import make_plan
     from compress.recipe import load_recipe
 
+    _load_plugins(plugin)
     made = make_plan(load_recipe(recipe, set or (), model=model, output=output), weights=rehearse)
     estimate = None
     if rehearse:
@@ -101,6 +115,19 @@ def plan(
     from compress.report.plan_table import plan_table
 
     _print(plan_table(made, estimate))
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List what a recipe can be made of: steps, solvers, codecs with bits a weight, containers and their engines."""
+    if as_json:
+        from compress.methods import as_dict
+
+        typer.echo(json.dumps(as_dict()))
+        return
+    from compress.report.methods_table import methods_table
+
+    _print(methods_table())
 
 
 @app.command()

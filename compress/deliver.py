@@ -29,13 +29,11 @@ from compress.scoring.divergence import Scores, score
 from compress.scoring.measure import measure
 from compress.scoring.sources import LogitSource
 from compress.scoring.streamed import StreamedSource
-from compress.scoring.target import gguf_source
+from compress.scoring.target import folder_source, gguf_source
 from compress.solve import decode
 from compress.text import calibration_windows, eval_windows, load_suite, load_tokenizer
 
 CHECK_WINDOWS, CHECK_LENGTH = 4, 256
-WHOLE_MODEL_BYTES = 4 * 2**30  # dense models up to this size in float32 are checked by transformers itself
-LOADED_BY_TRANSFORMERS = ("safetensors", "compress", "bitsandbytes", "compressed-tensors")
 # The file is decoded by an independent reader and run through the same float32 forward: only rounding differs.
 DECODE_TOLERANCE = 1e-5  # relative to the largest value of a tensor
 # Engines compute in their own precision (llama.cpp rounds activations to 8 bits a block): median KL divergence between
@@ -152,22 +150,7 @@ def engine(plan: Plan, export: Export, files: Sequence[Path], fallbacks: list[Fa
         with gguf_source(files[0], plan.spec, fallbacks) as source:
             yield source
         return
-    if export.container in LOADED_BY_TRANSFORMERS and 4 * plan.parameters <= WHOLE_MODEL_BYTES:
-        from compress.scoring.sources import TransformersSource
-
-        yield TransformersSource(files[0].parent)
-        return
-    if export.container in LOADED_BY_TRANSFORMERS:
-        fallbacks.append(
-            Fallback(
-                subject=files[0].parent.name,
-                wanted="scored by transformers",
-                used="scored by its streamed weights",
-                reason=f"the whole model in float32 is more than {WHOLE_MODEL_BYTES / 2**30:.0f} GiB",
-            )
-        )
-    module = container_module(export.container)
-    yield StreamedSource(plan.spec, module.open_dense(files, plan.spec), "decoded weights")
+    yield folder_source(export.container, files, plan.spec, plan.parameters, fallbacks)
 
 
 def check(

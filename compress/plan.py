@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compress import __version__
+from compress import __version__, plugins
 from compress.checkpoint import Checkpoint
 from compress.codecs.names import codec_info, ggml_fallback, stored_bytes
 from compress.errors import OutputError, PlanError, UnsupportedModel
@@ -128,6 +128,7 @@ class Plan:
             "config": dict(self.spec.config),
             "codecs": [t.codec for t in self.tensors],
             "weights": self.stamp,
+            "plugins": plugins.digests(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,17 @@ import torch
 
 from compress import __version__
 from compress.checkpoint import Checkpoint
+from compress.codecs import get_codec
 from compress.deliver import Delivery, deliver, require_texts
 from compress.errors import GateFailed, OutputError
 from compress.journal import Activations, Journal, write_synced
 from compress.plan import Plan, PlannedTensor, make_plan, surveys_head
 from compress.recipe import Recipe
+from compress.recover import Recovered, output_sensitivity, recover_block
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
-from compress.solve import Solved, as_stored, decode, solve_tensor
+from compress.solve import Outcome, Solved, as_stored, decode, solve_tensor
 from compress.source import Loader, working_model
 from compress.stream import Half, Streams, advance, compress_half, embed, head_statistics, survey_head
 from compress.text import calibration_windows, load_tokenizer
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from compress.prepare import Folded
 
 WORK = ".work"
+SENSITIVITY = "sensitivity"  # the unit that holds what `recover` weighs errors by
 # A tied table is looked up row by row (every column counts the same) and multiplied as the head (columns count as the
 # final hidden states say): the head's gram with this much of its mean on the diagonal stands for both.
 LOOKUP_DAMPING = 0.1
@@ -56,7 +59,8 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
     if journal.units:
-        reporter.say(f"continuing: {len(journal.units)} of {plan.spec.layers + 2} units are already done")
+        done = len(journal.units) - (SENSITIVITY in journal)
+        reporter.say(f"continuing: {done} of {plan.spec.layers + 2} units are already done")
     checkpoint = Checkpoint.open(plan.source)
     require_texts(plan)
     with torch.inference_mode():
@@ -127,6 +131,10 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
                 if streams.original is not None:
                     embed(load(table.name), ids, streams.original, streams.batch)
             journal.finish("embeddings", {table.name: packed}, report)
+    if plan.recover is not None and plan.recover.loss == "sensitivity" and ids is not None:
+        with reporter.stage("sensitivity"):
+            if SENSITIVITY not in journal:
+                _survey_sensitivity(plan, load, journal, ids)
     with reporter.stage("blocks") as progress:
         for layer in range(spec.layers):
             if f"block-{layer:05d}" not in journal:
@@ -200,6 +208,7 @@ def _block(
     packed: dict[str, Packed] = {}
     solved: list[Solved] = []
     folded: list[Folded] = []
+    outcomes: dict[str, Outcome] = {}
     tokens: tuple[int, ...] = ()
     halves: tuple[Half, Half] = ("attention", "ffn")
     for half, source, target in zip(halves, at[:2], at[1:], strict=True):
@@ -223,13 +232,64 @@ def _block(
         packed |= result.packed
         solved += result.solved
         folded += result.folded
+        outcomes |= result.outcomes
         tokens = result.tokens
     report = {"solved": [vars(s) for s in solved], "folded": [vars(f) for f in folded], "tokens": list(tokens)}
+    if plan.recover is not None and at[0] is not None:
+        recovered = _recover(plan, layer, journal, packed, outcomes, at[0], at[2])
+        report["recovered"] = recovered.report
+        if recovered.kept:
+            packed |= {name: outcome.pack() for name, outcome in recovered.outcomes.items()}
+            packed |= {name: as_stored(plan.by_name[name], value) for name, value in recovered.floats.items()}
+            weights = {name: decode(value) for name, value in packed.items()}
+            for half, source, target in zip(halves, at[:2], at[1:], strict=True):
+                advance(plan.spec, layer, half, weights, source.compressed, target.compressed, source.batch)
     journal.finish(f"block-{layer:05d}", packed, report)
     for streams in at[:2]:
         if streams is not None:
             streams.delete()
     progress(1.0)
+
+
+def _recover(
+    plan: Plan,
+    layer: int,
+    journal: Journal,
+    packed: Mapping[str, Packed],
+    outcomes: Mapping[str, Outcome],
+    source: Streams,
+    target: Streams,
+) -> Recovered:
+    """Tune what a solved block keeps in float, between the activations at its input and those at its output."""
+    metric = decode(journal.fetch(f"{SENSITIVITY}.{layer}")) if SENSITIVITY in journal else None
+    floats = {name: decode(value) for name, value in packed.items() if name not in outcomes}
+    assert plan.recover is not None and target.original is not None
+    return recover_block(
+        plan.spec,
+        layer,
+        outcomes,
+        floats,
+        {name: packed[name].codec for name in floats},
+        source.compressed,
+        target.original,
+        plan.recover,
+        metric=metric,
+        seed=plan.recipe.seed,
+    )
+
+
+def _survey_sensitivity(plan: Plan, load: Loader, journal: Journal, ids: np.ndarray) -> None:
+    """What the original's loss feels of an error at each block's output, as a unit of its own."""
+    assert plan.recover is not None
+    ids = ids[: plan.recover.survey]
+    shape = (*ids.shape, plan.spec.hidden_size)
+
+    def scratch(name: str) -> Activations:
+        return Activations(journal.folder / f"{name}.f32", shape)
+
+    metrics = output_sensitivity(plan.spec, load, ids, scratch, plan.recipe.seed)
+    float_codec = get_codec("f32")
+    journal.finish(SENSITIVITY, {f"{SENSITIVITY}.{n}": float_codec.encode(m) for n, m in enumerate(metrics)}, {})
 
 
 def _head(plan: Plan, load: Loader, journal: Journal, shape: tuple[int, int, int] | None) -> None:
@@ -271,6 +331,16 @@ def _scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Report
         )
         for s in solved
         if s["retries"] and (t := plan.by_name[s["name"]])
+    ]
+    fallbacks += [
+        Fallback(
+            subject=f"block {layer}",
+            wanted="recovery",
+            used="the block as it was solved",
+            reason=recovered.get("reason", ""),
+        )
+        for layer in range(plan.spec.layers)
+        if (recovered := journal.units[f"block-{layer:05d}"].get("recovered")) and not recovered["kept"]
     ]
     experts = []
     for layer in range(plan.spec.layers):

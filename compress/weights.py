@@ -19,6 +19,11 @@ class Packed:
       ggml     {"blocks": uint8 [out, row_bytes]}: ggml's row layout
       uniform  {"codes": uint8 [out, in], "scales": float16 [out, groups], "zeros": uint8 [out, groups]};
                value = (code - zero) * scale
+      bnb      {"codes": uint8 [out, in / 2], the even column in the high half, "absmax": float32 [out, in / 64]};
+               double-quantized "absmax" is uint8 and goes with "nested_absmax" float32 [ceil(out * in / 64 / 256)] and
+               "offset" float32 [1]; codecs/nf4.py says what they stand for
+      vector   e8p: {"codes": int16 [out, in / 8], "scales": float16 [out]}, with three and four bits "residual" uint8 or
+               int16 [out, in / 8]; trellis: see codecs/trellis.py; solve.py adds "signs_in" and "signs_out", uint8
     """
 
     codec: str

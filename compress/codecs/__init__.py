@@ -7,15 +7,33 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING
 
+from compress.codecs.names import CodecInfo, register_info
+
 if TYPE_CHECKING:
     from compress.codecs.base import BlockCodec, Codec
 
 _UNIFORM = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
 
 
+_REGISTERED: dict[str, Codec] = {}
+
+
+def register(info: CodecInfo, codec: Codec) -> None:
+    """Add a codec from outside this package; docs/adding-a-codec.md is a worked example.
+
+    Raises ValueError when the name is taken or the two disagree.
+    """
+    if info.name != codec.name or info.kind != codec.kind:
+        raise ValueError(f"{info.name} ({info.kind}) describes another codec than {codec.name} ({codec.kind})")
+    register_info(info)
+    _REGISTERED[info.name] = codec
+
+
 @cache
 def get_codec(name: str) -> Codec:
     """The codec called `name`. Raises KeyError for an unknown name (recipes are checked long before)."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name in ("f32", "f16", "bf16"):
         from compress.codecs.float import FloatCodec
 
@@ -25,7 +43,13 @@ def get_codec(name: str) -> Codec:
 
         group = None if match[2] == "row" else int(match[2][1:])
         return UniformCodec(name, int(match[1]), group, match[3] is None)
+    if name.startswith("e8p"):
+        return importlib.import_module("compress.codecs.e8p").E8P_CODECS[name]
+    if name.startswith("trellis"):
+        return importlib.import_module("compress.codecs.trellis").TRELLISES[name]
     try:
+        if name.endswith("-dq"):
+            return importlib.import_module(f"compress.codecs.{name.removesuffix('-dq')}").DOUBLE_QUANTIZED
         return importlib.import_module(f"compress.codecs.{name}").CODEC
     except (ModuleNotFoundError, AttributeError):
         raise KeyError(name) from None
@@ -36,4 +60,4 @@ def block_codec(name: str, in_features: int) -> BlockCodec:
     codec = get_codec(name)
     if codec.kind == "float":
         raise TypeError(f"{name} stores values as they are; there is nothing to solve")
-    return codec.for_row(in_features) if codec.kind == "uniform" else codec
+    return codec.for_row(in_features) if codec.kind in ("uniform", "vector") else codec

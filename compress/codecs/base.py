@@ -84,13 +84,15 @@ class BlockCodec(Codec):
     """Base of all codecs with scales. Subclasses set the class attributes and implement `nearest`, `pack`,
     `unpack_grid`; the rest is shared.
 
-    span: columns packed together; sub: columns that share a scale; step: columns coded together.
+    span: columns packed together; sub: columns that share a scale; step: columns coded together; rows: rows coded
+    together, of which `nearest` then gets whole tiles: all rows of a step in order, a multiple of `rows`.
     """
 
     kind = "ggml"
     span: int
     sub: int
     step: int = 1
+    rows: int = 1
     block_bytes: int
     scale_rule: IntegerScale | None = None
     min_rule: IntegerScale | None = None
@@ -113,6 +115,16 @@ class BlockCodec(Codec):
     @abstractmethod
     def fit(self, weight: Tensor, importance: Tensor) -> Grid:
         """Scales that minimise the importance-weighted rounding error. weight: [R, n]; importance: [n], >= 0."""
+
+    def rounding(self, weight: Tensor, importance: Tensor) -> tuple[Grid, Tensor]:
+        """What plain rounding to nearest works with: the scales, and the weight in unit space, [R, n].
+
+        Formats whose own tools fix how they round override it, so that `rtn` gives the bytes of those tools.
+        """
+        grid = self.fit(weight, importance)
+        shifted = weight if grid.offset is None else weight + self.columns(grid.offset)
+        divisor = torch.where(grid.scale.abs() < TINY, torch.ones_like(grid.scale), grid.scale)
+        return grid, shifted / self.columns(divisor)
 
     def columns(self, values: Tensor, repeat: int | None = None) -> Tensor:
         """[R, J] per sub-block -> [R, n] per column."""
@@ -139,6 +151,21 @@ class BlockCodec(Codec):
             return grid
         dmin, mins = self._project(offset, curvature if offset_curvature is None else offset_curvature, self.min_rule)
         return replace(grid, dmin=dmin, min_integers=mins, offset=self._effective(dmin, mins, self.min_rule))
+
+    def rescaled(self, grid: Grid, factor: Tensor, offset_factor: Tensor | None = None) -> Grid:
+        """The storable grid nearest to `grid` with its real numbers multiplied; integers and zero points stay.
+
+        factor: float32 [R, S] for codecs with super-scales, which multiplies those, else [R, J]; offset_factor: [R, S],
+        for `dmin`, or None to keep it.
+        """
+        if grid.d is None:
+            return replace(grid, scale=self.store(grid.scale * factor, None, torch.ones_like(factor)).scale)
+        d = half(grid.d * factor)
+        grid = replace(grid, d=d, scale=self._effective(d, grid.integers, self.scale_rule))
+        if grid.dmin is None or offset_factor is None:
+            return grid
+        dmin = half(grid.dmin * offset_factor)
+        return replace(grid, dmin=dmin, offset=self._effective(dmin, grid.min_integers, self.min_rule))
 
     def _effective(self, d: Tensor, integers: Tensor, rule: IntegerScale) -> Tensor:
         return d.repeat_interleave(self.span // self.sub, dim=1) * rule.multiplier(integers)

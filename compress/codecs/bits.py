@@ -72,3 +72,13 @@ def unpack_signs(bits: Tensor) -> Tensor:
     seven = (bits[..., None] >> torch.arange(7, device=bits.device)) & 1
     eighth = seven.sum(-1, keepdim=True) & 1
     return 1.0 - 2.0 * torch.cat((seven, eighth), dim=-1).float()
+
+
+def pack_bits(values: Tensor) -> Tensor:
+    """bool [B, k, 8] -> uint8 [B, k], the first of eight in the lowest bit."""
+    return (values.to(torch.int64) << torch.arange(8, device=values.device)).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(data: Tensor) -> Tensor:
+    """uint8 [B, k] -> uint8 [B, k, 8] of 0 and 1, inverse of `pack_bits`."""
+    return (data[..., None] >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1

@@ -1,11 +1,13 @@
-"""Shared by the ggml lattice codecs: eight columns a step, magnitudes from a table, an even number of minus signs.
+"""Shared by the ggml codecs that look several columns up in a table at once. The tables are those of the `gguf` package.
 
-The tables are those of the `gguf` package. With sign parity the nearest point under a diagonal metric is exact:
+`LatticeCodec`: magnitudes and an even number of minus signs. The nearest point under a diagonal metric is exact:
 flipping the coordinate whose `importance * |x| * magnitude` is smallest costs least, whatever the scale.
+`FreeSignCodec`: magnitudes and a sign bit for every column. `SignedCodec`: whole points, few enough to try them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -16,16 +18,19 @@ from compress.codecs.base import TINY, BlockCodec, Grid
 SHORTLIST = 10  # candidates that the exact metric re-ranks
 
 
-class LatticeCodec(BlockCodec):
-    """`table` names the gguf class whose grid holds the magnitudes: [K, width], width 4 or 8."""
+class TableCodec(BlockCodec):
+    """`table` names the gguf class whose grid it is: [K, width], width 4 or 8; `signed` says that the grid holds values,
+    not magnitudes. Shared here: the table, its index, and the search for scales.
+    """
 
     step = 8
     table: str
+    signed = False
     stretches = (0.75, 0.84, 0.93, 1.02, 1.12)
 
     @cached_property
     def points(self) -> Tensor:
-        """Magnitudes, float32 [K, width]."""
+        """Magnitudes (values if `signed`), float32 [K, width]."""
         import gguf.quants
 
         source = getattr(gguf.quants, self.table)
@@ -49,8 +54,67 @@ class LatticeCodec(BlockCodec):
         """float32 units [..., width] -> rows of `points`, int64 [...]."""
         levels, table = self._lookup
         levels, table = levels.to(units.device), table.to(units.device)
-        digits = torch.bucketize(units.abs(), levels)
+        digits = torch.bucketize(units if self.signed else units.abs(), levels)
         return table[(digits * self._radix(len(levels)).to(units.device)).sum(-1)]
+
+    # -- scales ------------------------------------------------------------------------------------------------
+    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+        scale, curvature = self._wanted(weight, importance)
+        return self.store(scale, None, curvature)
+
+    def _wanted(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Best scale of every sub-block before it is stored, and what a squared deviation costs; both [R, J]."""
+        chunk = max(1, (1 << 20) // (weight.shape[1] // self.step * len(self.points)))
+        importance = importance + importance.mean() * 1e-3 + TINY
+        parts = [self._search(rows, importance) for rows in weight.split(chunk)]
+        scale, curvature = (torch.cat(v) for v in zip(*parts, strict=True))
+        return scale, curvature
+
+    def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per independent part of a step: sum w x p and sum w p^2 of every point with its best signs, each [N, K].
+
+        groups, weight: [N, step].
+        """
+        raise NotImplementedError
+
+    def _starts(self, weight: Tensor, importance: Tensor) -> Iterator[Tensor]:
+        """Scales to start the search from, [B]; weight, importance: [B, sub]."""
+        peak, top = weight.abs().amax(1), float(self.points.max())
+        for stretch in self.stretches:
+            yield peak * (stretch / top)
+
+    def _search(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Best scale of every sub-block: a few starts, then least squares on the exact nearest points."""
+        rows = weight.shape[0]
+        groups = weight.reshape(-1, self.step)
+        a = importance.reshape(1, -1, self.step).expand(rows, -1, -1).reshape(-1, self.step)
+        per_sub = self.sub // self.step
+        tables = self._tables(groups, a)
+        best = torch.zeros(len(groups) // per_sub, device=weight.device)
+        best_gain = torch.full_like(best, -1.0)
+        for start in self._starts(weight.reshape(-1, self.sub), a.reshape(-1, self.sub)):
+            scale = start.clamp_min(TINY)
+            per_group = scale.repeat_interleave(per_sub)[:, None]
+            xu, uu = torch.zeros_like(best), torch.zeros_like(best)
+            for dot, square in tables:
+                pick = (square - (2 / per_group) * dot).argmin(1, keepdim=True)
+                xu += dot.gather(1, pick).reshape(-1, per_sub).sum(1)
+                uu += square.gather(1, pick).reshape(-1, per_sub).sum(1)
+            gain = xu * xu.abs() / uu.clamp_min(TINY)
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best = torch.where(better, xu / uu.clamp_min(TINY), best)
+        for _ in range(2):
+            per_group = best.clamp_min(TINY).repeat_interleave(per_sub)[:, None]
+            u = self.nearest(groups / per_group, a)
+            xu = (a * groups * u).reshape(-1, self.sub).sum(1)
+            uu = (a * u * u).reshape(-1, self.sub).sum(1).clamp_min(TINY)
+            best = (xu / uu).clamp_min(0.0)
+        return best.reshape(rows, -1), uu.reshape(rows, -1)
+
+
+class LatticeCodec(TableCodec):
+    """Eight columns a step: magnitudes from a table of width 4 or 8, an even number of minus signs."""
 
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
@@ -70,6 +134,13 @@ class LatticeCodec(BlockCodec):
         error = units - target[:, None]
         cost = ((error @ metric) * error).sum(2)
         return units.gather(1, cost.argmin(1)[:, None, None].expand(-1, 1, 8))[:, 0]
+
+    def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        magnitude, odd = groups.abs(), (((groups < 0).sum(1) & 1).bool())[:, None]
+        if self.points.shape[1] == 8:
+            dot, square, cheapest = self._correlations(magnitude, weight)
+            return [(dot - 2 * odd * cheapest, square)]
+        return [self._correlations(magnitude[:, h], weight[:, h])[:2] for h in (slice(0, 4), slice(4, 8))]
 
     def _correlations(self, magnitude: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per group and point: sum w m p, sum w p^2 and the cheapest w m p; each [N, K]."""
@@ -134,46 +205,79 @@ class LatticeCodec(BlockCodec):
         best = cost.topk(keep, dim=1, largest=False, sorted=False).indices
         return combo.gather(1, best[..., None].expand(-1, -1, 8))
 
-    # -- scales ------------------------------------------------------------------------------------------------
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
-        rows = weight.shape[0]
-        chunk = max(1, (1 << 20) // (weight.shape[1] // 8 * len(self.points)))
-        importance = importance + importance.mean() * 1e-3 + TINY
-        parts = [self._search(rows_, importance) for rows_ in weight.split(chunk)]
-        scale, curvature = (torch.cat(v) for v in zip(*parts, strict=True))
-        return self.store(scale.reshape(rows, -1), None, curvature.reshape(rows, -1))
 
-    def _search(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """Best scale of every sub-block: stretched maxima, then least squares on the exact nearest points."""
-        rows = weight.shape[0]
-        groups = weight.reshape(-1, 8)
-        a = importance.reshape(1, -1, 8).expand(rows, -1, -1).reshape(-1, 8)
-        per_sub = self.sub // 8
-        peak = weight.abs().reshape(-1, self.sub).amax(1)
-        magnitude, odd = groups.abs(), (((groups < 0).sum(1) & 1).bool())[:, None]
-        if self.points.shape[1] == 8:
-            dot, square, cheapest = self._correlations(magnitude, a)
-            tables = [(dot - 2 * odd * cheapest, square)]
+class FreeSignCodec(TableCodec):
+    """Magnitudes from a table as wide as the step, and a stored sign for every column."""
+
+    # Few points lie near the corner, so rows without outliers are better off further inside.
+    stretches = (0.75, 0.84, 0.93, 1.02, 1.12, 1.25, 1.4, 1.6, 1.9, 2.3)
+
+    def nearest(
+        self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
+    ) -> Tensor:
+        points = self.points.to(target.device)
+        magnitude, sign = target.abs(), torch.where(target < 0, -1.0, 1.0)
+        pull = weight * magnitude
+        square = weight @ (points**2).T  # [K] or [N, K]
+        cost = torch.addmm(square, pull, points.T, alpha=-2)
+        if metric is None:
+            return points[cost.argmin(1)] * sign
+        best = cost.topk(SHORTLIST, dim=1, largest=False, sorted=False).indices
+        units = points[best] * sign[:, None]
+        # The coordinate nearest zero may do better on the other side.
+        other = sign.scatter(1, pull.argmin(1, keepdim=True), -sign.gather(1, pull.argmin(1, keepdim=True)))
+        units = torch.cat((units, points[best] * other[:, None]), dim=1)
+        error = units - target[:, None]
+        cost = ((error @ metric) * error).sum(2)
+        return units.gather(1, cost.argmin(1)[:, None, None].expand(-1, 1, self.step))[:, 0]
+
+    def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        points = self.points.to(groups.device)
+        return [((weight * groups.abs()) @ points.T, weight @ (points**2).T)]
+
+
+class SignedCodec(TableCodec):
+    """Points that already have their signs; the nearest one is exact under any metric."""
+
+    signed = True
+    stretches = (0.85, 1.0, 1.15)
+
+    def nearest(
+        self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
+    ) -> Tensor:
+        points = self.points.to(target.device)
+        chunk = max(1, (1 << 21) // len(points))
+        if metric is not None:
+            square, pull = ((points @ metric) * points).sum(1), target @ metric
         else:
-            tables = [self._correlations(magnitude[:, h], a[:, h])[:2] for h in (slice(0, 4), slice(4, 8))]
-        best, best_gain = torch.zeros_like(peak), torch.full_like(peak, -1.0)
-        top = float(self.points.max())
+            square, pull = None, target * weight
+        weights = weight.expand_as(target)
+        out = torch.empty_like(target)
+        for i in range(0, len(target), chunk):
+            at = slice(i, i + chunk)
+            constant = weights[at] @ (points**2).T if square is None else square
+            out[at] = points[torch.addmm(constant, pull[at], points.T, alpha=-2).argmin(1)]
+        return out
+
+    def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        points = self.points.to(groups.device)
+        return [((weight * groups) @ points.T, weight @ (points**2).T)]
+
+    def _starts(self, weight: Tensor, importance: Tensor) -> Iterator[Tensor]:
+        scale = ternary_scale(weight, importance)[0]
         for stretch in self.stretches:
-            scale = (peak * (stretch / top)).clamp_min(TINY)
-            per_group = scale.repeat_interleave(per_sub)[:, None]
-            xu, uu = torch.zeros_like(peak), torch.zeros_like(peak)
-            for dot, square in tables:
-                pick = (square - (2 / per_group) * dot).argmin(1, keepdim=True)
-                xu += dot.gather(1, pick).reshape(-1, per_sub).sum(1)
-                uu += square.gather(1, pick).reshape(-1, per_sub).sum(1)
-            gain = xu * xu.abs() / uu.clamp_min(TINY)
-            better = gain > best_gain
-            best_gain = torch.where(better, gain, best_gain)
-            best = torch.where(better, xu / uu.clamp_min(TINY), best)
-        for _ in range(2):
-            per_group = best.clamp_min(TINY).repeat_interleave(per_sub)[:, None]
-            u = self.nearest(groups / per_group, a)
-            xu = (a * groups * u).reshape(-1, self.sub).sum(1)
-            uu = (a * u * u).reshape(-1, self.sub).sum(1).clamp_min(TINY)
-            best = (xu / uu).clamp_min(0.0)
-        return best.reshape(rows, -1), uu.reshape(rows, -1)
+            yield scale * stretch
+
+
+def ternary_scale(weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale s that minimises sum a (x - s u)^2 over all u in {-1, 0, 1}, and sum a u^2 for it; both [...].
+
+    weight, importance: [..., n]. Exact: for any s the nonzero u are the largest |x|, so there are n choices; each has
+    s = sum a |x| / sum a and explains (sum a |x|)^2 / sum a, summed over what is not zero.
+    """
+    magnitude, order = weight.abs().sort(dim=-1, descending=True)
+    a = importance.expand_as(weight).gather(-1, order)
+    pull, curvature = (a * magnitude).cumsum(-1), a.cumsum(-1)
+    best = (pull * (pull / curvature.clamp_min(TINY))).argmax(-1, keepdim=True)
+    pull, curvature = pull.gather(-1, best)[..., 0], curvature.gather(-1, best)[..., 0]
+    return pull / curvature.clamp_min(TINY), curvature

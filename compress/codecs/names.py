@@ -2,8 +2,9 @@
 
 Kinds: `float` (values stored as they are), `ggml` (llama.cpp's block formats), `uniform` (intN with one scale and
 zero point per group of a row, as GPTQ checkpoints store them), `bnb` (bitsandbytes' 4-bit blocks) and `vector` (points
-of a lattice or a trellis in incoherent space, one scale a row, a sign for every row and column). Names are
-case-insensitive; the canonical form is lower case. ggml sizes are those of ggml-common.h, fallbacks those of
+of a lattice or a trellis in incoherent space, one scale a row, a sign for every row and column) and `block` (records of
+a fixed size like ggml's, from a codec registered by the user). Names are case-insensitive; the canonical form is lower
+case. ggml sizes are those of ggml-common.h, fallbacks those of
 llama-quant.cpp.
 """
 
@@ -49,6 +50,7 @@ _FIXED = {
         CodecInfo("bf16", "float", 1, 2),
         _ggml("q8_0", 32, 34),
         _ggml("q4_0", 32, 18),
+        _ggml("q4_1", 32, 20),
         _ggml("q5_0", 32, 22, only=True),
         _ggml("q5_1", 32, 24, only=True),
         _ggml("q6_k", 256, 210, "q8_0"),
@@ -59,8 +61,15 @@ _FIXED = {
         _ggml("iq4_nl", 32, 18),
         _ggml("iq4_xs", 256, 136, "iq4_nl"),
         _ggml("iq3_xxs", 256, 98, "iq4_nl"),
+        _ggml("iq3_s", 256, 110, "iq4_nl"),
+        _ggml("iq2_s", 256, 82, "iq4_nl"),
         _ggml("iq2_xs", 256, 74, "iq4_nl"),
         _ggml("iq2_xxs", 256, 66, "iq4_nl"),
+        _ggml("iq1_m", 256, 56, "iq4_nl"),
+        _ggml("iq1_s", 256, 50, "iq4_nl"),
+        _ggml("tq2_0", 256, 66, "q4_0"),
+        _ggml("tq1_0", 256, 54, "q4_0"),
+        _ggml("mxfp4", 32, 17),
         CodecInfo("nf4", "bnb", 64, 32 + 4, bits=4),
         CodecInfo("nf4-dq", "bnb", 64, 32 + 1, bits=4),
         CodecInfo("fp4", "bnb", 64, 32 + 4, bits=4),
@@ -82,10 +91,28 @@ UNIFORM_NAMES: tuple[str, ...] = tuple(
 )
 
 
+_REGISTERED: dict[str, CodecInfo] = {}
+
+
+def register_info(info: CodecInfo) -> None:
+    """Make a codec from outside known by name. Raises ValueError when the name is taken."""
+    known = _REGISTERED.get(info.name)
+    if info.name in _FIXED or _UNIFORM.fullmatch(info.name) or known not in (None, info):
+        raise ValueError(f"there is a codec called {info.name} already; give yours another name")
+    _REGISTERED[info.name] = info
+
+
+def registered() -> tuple[str, ...]:
+    """Names of the codecs from outside."""
+    return tuple(_REGISTERED)
+
+
 @cache
 def codec_info(name: str) -> CodecInfo:
     """The codec called `name`, in any case. Raises KeyError with the nearest names in its message."""
     canonical = name.strip().lower()
+    if canonical in _REGISTERED:
+        return _REGISTERED[canonical]
     if canonical in _FIXED:
         return _FIXED[canonical]
     if match := _UNIFORM.fullmatch(canonical):
@@ -124,7 +151,7 @@ def ggml_fallback(codec: str, in_features: int) -> str | None:
 def row_bytes(codec: str, in_features: int) -> int:
     """Bytes of one row of a float or ggml matrix. Raises ValueError for other codecs, whose rows share something."""
     info = codec_info(codec)
-    if info.kind not in ("float", "ggml"):
+    if info.kind not in ("float", "ggml", "block"):
         raise ValueError(f"rows of {info.name} share something; use stored_bytes(codec, shape)")
     if not fits(codec, in_features):
         raise ValueError(f"{info.name} needs rows of a multiple of {info.block} columns, not {in_features}")
@@ -140,7 +167,7 @@ def stored_bytes(codec: str, shape: tuple[int, ...]) -> int:
     sign bit a row and a sign bit a column.
     """
     info = codec_info(codec)
-    if info.kind in ("float", "ggml"):
+    if info.kind in ("float", "ggml", "block"):
         return prod(shape[:-1]) * row_bytes(codec, shape[-1])
     *lead, rows, columns = shape
     if info.kind == "bnb":
@@ -156,30 +183,38 @@ def stored_bytes(codec: str, shape: tuple[int, ...]) -> int:
     return prod(lead) * (codes + scales + zeros + columns * 4)
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerInfo:
-    """What a container can hold: codec kinds, and roles it can only hold as floats."""
-
-    kinds: frozenset[str]
-    float_roles: tuple[str, ...] = ()
-
-
-CONTAINERS: dict[str, ContainerInfo] = {
-    "gguf": ContainerInfo(frozenset({"float", "ggml"})),
-    # Engines look embeddings up as plain rows; no loader of these formats unpacks them.
-    "gptq": ContainerInfo(frozenset({"float", "uniform"}), ("embeddings",)),
-    "awq": ContainerInfo(frozenset({"float", "uniform"}), ("embeddings", "lm_head")),
-    "bitsandbytes": ContainerInfo(frozenset({"float", "bnb"}), ("embeddings", "lm_head")),
-    "compressed-tensors": ContainerInfo(frozenset({"float", "uniform"}), ("embeddings",)),
-    # Ours: every codec as it is, run by transformers after `import compress`.
-    "compress": ContainerInfo(frozenset({"float", "ggml", "uniform", "bnb", "vector"})),
-    # Dense: every codec is written as the values it decodes to.
-    "safetensors": ContainerInfo(frozenset({"float", "ggml", "uniform", "bnb", "vector"})),
-}
 KIND_NAMES = {
     "float": "f32, f16, bf16",
     "ggml": "the ggml codecs",
     "uniform": "the intN codecs",
     "bnb": "nf4 and fp4",
     "vector": "e8p and trellis",
+    "block": "registered codecs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerInfo:
+    """What a container can hold (codec kinds, and roles it can only hold as floats) and who runs it."""
+
+    kinds: frozenset[str]
+    engines: str
+    float_roles: tuple[str, ...] = ()
+
+
+CONTAINERS: dict[str, ContainerInfo] = {
+    "gguf": ContainerInfo(frozenset({"float", "ggml"}), "llama.cpp and what is built on it"),
+    # Engines look embeddings up as plain rows; no loader of these formats unpacks them.
+    "gptq": ContainerInfo(frozenset({"float", "uniform"}), "vLLM, SGLang, gptqmodel", ("embeddings",)),
+    "awq": ContainerInfo(frozenset({"float", "uniform"}), "vLLM, SGLang, gptqmodel", ("embeddings", "lm_head")),
+    "bitsandbytes": ContainerInfo(
+        frozenset({"float", "bnb"}), "transformers with bitsandbytes", ("embeddings", "lm_head")
+    ),
+    "compressed-tensors": ContainerInfo(
+        frozenset({"float", "uniform"}), "vLLM, transformers with compressed-tensors", ("embeddings",)
+    ),
+    # Ours: every codec as it is.
+    "compress": ContainerInfo(frozenset(KIND_NAMES), "transformers after `import compress`"),
+    # Every codec as the values it decodes to.
+    "safetensors": ContainerInfo(frozenset(KIND_NAMES), "whatever runs the original; dense"),
 }

@@ -19,7 +19,7 @@ from compress.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _COMPANIONS = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
     "generation_config.json", "LICENSE*", "NOTICE*",
@@ -28,7 +28,7 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor to come: its name, safetensors dtype ("F32", "F16", "BF16", "I32") and shape."""
+    """One tensor to come: its name, safetensors dtype ("F32", "I32", "U8", ...) and shape."""
 
     name: str
     dtype: str

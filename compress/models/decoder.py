@@ -51,16 +51,18 @@ class Pooled:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis."""
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight)
+    # in place only where autograd does not need what was there
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale * weight
 
 
 @cache
 def _rope_tables(spec: _RopeKey, length: int) -> tuple[Tensor, Tensor]:
-    positions = torch.arange(length, dtype=torch.float32)
-    angles = torch.outer(positions, spec.inverse_frequencies())
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos() * spec.attention_factor(), angles.sin() * spec.attention_factor()
+    with torch.inference_mode(False):  # kept for later calls, some of which meet autograd
+        positions = torch.arange(length, dtype=torch.float32)
+        angles = torch.outer(positions, spec.inverse_frequencies())
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * spec.attention_factor(), angles.sin() * spec.attention_factor()
 
 
 class _RopeKey:

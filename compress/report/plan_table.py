@@ -9,11 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from compress.codecs.names import CONTAINERS, codec_info
 from compress.report.table import human_bytes, human_seconds
 from compress.solvers.options import SolverOptions
 
 if TYPE_CHECKING:
-    from compress.plan import Plan
+    from compress.plan import Plan, PlannedTensor
     from compress.rehearse import Rehearsal
 
 
@@ -56,7 +57,7 @@ def _role_table(plan: Plan) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     rows: dict[tuple[str, str, str], list[int]] = {}
     for t in plan.tensors:
-        row = rows.setdefault((t.spec.role, t.codec, _solver(t.solver)), [0, 0, 0])
+        row = rows.setdefault((t.spec.role, _codec(t), _solver(t.solver)), [0, 0, 0])
         row[0] += 1
         row[1] += t.spec.parameters
         row[2] += t.bytes
@@ -86,6 +87,12 @@ def _role_table(plan: Plan) -> Table:
     return table
 
 
+def _codec(planned: PlannedTensor) -> str:
+    """`int8-row a8` where inputs are rounded to 8 bits, `int2-g128 had` between Hadamard transforms."""
+    turned = planned.incoherence and codec_info(planned.codec).kind != "vector"  # those never are anything else
+    return planned.codec + (" had" if turned else "") + (" a8" if planned.activations else "")
+
+
 def _solver(options: SolverOptions | None) -> str:
     return "–" if options is None else options.name
 
@@ -105,8 +112,10 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
             style="bold",
         ),
     )
+    table.add_row("steps", ", ".join(step.kind for step in plan.recipe.steps) or "none: a conversion")
     for export in plan.recipe.export:
-        table.add_row("artifact", f"{export.container}, in {plan.recipe.output}")
+        engines = CONTAINERS[export.container].engines
+        table.add_row("artifact", f"{export.container}, in {plan.recipe.output}; runs in {engines}")
     if plan.needs_calibration:
         c = plan.recipe.calibration
         table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.dataset}")

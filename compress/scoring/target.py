@@ -1,9 +1,9 @@
-"""`compress score`: any GGUF file, Hugging Face folder or GPTQ folder, alone or against its original."""
+"""What runs an artifact, and `compress score`: any GGUF file or Hugging Face folder, alone or against its original."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,24 +13,29 @@ from typing import TYPE_CHECKING
 
 from compress import __version__
 from compress.checkpoint import Checkpoint
+from compress.codecs.names import CONTAINERS
 from compress.errors import CheckpointError, UnsupportedModel
+from compress.legal import checkpoint_problems
 from compress.models.base import ModelSpec, load_spec
-from compress.plan import checkpoint_problems, model_location
+from compress.plan import container_module, model_location
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Fallback, Gate, Scorecard
 from compress.scoring.measure import measure
-from compress.scoring.sources import LogitSource
+from compress.scoring.sources import LogitSource, TransformersSource
 from compress.scoring.streamed import StreamedSource
 from compress.text import load_suite, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LOADED_BY_TRANSFORMERS = ("safetensors", "compress", "bitsandbytes", "compressed-tensors")
+WHOLE_MODEL_BYTES = 4 * 2**30  # models up to this size in float32 are run by transformers itself
+
 
 def score_target(target: str, against: str | None, suite: str, reporter: Reporter) -> Scorecard:
     """Score `target` on a suite and, when `against` names the original, say how far the two are apart.
 
-    target: a GGUF file (or the first of a split set), a dense or GPTQ folder, a hub id or a bundled model. against: a
+    target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model. against: a
     dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task accuracy
     only. The gate passes when the scores are finite.
 
@@ -132,13 +137,13 @@ def _open_model(name: str) -> _Model:
     spec = load_spec(checkpoint.config)
     files = tuple(sorted({entry.file for entry in checkpoint.entries.values()}))
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method == "gptq":
-        from compress.containers.gptq import open_dense
-
-        return _Model(name, checkpoint.folder, spec, "gptq", open_dense(checkpoint.folder, spec), files)
+    if method in CONTAINERS:
+        load = container_module(method).open_dense(files, spec)
+        return _Model(name, checkpoint.folder, spec, method, load, files)
     if method is not None:
         raise UnsupportedModel(
-            f"{name} is quantized with {method}; this version scores dense folders, GPTQ folders and GGUF files"
+            f"{name} is quantized with {method}; this version scores GGUF files and folders that are dense or one of "
+            + ", ".join(c for c in CONTAINERS if c not in ("gguf", "safetensors"))
         )
     if problems := checkpoint_problems(spec, checkpoint):
         raise CheckpointError(f"{problems[0]}; fetch the model again")
@@ -173,9 +178,29 @@ def _source(target: str, opened: _Model | None, model: _Model, fallbacks: list[F
     if opened is None:
         with gguf_source(Path(target), model.spec, fallbacks) as source:
             yield source
+    elif opened.container == "safetensors":
+        yield StreamedSource(opened.spec, opened.load, "streamed weights")
     else:
-        name = "decoded weights" if opened.container == "gptq" else "streamed weights"
-        yield StreamedSource(opened.spec, opened.load, name)
+        yield folder_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)
+
+
+def folder_source(
+    container: str, files: Sequence[Path], spec: ModelSpec, parameters: int, fallbacks: list[Fallback]
+) -> LogitSource:
+    """What runs a folder: transformers where it loads the container and the model fits, else its decoded weights."""
+    if container in LOADED_BY_TRANSFORMERS:
+        if 4 * parameters <= WHOLE_MODEL_BYTES:
+            return TransformersSource(files[0].parent)
+        fallbacks.append(
+            Fallback(
+                subject=files[0].parent.name,
+                wanted="scored by transformers",
+                used="scored by its decoded weights",
+                reason=f"the whole model in float32 is more than {WHOLE_MODEL_BYTES / 2**30:.0f} GiB; "
+                "activations that an engine rounds are not rounded here",
+            )
+        )
+    return StreamedSource(spec, container_module(container).open_dense(files, spec), "decoded weights")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Error feedback (GPTQ) for scalar and lattice codecs, then coordinate descent on codes and scales.
+"""Error feedback (GPTQ) for scalar, lattice and trellis codecs, then coordinate descent on codes and scales.
 
 Minimises tr((W-Q) H (W-Q)^T), H the damped gram of the layer's inputs.
 
@@ -45,6 +45,8 @@ class _Columns:
         if self.codec.step == 1:
             units = self.codec.nearest(target.T, weight, None, zero).T
         else:
+            if self.codec.rows > 1:
+                weight = weight * self.scale[at].T.square()  # rows of one tile may differ in scale
             units = self.codec.nearest(target.T.contiguous(), weight, metric).T
         value = units * self.scale[at]
         return units, value if self.offset is None else value - self.offset[at]
@@ -133,9 +135,9 @@ def _sweep(weight: Tensor, units: Tensor, grid: Grid, hessian: Tensor, codec: Bl
             else:
                 wanted = quantized[at] + torch.linalg.solve(curve, pull[at])
                 new_units, value = columns.quantize(wanted, at, curve.diagonal(), curve)
-                # the shortlist may miss the present point: keep it where it is better
+                # the codec's search may miss the present point: keep it where it is better
                 new, old = value - wanted, quantized[at] - wanted
-                worse = (new * (curve @ new)).sum(0) > (old * (curve @ old)).sum(0)
+                worse = _per_tile((new * (curve @ new)).sum(0), codec) > _per_tile((old * (curve @ old)).sum(0), codec)
                 new_units, value = torch.where(worse, units[at], new_units), torch.where(worse, quantized[at], value)
             delta = value - quantized[at]
             units[at], quantized[at] = new_units, value
@@ -144,3 +146,10 @@ def _sweep(weight: Tensor, units: Tensor, grid: Grid, hessian: Tensor, codec: Bl
         pull[:start].addmm_(hessian[:start, start:stop], moved, alpha=-1)
         pull[stop:].addmm_(hessian[stop:, start:stop], moved, alpha=-1)
     return units.T.contiguous()
+
+
+def _per_tile(cost: Tensor, codec: BlockCodec) -> Tensor:
+    """Cost of every row [R] -> of all rows that are coded together with it, [R]."""
+    if codec.rows == 1:
+        return cost
+    return cost.reshape(-1, codec.rows).sum(1).repeat_interleave(codec.rows)

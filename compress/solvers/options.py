@@ -5,9 +5,15 @@ Adding a solver is one class here and one file `compress/solvers/<name>.py`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Tunable = Literal["norms", "router", "biases", "scales", "codes"]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class SolverOptions(BaseModel):
@@ -50,10 +56,29 @@ class GptqOptions(SolverOptions):
 
 
 class RecoverOptions(BaseModel):
-    """Tune what stays in float once a block's codes are known."""
+    """Tune what a block keeps in float, once its codes are known, so that it does again what the original did."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    epochs: int = Field(2, ge=1)
+    tune: Annotated[tuple[Tunable, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
+        "norms",
+        "router",
+        "biases",
+        "scales",
+        "codes",
+    )
+    """`scales`: the stored real numbers of every quantized tensor, its codes fixed; `codes`: tensors of six bits a weight
+    or more are tuned as float and rounded again to their own scales, instead."""
+    loss: Literal["sensitivity", "mse"] = Field(
+        "sensitivity",
+        description="squared error of the block's output as the original's next-token loss feels it, or plain",
+    )
+    epochs: int = Field(2, ge=1, description="passes over the calibration windows that are not held out")
+    lr_floats: float = Field(0.002, gt=0, description="Adam's step for norms, router and biases, over their size")
+    lr_scales: float = Field(0.005, gt=0, description="the same for scales")
+    lr_codes: float = Field(0.003, gt=0, description="the same for weights that are rounded again")
+    held_out: float = Field(0.125, gt=0, lt=1, description="share of the windows that decides what is kept")
+    patience: int = Field(1, ge=1, description="epochs without improvement on them before a block is done")
+    survey: int = Field(32, ge=1, description="windows on which the original's sensitivity is measured")
 
 
 SOLVERS: dict[str, type[SolverOptions]] = {"rtn": RtnOptions, "gptq": GptqOptions}

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from compress.codecs.base import BlockCodec
-from compress.solvers.base import Solution, relative_error, safe_divisor
+from compress.solvers.base import Solution, relative_error
 from compress.solvers.options import RtnOptions
 
 NEEDS_GRAM = False
+
+
+def _flat(values: Tensor, codec: BlockCodec) -> Tensor:
+    """[R, n] -> [R * n / step, step]: row after row, or step after step where rows are coded together."""
+    steps = values.reshape(len(values), -1, codec.step)
+    return (steps.transpose(0, 1) if codec.rows > 1 else steps).reshape(-1, codec.step)
 
 
 def solve(weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOptions) -> Solution:
@@ -19,11 +25,13 @@ def solve(weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOp
     importance = torch.ones(n, device=weight.device) if gram is None else gram.diagonal().float().clamp_min(0)
     if float(importance.sum()) == 0:
         importance = torch.ones_like(importance)
-    grid = codec.fit(weight, importance)
-    shifted = weight if grid.offset is None else weight + codec.columns(grid.offset)
-    target = (shifted / codec.columns(safe_divisor(grid.scale))).reshape(-1, codec.step)
+    grid, target = codec.rounding(weight, importance)
+    target = _flat(target, codec)
     zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
-    weights = importance.reshape(1, -1, codec.step).expand(weight.shape[0], -1, -1).reshape(-1, codec.step)
+    weights = importance.expand_as(weight)
+    if codec.rows > 1:
+        weights = weights * codec.columns(grid.scale).square()  # rows of one tile may differ in scale
+    weights = _flat(weights, codec)
     chunks = range(0, len(target), 1 << 15)
     units = torch.cat(
         [
@@ -36,6 +44,8 @@ def solve(weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOp
             for i in chunks
         ]
     )
+    if codec.rows > 1:
+        units = units.reshape(-1, weight.shape[0], codec.step).transpose(0, 1)
     units = units.reshape(weight.shape)
     reference = torch.diag(importance) if gram is None else gram.float()
     return Solution(units, grid, codec, 0.0, 0, relative_error(weight, codec.decode(units, grid), reference))

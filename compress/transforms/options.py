@@ -25,7 +25,7 @@ class AwqOptions(TransformOptions):
     """Activation-aware scaling: channels with large activations get finer steps."""
 
     name: Literal["awq"] = "awq"
-    grid: int = Field(20, ge=1, description="exponents tried between 0 and 1")
+    grid: int = Field(20, ge=1, description="steps in which the exponent of the activations goes from 0 to 1")
     duo: bool = Field(True, description="divide by the weights' own magnitudes, too")
 
 
@@ -33,6 +33,7 @@ class SmoothOptions(TransformOptions):
     """SmoothQuant: move the activations' outliers into the weights, for 8-bit activations."""
 
     name: Literal["smooth"] = "smooth"
+    fold: Annotated[tuple[Place, ...], BeforeValidator(_tuple)] = ("attention.in", "ffn.in")
     alpha: float = Field(0.5, ge=0, le=1, description="how much of the difficulty moves from activations to weights")
 
 
@@ -41,4 +42,5 @@ class RotateOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     kinds: Annotated[tuple[Literal["R1", "R2"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("R1", "R2")
-    seed: int = Field(0, ge=0)
+    """R1 turns the residual stream, R2 the value heads."""
+    seed: int = Field(0, ge=0, description="of the random signs")

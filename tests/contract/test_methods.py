@@ -38,7 +38,11 @@ SOLVER_NAMES = _files(compress.solvers)
 CODEC_FILES = _files(compress.codecs)
 # files that stand for a family of names, and the names tested here
 FAMILIES = {
+    "e8p": ("e8p", "e8p3", "e8p4"),
     "float": ("f32", "f16", "bf16"),
+    "nf4": ("nf4", "nf4-dq"),
+    "fp4": ("fp4", "fp4-dq"),
+    "trellis": ("trellis2", "trellis3", "trellis4"),
     "uniform": ("int2-g64", "int3-g128-asym", "int4-g128", "int4-row", "int8-g32-asym"),
 }
 CODECS = [name for stem in CODEC_FILES for name in FAMILIES.get(stem, (stem,))]
@@ -52,11 +56,13 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @functools.cache
-def _fixture() -> tuple[Tensor, Tensor]:
-    """Weight [12, 256] and the gram of correlated inputs with loud channels."""
-    mix = _randn(N, N, seed=1) / N**0.5 + 0.5 * torch.eye(N)
-    x = (_randn(1500, N, seed=2) @ mix) * torch.exp(0.7 * _randn(N, seed=3))
-    return 0.05 * _randn(12, N, seed=4), x.T @ x / 1500
+def _fixture(codec: str) -> tuple[Tensor, Tensor]:
+    """Weight and the gram of correlated inputs with loud channels: [12, 256], or two tiles high and [32, 64] where rows
+    are coded together."""
+    rows, n = (12, N) if codec_info(codec).rows == 1 else (2 * codec_info(codec).rows, 64)
+    mix = _randn(n, n, seed=1) / n**0.5 + 0.5 * torch.eye(n)
+    x = (_randn(1500, n, seed=2) @ mix) * torch.exp(0.7 * _randn(n, seed=3))
+    return 0.05 * _randn(rows, n, seed=4), x.T @ x / 1500
 
 
 def _solve(solver: str, codec: str | BlockCodec, weight: Tensor, gram: Tensor) -> Solution:
@@ -67,7 +73,7 @@ def _solve(solver: str, codec: str | BlockCodec, weight: Tensor, gram: Tensor) -
 @functools.cache
 def _plain(solver: str, codec: str) -> Solution:
     """The fixture's own solution."""
-    return _solve(solver, codec, *_fixture())
+    return _solve(solver, codec, *_fixture(codec))
 
 
 def _same(a: Solution, b: Solution) -> None:
@@ -92,7 +98,7 @@ def test_codec_files_and_names_go_together(name: str) -> None:
     codec, info = get_codec(name), codec_info(name)
     assert isinstance(codec, Codec) and (codec.name, codec.kind) == (name, info.kind)
     assert get_codec(name) is codec
-    assert importlib.import_module(f"compress.codecs.{info.kind if info.kind != 'ggml' else name}").__doc__
+    assert importlib.import_module(type(codec).__module__).__doc__
 
 
 def test_every_known_name_has_a_file() -> None:
@@ -106,11 +112,11 @@ def test_every_known_name_has_a_file() -> None:
 # -- every solver with every codec
 @pytest.mark.parametrize(("solver", "codec"), PAIRS)
 def test_deterministic_pure_and_bytes_hold_what_was_solved(solver: str, codec: str) -> None:
-    weight, gram = (t.clone() for t in _fixture())
+    weight, gram = (t.clone() for t in _fixture(codec))
     first, again = _plain(solver, codec), _solve(solver, codec, weight, gram)
     _same(first, again)
     assert first.error == again.error
-    assert torch.equal(weight, _fixture()[0]) and torch.equal(gram, _fixture()[1]), "an input was modified"
+    assert torch.equal(weight, _fixture(codec)[0]) and torch.equal(gram, _fixture(codec)[1]), "an input was modified"
     decoded = get_codec(codec).unpack(first.pack())
     assert decoded.dtype == torch.float32 and decoded.shape == weight.shape
     assert torch.equal(decoded, first.decode())
@@ -120,9 +126,12 @@ def test_deterministic_pure_and_bytes_hold_what_was_solved(solver: str, codec: s
 
 @pytest.mark.parametrize(("solver", "codec"), PAIRS)
 def test_rows_are_independent(solver: str, codec: str) -> None:
-    """A row-permuted weight gives row-permuted bytes; float32 sums may break a rare tie the other way."""
-    weight, gram = _fixture()
-    order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(5))
+    """A row-permuted weight gives row-permuted bytes; float32 sums may break a rare tie the other way. Rows that are
+    coded together move together."""
+    weight, gram = _fixture(codec)
+    tile = codec_info(codec).rows
+    order = torch.randperm(len(weight) // tile, generator=torch.Generator().manual_seed(5))
+    order = (order[:, None] * tile + torch.arange(tile)).flatten()
     straight, shuffled = _plain(solver, codec), _solve(solver, codec, weight[order], gram)
     same = (straight.units[order] == shuffled.units).all(1)
     assert same.float().mean() >= 0.9
@@ -132,9 +141,10 @@ def test_rows_are_independent(solver: str, codec: str) -> None:
 
 @pytest.mark.parametrize(("solver", "codec"), PAIRS)
 def test_one_row_and_a_non_contiguous_view(solver: str, codec: str) -> None:
-    weight, gram = _fixture()
-    one = _solve(solver, codec, weight[3:4], gram)
-    assert one.decode().shape == (1, N)
+    weight, gram = _fixture(codec)
+    tile = codec_info(codec).rows
+    one = _solve(solver, codec, weight[tile : 2 * tile], gram)
+    assert one.decode().shape == (tile, weight.shape[1])
     view = weight.T.contiguous().T  # column-major
     strided = torch.stack((weight, torch.full_like(weight, torch.nan)), dim=2)[..., 0]
     assert not view.is_contiguous() and not strided.is_contiguous()
@@ -148,8 +158,8 @@ def test_one_row_and_a_non_contiguous_view(solver: str, codec: str) -> None:
 @pytest.mark.parametrize(("solver", "codec"), PAIRS)
 def test_dead_columns_and_a_rank_deficient_gram(solver: str, codec: str) -> None:
     """Six tokens, every fourth channel silent: finite values of the weight's own size, an honest error."""
-    weight, _ = _fixture()
-    x = _randn(6, N, seed=6)
+    weight, _ = _fixture(codec)
+    x = _randn(6, weight.shape[1], seed=6)
     x[:, ::4] = 0.0
     gram = x.T @ x / 6
     solution = _solve(solver, codec, weight, gram)
@@ -161,9 +171,9 @@ def test_dead_columns_and_a_rank_deficient_gram(solver: str, codec: str) -> None
 @pytest.mark.parametrize(("solver", "codec"), PAIRS)
 def test_empty_and_zero_inputs(solver: str, codec: str) -> None:
     """No statistics at all; a weight that is all zero; zero rows among others."""
-    weight, gram = _fixture()
+    weight, gram = _fixture(codec)
     assert torch.isfinite(_solve(solver, codec, weight, torch.zeros_like(gram)).decode()).all()
-    assert not _solve(solver, codec, torch.zeros_like(weight[:1]), gram).decode().any()
+    assert not _solve(solver, codec, torch.zeros_like(weight[: codec_info(codec).rows]), gram).decode().any()
     partly = weight.clone()
     partly[2] = 0.0
     assert not _solve(solver, codec, partly, gram).decode()[2].any()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from compress.codecs.names import codec_info
 from compress.models import ModelSpec, TensorSpec, load_spec
 from compress.weights import Packed
 
@@ -63,3 +64,18 @@ def reference_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+def uniform_packed(codec: str, shape: tuple[int, ...], seed: int) -> Packed:
+    """Random codes over the whole range of an intN codec; decoded rows have a norm of about two."""
+    info, random = codec_info(codec), torch.Generator().manual_seed(seed)
+    (rows, columns), levels = shape, 2**info.bits
+    groups = columns // info.block if info.block else 1
+    codes = torch.randint(0, levels, (rows, columns), generator=random).to(torch.uint8)
+    codes[0, :2] = torch.tensor([0, levels - 1])
+    zeros = torch.full((rows, groups), levels // 2, dtype=torch.uint8)
+    if not info.symmetric:
+        zeros = torch.randint(levels // 4, 3 * levels // 4, (rows, groups), generator=random).to(torch.uint8)
+        zeros[:2, 0] = torch.tensor([0, levels - 1])
+    scales = (0.5 + torch.rand(rows, groups, generator=random)) * (7 / levels / columns**0.5)
+    return Packed(codec, shape, {"codes": codes, "scales": scales.half(), "zeros": zeros})

@@ -18,7 +18,14 @@ PURE = ("transforms", "solvers", "codecs")
 
 VALUES = ("statistics", "weights", "errors")
 PURE_MAY_IMPORT = {
-    "transforms": ("transforms.base", "transforms.options", "transforms.hadamard", "codecs.base", *VALUES),
+    "transforms": (
+        "transforms.base",
+        "transforms.options",
+        "transforms.hadamard",
+        "codecs.base",
+        "models.base",
+        *VALUES,
+    ),  # models.base: which tensors a block has, as types only
     "solvers": ("solvers.base", "solvers.options", "codecs.base", *VALUES),
     "codecs": ("codecs.base", "codecs.bits", "codecs.lattice", "codecs.names", *VALUES),
 }
@@ -26,9 +33,12 @@ PURE_MAY_IMPORT = {
 SAME_FORMAT = {
     ("compress.codecs.q5_1", "compress.codecs.q5_0"),  # the fifth bits
     ("compress.codecs.iq4_xs", "compress.codecs.iq4_nl"),  # the sixteen levels
+    ("compress.codecs.iq1_m", "compress.codecs.iq1_s"),  # the shift
+    ("compress.codecs.q4_1", "compress.codecs.q5_1"),  # a scale and a minimum per block
+    ("compress.codecs.tq1_0", "compress.codecs.tq2_0"),  # the three levels
+    ("compress.codecs.fp4", "compress.codecs.nf4"),  # the block
     ("compress.codecs", "compress.codecs.float"),  # the package's own look-up
     ("compress.codecs", "compress.codecs.uniform"),
-    ("compress.codecs", "compress.codecs.e8p"),
 }
 """Imports between two files of one folder that share a table, each with its reason."""
 
@@ -131,6 +141,13 @@ def test_pure_layers_do_not_touch_the_world(path: Path) -> None:
 def test_lower_layers_know_nothing_of_the_upper_ones(path: Path) -> None:
     wrong = {name for name in _imports(TREES[path]) if name.startswith(UPPER)}
     assert not wrong
+
+
+def test_the_runtime_needs_nothing_that_makes_models() -> None:
+    below = ("codecs", "containers", "transforms", "models", "runtime", "checkpoint", "errors", "weights")
+    for path in (PACKAGE / "runtime").glob("*.py"):
+        inside = [name.split(".") for name in _imports(TREES[path]) if name.startswith("compress.")]
+        assert not {name[1] for name in inside} - set(below), path
 
 
 def test_only_cli_and_report_print_or_log() -> None:

@@ -1,0 +1,186 @@
+"""Every method on one model: bits per weight, KL divergence, perplexity, top-1 agreement, wall time.
+
+    python benchmarks/methods.py --samples 256 --windows 60 --markdown out.md [--only PATTERN]
+
+Each case is one `compress run` of a shipped recipe, or of one with a few overrides, in a process of its own; all read the
+same calibration windows and are scored on the same windows of WikiText-2, on which no setting was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RTN = "steps[0].quantize.solver=rtn"
+
+
+def experts(codec: str) -> tuple[str, ...]:
+    """quip-2bit with another codec for its experts: everything around them stays the same."""
+    return (f"steps[0].quantize.rules[0].codec={codec}",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: its group in the table, its label, the recipe and what differs from it."""
+
+    group: str
+    label: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+TWO, THREE, FOUR, EIGHT = "2 bits, routed experts", "3 bits, routed experts", "4 bits", "8 bits"
+FILES = "GGUF files, scored in llama.cpp"
+CASES = (
+    Case(TWO, "int2-g128-asym rtn", "quip-2bit", (*experts("int2-g128-asym"), RTN)),
+    Case(TWO, "int2-g128-asym gptq", "quip-2bit", experts("int2-g128-asym")),
+    Case(TWO, "q2_k rtn", "quip-2bit", (*experts("q2_k"), RTN)),
+    Case(TWO, "q2_k gptq", "quip-2bit", experts("q2_k")),
+    Case(TWO, "iq2_xxs rtn", "quip-2bit", (*experts("iq2_xxs"), RTN)),
+    Case(TWO, "iq2_xxs gptq", "quip-2bit", experts("iq2_xxs")),
+    Case(TWO, "iq2_s gptq", "quip-2bit", experts("iq2_s")),
+    Case(TWO, "e8p rtn", "quip-2bit", (RTN,)),
+    Case(TWO, "e8p gptq (quip-2bit)", "quip-2bit"),
+    Case(TWO, "trellis2 gptq (trellis-2bit)", "trellis-2bit"),
+    Case(TWO, "iq1_m gptq", "quip-2bit", experts("iq1_m")),
+    Case(TWO, "iq1_s gptq", "quip-2bit", experts("iq1_s")),
+    Case(TWO, "tq2_0 gptq", "quip-2bit", experts("tq2_0")),
+    Case(TWO, "tq1_0 gptq", "quip-2bit", experts("tq1_0")),
+    Case(THREE, "int3-g128 gptq", "quip-2bit", experts("int3-g128")),
+    Case(THREE, "iq3_xxs gptq", "quip-2bit", experts("iq3_xxs")),
+    Case(THREE, "iq3_s gptq", "quip-2bit", experts("iq3_s")),
+    Case(THREE, "q3_k gptq", "quip-2bit", experts("q3_k")),
+    Case(THREE, "e8p3 gptq", "quip-2bit", experts("e8p3")),
+    Case(THREE, "trellis3 gptq", "quip-2bit", experts("trellis3")),
+    Case(FOUR, "rtn-w4-g128", "rtn-w4-g128"),
+    Case(FOUR, "gptq-w4-g128", "gptq-w4-g128"),
+    Case(FOUR, "rtn, asymmetric", "rtn-w4-g128", ("steps[0].quantize.scheme=W4A16_ASYM",)),
+    Case(FOUR, "gptq, asymmetric", "gptq-w4-g128", ("steps[0].quantize.scheme=W4A16_ASYM",)),
+    Case(FOUR, "awq-w4-g128", "awq-w4-g128"),
+    Case(FOUR, "awq-gptq-w4-g128", "awq-gptq-w4-g128"),
+    Case(FOUR, "rotate-w4-g128", "rotate-w4-g128"),
+    Case(FOUR, "nf4", "nf4"),
+    Case(FOUR, "nf4-solved", "nf4-solved"),
+    Case(FOUR, "fp4-dq gptq", "nf4-solved", ("steps[0].quantize.rules[0].codec=fp4-dq",)),
+    Case(FOUR, "e8p4 gptq, experts", "quip-2bit", experts("e8p4")),
+    Case(FOUR, "trellis4 gptq, experts", "quip-2bit", experts("trellis4")),
+    Case(FOUR, "iq4_xs gptq, experts", "quip-2bit", experts("iq4_xs")),
+    Case(EIGHT, "int8-w8a16", "int8-w8a16"),
+    Case(EIGHT, "int8-w8a8", "int8-w8a8"),
+    Case(EIGHT, "int8-w8a8 without smoothing", "int8-w8a8", ("steps=[{quantize: {solver: gptq, scheme: W8A8}}]",)),
+    Case(FILES, "gguf-q4-k-m", "gguf-q4-k-m"),
+    Case(FILES, "awq-gguf-q4-k-m", "awq-gguf-q4-k-m"),
+    Case(FILES, "gguf-mxfp4", "gguf-mxfp4"),
+    Case(FILES, "qwen-moe-2bit-plus", "qwen-moe-2bit-plus"),
+    Case(FILES, "qwen-moe-2bit", "qwen-moe-2bit"),
+    Case(FILES, "gguf-iq1-m", "gguf-iq1-m"),
+    Case(FILES, "gguf-ternary", "gguf-ternary"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case measured. kl: mean and the ends of its interval, nats a token; ratio: of perplexities."""
+
+    case: Case
+    bits: float
+    expert_bits: float
+    bytes: int
+    kl: tuple[float, float, float]
+    perplexity: float
+    ratio: float
+    top1: float
+    seconds: float
+
+
+def measure(case: Case, samples: int, suite: Path, folder: Path) -> Row:
+    """Run one case and read its scorecard."""
+    settings = [*case.overrides, f"calibration.samples={samples}", f"score.suite={suite}"]
+    output = folder / re.sub(r"\W+", "-", case.label)
+    command = [sys.executable, "-m", "compress.cli"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    plan = subprocess.run(
+        [*command, "plan", case.recipe, *sets, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    tensors = [t for t in json.loads(plan.stdout)["tensors"] if t["role"].startswith(("routed_experts", "mlp"))]
+    weights = sum(t["shape"][0] * t["shape"][1] for t in tensors)
+    started = time.perf_counter()
+    run = subprocess.run(
+        [*command, "run", case.recipe, *sets, "--output", str(output), "--quiet"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    if run.returncode:
+        raise SystemExit(f"{case.label}: {run.stderr.strip() or run.stdout.strip()}")
+    card = json.loads((output / "scorecard.json").read_text())
+    artifact = card["artifacts"][0]
+    scores = artifact["scores"]
+    return Row(
+        case,
+        artifact["bits_per_weight"],
+        8 * sum(t["bytes"] for t in tensors) / weights,
+        artifact["bytes"],
+        (scores["kld"]["mean"], scores["kld"]["low"], scores["kld"]["high"]),
+        scores["perplexity"]["value"],
+        scores["perplexity_ratio"]["value"],
+        scores["top1_agreement"]["value"],
+        seconds,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, one block a group, the closest model last."""
+    lines = []
+    for group in dict.fromkeys(row.case.group for row in rows):
+        lines += [
+            "",
+            f"| {group} | bits, experts | bits, file | KL | 95% interval | perplexity | against original | top-1 | time |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        members = [row for row in rows if row.case.group == group]
+        for row in sorted(members, key=lambda row: -row.kl[0]):
+            mean, low, high = row.kl
+            lines.append(
+                f"| {row.case.label} | {row.expert_bits:.2f} | {row.bits:.2f} | {mean:.5f} | {low:.5f} to {high:.5f} "
+                f"| {row.perplexity:.2f} | {100 * (row.ratio - 1):+.2f}% | {100 * row.top1:.1f}% | {row.seconds:.0f} s |"
+            )
+    return "\n".join(lines).strip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=60, help="scored windows of 512 tokens")
+    parser.add_argument("--text", default="wikitext2")
+    parser.add_argument("--only", default="", help="regular expression of labels")
+    parser.add_argument("--markdown", type=Path, help="also write the table here, after every case")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="compress-methods-") as scratch:
+        suite = Path(scratch) / "methods.yaml"
+        suite.write_text(
+            f"name: methods\ndescription: benchmark\ntext: {options.text}\nwindows: {options.windows}\nlength: 512\n"
+        )
+        for case in CASES:
+            if not re.search(options.only, case.label):
+                continue
+            rows.append(measure(case, options.samples, suite, Path(scratch)))
+            print(f"{case.label}: KL {rows[-1].kl[0]:.5f}, {rows[-1].seconds:.0f} s", flush=True)
+            if options.markdown:
+                options.markdown.write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Makes transformers load folders of the container `compress`, without importing transformers.
+
+If transformers' quantizers are loaded already, ours is added at once; else an import hook adds it when they first are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+TARGET = "transformers.quantizers.auto"
+
+
+class _Hook:
+    """A meta-path finder that knows one module: it lets the others find it and adds our quantizer behind it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != TARGET or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Register now or as soon as transformers' quantizers are imported; calling it again changes nothing."""
+    if TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook())
+
+
+def _register() -> None:
+    from compress.runtime.loader import register
+
+    register()

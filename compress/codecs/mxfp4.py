@@ -1,0 +1,81 @@
+"""ggml MXFP4: blocks of 32 e2m1 levels under a power of two (OCP Microscaling Formats 1.0, section 5).
+
+ggml keeps the levels doubled, so the byte e stands for the scale 2^(e - 128). Byte 255 is the standard's NaN and never
+written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import Grid, IntegerScale, ScalarCodec
+from compress.codecs.bits import pack_nibbles, u8, unpack_nibbles
+
+# kvalues_mxfp4, ggml-common.h, in rising order without the second zero
+LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
+CODES = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
+SMALLEST, LARGEST = -128, 126  # exponents of the bytes 0 and 254
+
+
+def power_of_two(wanted: Tensor) -> Tensor:
+    """The storable power of two nearest to `wanted`; the smallest one for what is not positive."""
+    mantissa, exponent = torch.frexp(wanted)  # wanted = mantissa 2^exponent, mantissa in [1/2, 1)
+    exponent = torch.where(wanted > 0, exponent - (mantissa <= 0.75).int(), SMALLEST)
+    return torch.ldexp(torch.ones_like(wanted), exponent.clamp(SMALLEST, LARGEST))
+
+
+class MXFP4(ScalarCodec):
+    name, span, sub, block_bytes = "mxfp4", 32, 32, 17
+    low, high = LEVELS[0], LEVELS[-1]
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    codes = torch.tensor(CODES, dtype=torch.uint8)
+    _edges = (levels[1:] + levels[:-1]) / 2
+
+    def index(self, units: Tensor) -> Tensor:
+        return torch.bucketize(units.contiguous(), self._edges.to(units.device))
+
+    def round(self, target: Tensor) -> Tensor:
+        return self.levels.to(target.device)[self.index(target)]
+
+    def _search_scale(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Every power of two that can be best, from one that clips nothing down to one that clips to a sixteenth."""
+        _, top = torch.frexp(x.abs().amax(2))
+        x = torch.ldexp(x, -top[..., None])  # now at most 1, so that squares neither overflow nor vanish
+        best_error, best, curvature = torch.full_like(x[..., 0], torch.inf), torch.zeros_like(top), None
+        for exponent in range(-3, -8, -1):
+            u = self.round(x * 2.0**-exponent)
+            error, square = (a * (x - u * 2.0**exponent) ** 2).sum(2), (a * u * u).sum(2)
+            curvature = square if curvature is None else torch.where(error < best_error, square, curvature)
+            best = torch.where(error < best_error, top + exponent, best)
+            best_error = torch.minimum(error, best_error)
+        empty = (x == 0).all(2)
+        exponent = torch.where(empty, SMALLEST, best).clamp(SMALLEST, LARGEST)
+        return torch.ldexp(torch.ones_like(best_error), exponent), curvature
+
+    def store(
+        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
+    ) -> Grid:
+        return Grid(scale=power_of_two(scale))
+
+    @staticmethod
+    def _nearest_scale(wanted: Tensor, d: Tensor | None, rule: IntegerScale | None) -> Tensor:
+        return power_of_two(wanted)
+
+    def refit(self, weight: Tensor, units: Tensor, grid: Grid, gram: Tensor) -> Grid:
+        # The steps are float32 differences: next to a large scale the smallest would round to zero, which has no byte.
+        return Grid(scale=power_of_two(super().refit(weight, units, grid, gram).scale))
+
+    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+        exponent = torch.frexp(grid.scale)[1] - 1
+        codes = self.codes.to(units.device)[self.index(units)]
+        return torch.cat((u8(exponent - SMALLEST), pack_nibbles(codes)), dim=1)
+
+    def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+        table = torch.zeros(16, device=blocks.device)
+        table[self.codes.long()] = self.levels.to(blocks.device)
+        scale = torch.ldexp(torch.ones(len(blocks), 1, device=blocks.device), blocks[:, :1].int() + SMALLEST)
+        return table[unpack_nibbles(blocks[:, 1:]).long()], scale, None
+
+
+CODEC = MXFP4()

@@ -1,0 +1,181 @@
+"""bitsandbytes' 4-bit blocks: NF4, the quantiles of a normal distribution, and what it shares with FP4.
+
+64 consecutive columns share one float32 `absmax`; a code stands for a level in [-1, 1] times it (QLoRA, arXiv
+2305.14314, section 3). Double quantization (`-dq`) stores the absmax values of the whole matrix as 8-bit codes: their
+mean is subtracted, and 256 of them, row after row, share one float32. The 8-bit levels are the dynamic map of arXiv
+1511.04561.
+
+`rounding` (plain rounding to nearest) gives the bytes of bitsandbytes; `fit` searches better scales for solvers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import TINY, Grid, ScalarCodec
+from compress.weights import Packed
+
+BLOCK, NESTED_BLOCK = 64, 256
+# QLoRA, appendix E
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_SMALLEST_DIVISOR = 1e-38  # bitsandbytes' own guard against empty blocks
+_BINS = 65535  # bitsandbytes rounds to this many steps before it looks the nearest 8-bit level up on a CPU
+
+
+def dynamic_map() -> Tensor:
+    """The 256 sorted levels of the signed dynamic 8-bit type, float32.
+
+    For each of seven decimal exponents e the midpoints of 2^e equal parts of [0.1, 1], times 10^(e - 6), with both
+    signs; and 0 and 1.
+    """
+    levels = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        ends = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (exponent - 6)
+        levels += [middles, -middles]
+    return torch.cat(levels).sort().values
+
+
+@dataclass(frozen=True)
+class NestedGrid(Grid):
+    """A grid whose scales are `dynamic_map[codes] * nested + mean`.
+
+    codes: int64 [R, J]; nested: float32 [ceil(R J / 256)], shared by 256 scales row after row; mean: float32 [1].
+    """
+
+    codes: Tensor | None = None
+    nested: Tensor | None = None
+    mean: Tensor | None = None
+
+
+class FourBit(ScalarCodec):
+    """One 4-bit type. `table`: the level of each code; `nested`: whether absmax is quantized, too."""
+
+    kind = "bnb"
+    span = sub = BLOCK
+    low, high = -1, 1
+    shrinks = tuple(1.1 - 0.05 * i for i in range(12))
+
+    def __init__(self, name: str, table: Sequence[float] | Tensor, *, nested: bool):
+        self.name, self.nested = name, nested
+        self.table = torch.as_tensor(table, dtype=torch.float32)
+        self._order = self.table.argsort(stable=True)
+        self._sorted = self.table[self._order]
+        self._edges = (self._sorted[1:] + self._sorted[:-1]) / 2
+        self.absmax_map = dynamic_map()
+        self._map_edges = (self.absmax_map[1:] + self.absmax_map[:-1]) / 2
+
+    def bits_per_weight(self, in_features: int) -> float:
+        return 4 + 8 * (1 + 4 / NESTED_BLOCK if self.nested else 4) / BLOCK
+
+    # -- levels ------------------------------------------------------------------------------------------------
+    def round(self, target: Tensor) -> Tensor:
+        """Nearest level; halfway cases go down, as in bitsandbytes."""
+        return self._sorted.to(target.device)[torch.bucketize(target.contiguous(), self._edges.to(target.device))]
+
+    def codes(self, units: Tensor) -> Tensor:
+        """Codes of levels, int64. FP4 has a code for -0.0, which differs from 0.0 in its sign bit alone."""
+        apart = torch.where((units == 0) & units.signbit(), torch.full_like(units, TINY), units)
+        return self._order.to(units.device)[torch.bucketize(apart.contiguous(), self._edges.to(units.device))]
+
+    # -- scales ------------------------------------------------------------------------------------------------
+    def rounding(self, weight: Tensor, importance: Tensor) -> tuple[Grid, Tensor]:
+        """bitsandbytes' own: absmax of each block, whatever the importance; codes from absmax before it is quantized."""
+        absmax = weight.reshape(weight.shape[0], -1, BLOCK).abs().amax(2)
+        return self._stored(absmax), weight * self.columns(1.0 / absmax.clamp_min(_SMALLEST_DIVISOR))
+
+    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+        return self._stored(super().fit(weight, importance).scale)
+
+    def store(
+        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
+    ) -> Grid:
+        return Grid(scale=scale)
+
+    def _stored(self, scale: Tensor) -> Grid:
+        """The grid that holds `scale` [R, J]: as it is, or in 8 bits around its mean as bitsandbytes rounds it."""
+        if not self.nested:
+            return Grid(scale=scale)
+        flat = scale.reshape(-1)
+        mean = flat.mean()
+        deviation = flat - mean
+        padded = torch.nn.functional.pad(deviation, (0, -len(flat) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+        nested = padded.abs().amax(1)
+        ratio = deviation * _per_scale(torch.where(nested > 0, 1.0 / nested, nested), len(flat))
+        bins = ((ratio + 1) * (_BINS / 2) + 0.5).floor()
+        codes = torch.bucketize(bins * 2 / _BINS - 1, self._map_edges.to(scale.device))
+        codes = torch.where(_per_scale(nested, len(flat)) > 0, codes, torch.zeros_like(codes)).reshape(scale.shape)
+        return self._nested_grid(codes, nested, mean.reshape(1))
+
+    def _nested_grid(self, codes: Tensor, nested: Tensor, mean: Tensor) -> NestedGrid:
+        values = self.absmax_map.to(codes.device)[codes] * _per_scale(nested, codes.numel()).reshape(codes.shape) + mean
+        return NestedGrid(scale=values, codes=codes, nested=nested, mean=mean)
+
+    def rescaled(self, grid: Grid, factor: Tensor, offset_factor: Tensor | None = None) -> Grid:
+        """See BlockCodec.rescaled; nested scales are quantized again around their new mean."""
+        return self._stored(grid.scale * factor)
+
+    def refit(self, weight: Tensor, units: Tensor, grid: Grid, gram: Tensor) -> Grid:
+        """Move every scale of every row, block by block, to the storable value nearest its optimum given all others.
+
+        weight, units: [R, n]; gram: [n, n]. Never increases tr((W-Q) gram (W-Q)^T). The optimum is sought among scales
+        that are not negative; the mean and the nested absmax stay.
+        """
+        pull = (weight - self.decode(units, grid)) @ gram
+        scale, rows = grid.scale.clone(), len(weight)
+        codes = grid.codes.clone() if isinstance(grid, NestedGrid) else None
+        shared = _per_scale(grid.nested, scale.numel()).reshape(scale.shape) if isinstance(grid, NestedGrid) else None
+        for block in range(scale.shape[1]):
+            at = slice(block * BLOCK, (block + 1) * BLOCK)
+            direction = units[:, at]
+            curve = ((direction @ gram[at, at]) * direction).sum(1)
+            step = (direction * pull[:, at]).sum(1) / curve.clamp_min(TINY)
+            new = (scale[:, block] + step).clamp_min(0.0)
+            if isinstance(grid, NestedGrid):
+                ratio = (new - grid.mean) / shared[:, block].clamp_min(TINY)
+                code = torch.bucketize(ratio, self._map_edges.to(ratio.device))
+                new = self.absmax_map.to(ratio.device)[code] * shared[:, block] + grid.mean
+            # a step along a coordinate is an improvement only if it lands nearer the optimum
+            good = ((new - scale[:, block] - step).abs() < step.abs()) & (curve > TINY)
+            delta = torch.where(good, new - scale[:, block], torch.zeros(rows, device=step.device))
+            pull[:, at.stop :].addmm_(direction * delta[:, None], gram[at, at.stop :], alpha=-1)
+            scale[:, block] = torch.where(good, new, scale[:, block])
+            if codes is not None:
+                codes[:, block] = torch.where(good, code, codes[:, block])
+        return Grid(scale=scale) if codes is None else self._nested_grid(codes, grid.nested, grid.mean)
+
+    # -- bytes -------------------------------------------------------------------------------------------------
+    def pack(self, units: Tensor, grid: Grid) -> Packed:
+        codes = self.codes(units).to(torch.uint8)
+        parts = {"codes": (codes[:, ::2] << 4) | codes[:, 1::2]}
+        if isinstance(grid, NestedGrid):
+            parts |= {"absmax": grid.codes.to(torch.uint8), "nested_absmax": grid.nested, "offset": grid.mean}
+        else:
+            parts["absmax"] = grid.scale
+        return Packed(self.name, tuple(units.shape), parts)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        parts = packed.parts
+        codes = torch.stack((parts["codes"] >> 4, parts["codes"] & 0xF), dim=2).reshape(packed.shape)
+        if self.nested:
+            grid = self._nested_grid(parts["absmax"].long(), parts["nested_absmax"], parts["offset"])
+        else:
+            grid = Grid(scale=parts["absmax"])
+        return self.decode(self.table.to(codes.device)[codes.long()], grid)
+
+
+def _per_scale(nested: Tensor, count: int) -> Tensor:
+    """[ceil(count / 256)] -> [count], every value for the 256 scales that share it."""
+    return nested.repeat_interleave(NESTED_BLOCK)[:count]
+
+
+CODEC = FourBit("nf4", LEVELS, nested=False)
+DOUBLE_QUANTIZED = FourBit("nf4-dq", LEVELS, nested=True)

@@ -1,0 +1,135 @@
+"""What checkpoints of packed linears share: the folder, names, and which linears engines fuse."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compress.containers._atomic import atomic_folder
+from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
+from compress.errors import OutputError
+from compress.models.base import ModelSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.weights import Packed
+
+FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
+"""Float codecs: their safetensors and their torch name."""
+
+_COMPANION_BYTES = 32 << 20
+_FUSED = {
+    **dict.fromkeys(("attention.q", "attention.k", "attention.v"), "q, k and v"),
+    **dict.fromkeys(("mlp.gate", "mlp.up"), "gate and up"),
+    **dict.fromkeys(("shared_experts.gate", "shared_experts.up"), "the shared expert's gate and up"),
+    **dict.fromkeys(
+        ("routed_experts.gate", "routed_experts.up", "routed_experts.down"), "the routed experts of a layer"
+    ),
+}
+
+
+class PlannedTensor(Protocol):
+    """One line of the plan: what `check_plan` and `write` read of it."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+    @property
+    def codec(self) -> str: ...
+    @property
+    def activations(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """`max_shard_size` in bytes; `replace` an existing folder."""
+
+    max_shard_size: int = 5_000_000_000
+    replace: bool = False
+
+
+def module_of(tensor: TensorSpec) -> str:
+    """The linear a weight belongs to."""
+    return tensor.name.removesuffix(".weight")
+
+
+def linears(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
+    """The weights that multiply activations: every matrix but the embeddings."""
+    return [p for p in tensors if len(p.spec.shape) == 2 and p.spec.role != "embeddings"]
+
+
+def fused_problem(tensors: Sequence[PlannedTensor], form: Callable[[PlannedTensor], object]) -> str | None:
+    """Why engines that fuse linears (vLLM, SGLang) cannot run a plan, or None.
+
+    They multiply q, k and v, gate and up, and all routed experts of a layer at once, so `form` (a hashable value) must
+    agree among them. Source: vLLM's packed_modules_mapping and CompressedTensorsMoEMethod.get_moe_method.
+    """
+    first: dict[tuple[int | None, str], PlannedTensor] = {}
+    for planned in tensors:
+        if (together := _FUSED.get(planned.spec.role)) is None:
+            continue
+        other = first.setdefault((planned.spec.layer, together), planned)
+        if form(other) != form(planned):
+            return (
+                f"{other.spec.name} is {_words(other)}, {planned.spec.name} {_words(planned)}: vLLM fuses {together} "
+                "and needs one format for them; give them the same codec"
+            )
+    return None
+
+
+def _words(planned: PlannedTensor) -> str:
+    return planned.codec + (f" with {planned.activations} inputs" if planned.activations else "")
+
+
+def int32_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [rows, n] of 4 or 8 bits -> int32 [rows, n * bits / 32], lowest bits first; n fills whole words."""
+    import torch
+
+    data = codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+    return data.flatten().view(torch.int32).reshape(len(codes), -1)
+
+
+def check_arrival(packed: Packed, planned: PlannedTensor, groups: int) -> None:
+    """OutputError unless `packed` is the tensor that was planned, with `groups` scales and zero points a row (0: a
+    float tensor has none)."""
+    tensor = planned.spec
+    if packed.codec != planned.codec or tuple(packed.shape) != tensor.shape:
+        raise OutputError(
+            f"{tensor.name} arrived as {packed.codec} {tuple(packed.shape)}, planned as {planned.codec} {tensor.shape}"
+        )
+    wanted = (tensor.shape[0], groups)
+    if groups and any(tuple(packed.parts[key].shape) != wanted for key in ("scales", "zeros")):
+        raise OutputError(f"{tensor.name} needs {groups} scales a row for {planned.codec}")
+
+
+def write_folder(
+    path: Path,
+    spec: ModelSpec,
+    tensors: Sequence[PlannedTensor],
+    slots: Callable[[PlannedTensor], list[Slot]],
+    encode: Callable[[PlannedTensor], Mapping[str, Tensor]],
+    quantization: Mapping[str, Any],
+    *,
+    source: Path,
+    options: Options,
+    provenance: Mapping[str, str],
+) -> list[Path]:
+    """Weights, config.json with `quantization` in it, tokenizer and compress.json; returns the weight files in order.
+
+    `slots` says what a planned tensor becomes, `encode` makes it; each is called once per tensor, in file order. The
+    config's dtype is the commonest float type of the matrices, float16 when none is float.
+    """
+    by_name = {planned.spec.name: planned for planned in tensors}
+    sources = [(planned.spec.name, slots(planned)) for planned in tensors]
+    floats = Counter(planned.codec for planned in tensors if planned.codec in FLOATS and len(planned.spec.shape) == 2)
+    dtype = FLOATS[floats.most_common(1)[0][0] if floats else "f16"][1]
+    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
+        files = write_shards(folder, sources, lambda name: encode(by_name[name]), options.max_shard_size)
+        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
+        write_json(folder / "config.json", {**config, "dtype": dtype, "quantization_config": quantization})
+        copy_companions(Path(source), folder)
+        write_json(folder / "compress.json", provenance)
+    return [path / file.name for file in files]

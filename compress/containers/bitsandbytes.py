@@ -1,0 +1,239 @@
+"""bitsandbytes' 4-bit checkpoints, which transformers loads as they are: `AutoModelForCausalLM.from_pretrained(folder)`.
+
+A linear layer `m` of [out, in] becomes `m.weight` uint8 [out * in / 2, 1] (two codes a byte, the even column in the high
+half), `m.weight.absmax` (float32, or uint8 when double-quantized) of out * in / 64 blocks, `m.weight.quant_map` float32
+[16] and `m.weight.quant_state.bitsandbytes__nf4` (or `__fp4`), the bytes of a JSON object with types and sizes.
+Double quantization adds `m.weight.nested_absmax` and `m.weight.nested_quant_map` float32 [256], and puts the mean of
+absmax into that JSON. Source: `QuantState.as_dict` of bitsandbytes.
+
+transformers replaces every nn.Linear by a 4-bit one except those in `llm_int8_skip_modules`, to which it adds nothing of
+its own once the list is there: the head must be on it, tied or not. Its routed experts are no nn.Linear and stay floats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.codecs.names import CodecInfo, codec_info
+from compress.containers._quantized import FLOATS, Options, check_arrival, module_of, write_folder
+from compress.containers._safetensors import Slot
+from compress.errors import CheckpointError, OutputError
+from compress.models.base import ModelSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.containers.gguf import PlannedTensor
+    from compress.weights import Packed
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+_OFFSET_ROOM = 24  # characters of the longest float32 in JSON, so that the size is known before the value
+_OTHERWISE = "leave it in float or export to container compress"
+
+
+def _quant_type(info: CodecInfo) -> str:
+    return info.name.removesuffix("-dq")
+
+
+def _nested(info: CodecInfo) -> bool:
+    return info.name.endswith("-dq")
+
+
+# -- what transformers would load --------------------------------------------------------------------------------------
+def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
+    """Why `tensor` cannot be stored as `codec` in such a folder, or None."""
+    info = codec_info(codec)
+    if info.name in FLOATS:
+        return None
+    if info.kind != "bnb":
+        return f"{tensor.name}: container bitsandbytes holds nf4, fp4 and floats, not {codec}"
+    if tensor.role.startswith("routed_experts"):
+        return (
+            f"{tensor.name}: transformers fuses routed experts into tensors that bitsandbytes leaves in float, so it "
+            f"could not load {codec} there; {_OTHERWISE}"
+        )
+    if len(tensor.shape) != 2 or tensor.role in ("embeddings", "lm_head", "router"):
+        return f"{tensor.name}: bitsandbytes keeps {tensor.role} in float, not {codec}; {_OTHERWISE}"
+    if tensor.shape[1] % _BLOCK:
+        return f"{tensor.name}: rows of {tensor.shape[1]} do not divide into blocks of {_BLOCK}; {_OTHERWISE}"
+    return None
+
+
+def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
+    """Raise OutputError for a plan that transformers would load wrongly, before anything is computed."""
+    problems = [p for p in (codec_problem(planned.spec, planned.codec) for planned in tensors) if p]
+    if problems:
+        raise OutputError(problems[0])
+    quantization_config(tensors)
+
+
+def quantization_config(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a plan. OutputError if nothing is quantized or types are mixed."""
+    infos = {module_of(p.spec): codec_info(p.codec) for p in tensors if len(p.spec.shape) == 2}
+    names = sorted({info.name for info in infos.values() if info.kind == "bnb"})
+    if not names:
+        raise OutputError("nothing in this plan is quantized to nf4 or fp4; use container safetensors")
+    if len(names) > 1:
+        raise OutputError(
+            f"this plan mixes {' and '.join(names)}, and config.json names one 4-bit type for all modules; choose one "
+            "or export to container compress"
+        )
+    chosen = codec_info(names[0])
+    floats = {module for module, info in infos.items() if info.kind == "float"} | {"lm_head"}
+    # names are matched from their start: one entry stands for all experts of a layer
+    skipped = {re.sub(r"\.experts\..*", ".experts", module) for module in floats - {"model.embed_tokens"}}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": _quant_type(chosen),
+        "bnb_4bit_use_double_quant": _nested(chosen),
+        "bnb_4bit_compute_dtype": _float_type(tensors),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted(skipped),
+    }
+
+
+def _float_type(tensors: Sequence[PlannedTensor]) -> str:
+    """The commonest float among the matrices, which transformers computes in."""
+    counts = Counter(p.codec for p in tensors if p.codec in FLOATS and len(p.spec.shape) == 2)
+    return FLOATS[counts.most_common(1)[0][0] if counts else "f16"][1]
+
+
+# -- tensors in the file -----------------------------------------------------------------------------------------------
+def _state(info: CodecInfo, shape: tuple[int, ...], dtype: str, offset: float = 0.0) -> dict[str, Any]:
+    """What `quant_state` says about one tensor."""
+    state = {"quant_type": _quant_type(info), "blocksize": _BLOCK, "dtype": dtype, "shape": list(shape)}
+    if _nested(info):
+        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return state
+
+
+def _state_bytes(info: CodecInfo, shape: tuple[int, ...], dtype: str) -> int:
+    return len(json.dumps(_state(info, shape, dtype))) + _OFFSET_ROOM
+
+
+def _slots(planned: PlannedTensor, dtype: str) -> list[Slot]:
+    tensor, info = planned.spec, codec_info(planned.codec)
+    if info.kind == "float":
+        return [Slot(tensor.name, FLOATS[info.name][0], tensor.shape)]
+    count = math.prod(tensor.shape)
+    blocks = count // _BLOCK
+    slots = [
+        Slot(tensor.name, "U8", (count // 2, 1)),
+        Slot(f"{tensor.name}.absmax", "U8" if _nested(info) else "F32", (blocks,)),
+        Slot(f"{tensor.name}.quant_map", "F32", (16,)),
+        Slot(_state_name(tensor.name, info), "U8", (_state_bytes(info, tensor.shape, dtype),)),
+    ]
+    if _nested(info):
+        slots.append(Slot(f"{tensor.name}.nested_absmax", "F32", (math.ceil(blocks / _NESTED_BLOCK),)))
+        slots.append(Slot(f"{tensor.name}.nested_quant_map", "F32", (256,)))
+    return slots
+
+
+def _state_name(name: str, info: CodecInfo) -> str:
+    return f"{name}.quant_state.bitsandbytes__{_quant_type(info)}"
+
+
+def _encode(packed: Packed, planned: PlannedTensor, dtype: str) -> dict[str, Tensor]:
+    """Checkpoint tensors of one weight: `_slots` filled."""
+    import torch
+
+    from compress.codecs import get_codec
+
+    check_arrival(packed, planned, 0)
+    tensor, info, name = planned.spec, codec_info(planned.codec), planned.spec.name
+    if info.kind == "float":
+        return {name: packed.parts["values"]}
+    codec = get_codec(info.name)
+    offset = float(packed.parts["offset"]) if _nested(info) else 0.0
+    text = json.dumps(_state(info, tensor.shape, dtype, offset)).encode()
+    padded = text.ljust(_state_bytes(info, tensor.shape, dtype))  # JSON ignores spaces at its end
+    tensors = {
+        name: packed.parts["codes"].reshape(-1, 1),
+        f"{name}.absmax": packed.parts["absmax"].reshape(-1),
+        f"{name}.quant_map": codec.table,
+        _state_name(name, info): torch.tensor(list(padded), dtype=torch.uint8),
+    }
+    if _nested(info):
+        tensors[f"{name}.nested_absmax"] = packed.parts["nested_absmax"]
+        tensors[f"{name}.nested_quant_map"] = codec.absmax_map
+    return tensors
+
+
+def write(
+    path: Path,
+    spec: ModelSpec,
+    tensors: Sequence[PlannedTensor],
+    fetch: Callable[[str], Packed],
+    *,
+    source: Path,
+    options: Options | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+
+    4-bit tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor, in
+    file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
+    folder that holds something else.
+    """
+    check_plan(spec, tensors)
+    dtype = _float_type(tensors)
+    return write_folder(
+        Path(path),
+        spec,
+        tensors,
+        lambda planned: _slots(planned, dtype),
+        lambda planned: _encode(fetch(planned.spec.name), planned, dtype),
+        quantization_config(tensors),
+        source=source,
+        options=options or Options(),
+        provenance=provenance or {},
+    )
+
+
+def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+    """A function that decodes one tensor of such a folder by its checkpoint name to float32.
+
+    Levels, scales and shapes are read from the file. CheckpointError for missing tensors or shapes that contradict each
+    other.
+    """
+    import torch
+
+    from compress.checkpoint import Checkpoint
+
+    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    checkpoint = Checkpoint.open(folder)
+    settings = checkpoint.config.get("quantization_config") or {}
+    kind = settings.get("bnb_4bit_quant_type", "fp4")
+
+    def load(name: str) -> Tensor:
+        stored = f"{name}.quant_state.bitsandbytes__{kind}"
+        values = checkpoint.load(name)
+        if stored not in checkpoint:
+            return values.float()
+        state = json.loads(bytes(checkpoint.load(stored).tolist()))
+        absmax = checkpoint.load(f"{name}.absmax")
+        if 2 * values.numel() != math.prod(state["shape"]) or absmax.numel() * state["blocksize"] != 2 * values.numel():
+            raise CheckpointError(f"{name} in {folder} does not fit its shape {state['shape']}")
+        if "nested_offset" in state:
+            shared = checkpoint.load(f"{name}.nested_absmax").repeat_interleave(state["nested_blocksize"])
+            levels = checkpoint.load(f"{name}.nested_quant_map")[absmax.long()]
+            absmax = levels * shared[: len(levels)] + torch.tensor(state["nested_offset"])
+        codes = torch.cat((values >> 4, values & 0xF), dim=1).long()  # [bytes, 2]
+        blocks = checkpoint.load(f"{name}.quant_map")[codes].reshape(-1, state["blocksize"])
+        return (blocks * absmax[:, None]).reshape(state["shape"])
+
+    return load
+
+
+def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+    """All tensors of `open_dense` at once."""
+    load = open_dense(path, spec)
+    return {tensor.name: load(tensor.name) for tensor in spec.tensors()}

@@ -1,0 +1,42 @@
+"""`compress methods`: what a recipe can be made of, for people."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from compress import methods
+from compress.codecs.names import CONTAINERS
+from compress.schemes import SCHEMES
+
+
+def methods_table() -> RenderableType:
+    """Steps, solvers, codecs by size, containers with their engines."""
+    parts: list[RenderableType] = []
+    for title, rows in (("steps beside quantize", methods.steps()), ("solvers", methods.solvers())):
+        table = _table(title, "what it does")
+        for row in rows:
+            table.add_row(row.name, row.about)
+        parts += [table, ""]
+    codecs = _table("codecs", "bits a weight", "containers")
+    for (bits, containers), group in groupby(
+        methods.codecs(), key=lambda c: (f"{c.bits_per_weight:.2f}", ", ".join(c.containers))
+    ):
+        codecs.add_row(", ".join(c.name for c in group), bits, containers)
+    containers = _table("containers", "engines")
+    for name, info in CONTAINERS.items():
+        containers.add_row(name, info.engines)
+    schemes = Text.assemble(("schemes  ", "bold"), ", ".join(SCHEMES))
+    return Group(*parts, codecs, "", containers, "", schemes)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(title, overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading == "bits a weight" else "left", overflow="fold")
+    return table

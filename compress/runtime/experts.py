@@ -1,0 +1,69 @@
+"""Routed experts whose matrices stay packed, each its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.runtime.linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What the three matrices of an expert are called in the checkpoint."""
+
+    gate: str
+    up: str
+    down: str
+
+
+class PackedExperts(nn.ModuleList):
+    """Stands in for transformers' fused experts (`Qwen2MoeExperts`, `Qwen3MoeExperts`, `MixtralExperts`).
+
+    `experts`: for every expert its matrices by name, PackedLinear or nn.Linear. Submodules are `<expert>.<name>`, so
+    that tensors keep their checkpoint names. Only experts that some token is routed to are decoded.
+    """
+
+    act_fn: Callable[[Tensor], Tensor]
+    shared: PackedLinear | None
+
+    def __init__(
+        self, experts: Sequence[Mapping[str, nn.Module]], names: ExpertNames, activation: Callable[[Tensor], Tensor]
+    ):
+        super().__init__(nn.ModuleDict(matrices) for matrices in experts)
+        self.num_experts, self.names = len(experts), names
+        # modules, but not members of the list
+        object.__setattr__(self, "act_fn", activation)
+        object.__setattr__(self, "shared", None)
+
+    def share_inputs(self) -> None:
+        """Call once the weights are there: where all gates and ups have the same input signs, transform inputs once."""
+        readers = [matrices[name] for matrices in self for name in (self.names.gate, self.names.up)]
+        first = readers[0]
+        same = all(
+            isinstance(m, PackedLinear) and m.setting.incoherence and torch.equal(m.signs_in, first.signs_in)
+            for m in readers
+        )
+        object.__setattr__(self, "shared", first if same else None)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, width]; top_k_index, top_k_weights [tokens, k] -> [tokens, width]."""
+        out = torch.zeros_like(hidden_states)
+        inputs = hidden_states if self.shared is None else self.shared.transform(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # a token without an expert
+                continue
+            token, place = torch.where(top_k_index == expert)
+            x = inputs[token]
+            matrices, names = self[expert], self.names
+            gate, up, down = matrices[names.gate], matrices[names.up], matrices[names.down]
+            hidden = self.act_fn(self._read(gate, x)) * self._read(up, x)
+            y = down(hidden) * top_k_weights[token, place, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+    def _read(self, matrix: nn.Module, x: Tensor) -> Tensor:
+        return matrix(x) if self.shared is None else matrix.project(x)

@@ -1,0 +1,224 @@
+"""transformers loads folders of the container `compress`: its modules are replaced before it reads the weights.
+
+`register` is called by the hook of `compress._register`; users only `import compress`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.checkpoint import Entry, read_header
+from compress.containers.compress import (
+    FORMAT,
+    METHOD,
+    Rules,
+    Setting,
+    module_name,
+    part_names,
+    read_rules,
+    setting_of,
+)
+from compress.errors import CheckpointError, UnsupportedModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from compress.runtime.experts import PackedExperts
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+           "I8": "int8", "U8": "uint8"}  # fmt: skip
+
+
+class CompressConfig(QuantizationConfigMixin):
+    """`quantization_config` of such a folder; see containers/compress.py.
+
+    CheckpointError for a format, codec or entry that this version does not know.
+    """
+
+    def __init__(
+        self,
+        format: int | None = None,
+        parts: Mapping[str, Sequence[str]] | None = None,
+        modules: Mapping[str, Any] | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ):
+        self.quant_method = quant_method
+        self.format = format
+        self.parts = {codec: list(names) for codec, names in (parts or {}).items()}
+        self.modules = dict(modules or {})
+        read_rules(self.to_dict())
+        if unknown:
+            raise CheckpointError(f"quantization_config: format {FORMAT} has no {sorted(unknown)[0]!r}")
+
+
+class CompressQuantizer(HfQuantizer):
+    """Replaces linears, embeddings and experts by packed ones, as config.json says."""
+
+    requires_calibration = True  # for transformers: it cannot quantize a model while loading it
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("a folder of the container compress is loaded from its files, not from a state dict")
+        self._dtype = model.dtype
+        entries: dict[str, Entry] = {}
+        for file in checkpoint_files:
+            entries.update(read_header(Path(file)))
+        replace_modules(model, read_rules(self.quantization_config.to_dict()), self.quantization_config.parts, entries)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        from compress.runtime.experts import PackedExperts
+
+        for parameter in model.parameters():
+            # transformers keeps the file's dtype of tensors it renames on the way, such as Mixtral's router
+            if parameter.is_floating_point() and parameter.dtype != self._dtype:
+                parameter.data = parameter.data.to(self._dtype)
+        for module in model.modules():
+            if isinstance(module, PackedExperts):
+                module.share_inputs()
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Without the fusing of experts where experts are packed: all their matrices keep names of their own."""
+        from transformers.core_model_loading import WeightConverter
+
+        if not any(".experts." in name for name in self.quantization_config.modules):
+            return weight_conversions
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not (isinstance(conversion, WeightConverter) and any("experts" in t for t in conversion.target_patterns))
+        ]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Tell transformers about `"quant_method": "compress"`; a second call changes nothing."""
+    from transformers.quantizers import auto
+
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(CompressConfig)
+        auto.register_quantizer(METHOD)(CompressQuantizer)
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+def replace_modules(
+    model: nn.Module, rules: Rules, parts: Mapping[str, Sequence[str]], entries: Mapping[str, Entry]
+) -> None:
+    """Put packed modules, on the meta device, where `rules` say so.
+
+    parts: names of every codec's parts; entries: what the files hold. CheckpointError when a part is not among them.
+    """
+    from torch import nn
+
+    from compress.runtime.embedding import PackedEmbedding
+    from compress.runtime.linear import PackedLinear
+
+    prefixes = _expert_prefixes(model, rules)
+    for name, module in list(model.named_modules()):
+        if name in prefixes:
+            experts = _packed_experts(model, module, prefixes[name], rules, parts, entries)
+            model.set_submodule(name, experts)
+            continue
+        setting = setting_of(rules, name) if isinstance(module, (nn.Linear, nn.Embedding)) else None
+        if setting is None:
+            continue
+        tensors = _meta_parts(name, part_names(parts, setting), entries)
+        shape = tuple(module.weight.shape)
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, PackedLinear(setting, shape, tensors, module.bias))
+        else:
+            model.set_submodule(name, PackedEmbedding(setting, shape, tensors, module.weight.dtype))
+    _tie_head(model)
+
+
+def _tie_head(model: nn.Module) -> None:
+    """Let a head that shares packed embeddings read their parts; transformers itself ties weights only."""
+    from compress.runtime.embedding import PackedEmbedding, TiedHead
+
+    for head, source in list(model.all_tied_weights_keys.items()):
+        embedding = model.get_submodule(module_name(source))
+        if isinstance(embedding, PackedEmbedding):
+            model.set_submodule(module_name(head), TiedHead(embedding, model.get_submodule(module_name(head)).bias))
+            del model.all_tied_weights_keys[head]
+            model._tied_weights_keys = {h: s for h, s in model._tied_weights_keys.items() if h != head}
+
+
+def _meta_parts(module: str, names: Sequence[str], entries: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
+    """Empty tensors with the shapes and dtypes that the files have."""
+    import torch
+
+    found = {}
+    for part in names:
+        entry = entries.get(f"{module}.{part}")
+        if entry is None:
+            raise CheckpointError(f"the checkpoint lacks {module}.{part}; fetch the model again")
+        found[part] = torch.empty(entry.shape, dtype=getattr(torch, _DTYPES[entry.dtype]), device="meta")
+    return found
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+def _expert_prefixes(model: nn.Module, rules: Rules) -> dict[str, str]:
+    """Names of the experts modules that become packed -> prefix of their tensors in the checkpoint, with `{e}`."""
+    if not any(".experts." in name for name in rules):
+        return {}
+    moe = _moe_names(model)
+    fused = [name for name, module in model.named_modules() if hasattr(module, "gate_up_proj")]
+    return {name: f"{name.rpartition('.mlp.experts')[0]}.{moe.expert}" for name in fused}
+
+
+def _moe_names(model: nn.Module) -> Any:
+    from compress.models import families
+
+    family = families().get(model.config.model_type)
+    if family is None or family.moe is None:
+        raise UnsupportedModel(f"packed experts of {model.config.model_type!r} models are not supported")
+    return family.moe
+
+
+def _packed_experts(
+    model: nn.Module,
+    fused: nn.Module,
+    prefix: str,
+    rules: Rules,
+    parts: Mapping[str, Sequence[str]],
+    entries: Mapping[str, Entry],
+) -> PackedExperts:
+    """Every expert's matrices by themselves: PackedLinear, or nn.Linear for those that are stored as floats."""
+    from torch import nn
+
+    from compress.runtime.experts import ExpertNames, PackedExperts
+    from compress.runtime.linear import PackedLinear
+
+    moe = _moe_names(model)
+    count, twice, width = fused.gate_up_proj.shape
+    shapes = {moe.gate: (twice // 2, width), moe.up: (twice // 2, width), moe.down: (width, twice // 2)}
+
+    def matrices(expert: int) -> Iterator[tuple[str, nn.Module]]:
+        for leaf, shape in shapes.items():
+            name = f"{prefix.format(e=expert)}{leaf}"
+            setting: Setting | None = setting_of(rules, name)
+            if setting is None:
+                rows, columns = shape
+                dtype = fused.gate_up_proj.dtype
+                yield leaf, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
+            else:
+                tensors = _meta_parts(name, part_names(parts, setting), entries)
+                yield leaf, PackedLinear(setting, shape, tensors)
+
+    names = ExpertNames(moe.gate, moe.up, moe.down)
+    return PackedExperts([dict(matrices(e)) for e in range(count)], names, fused.act_fn)

@@ -1,0 +1,74 @@
+"""docs/adding-a-codec.md, executed: the file and the recipe on that page make a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.runs import text_file
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "adding-a-codec.md").read_text(encoding="utf-8")
+
+LOAD = """
+import sys, torch, compress.plugins
+compress.plugins.load(sys.argv[2])
+from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+with torch.inference_mode():
+    assert torch.isfinite(model(torch.arange(16)[None]).logits).all()
+"""
+
+
+def block(language: str) -> str:
+    """The one code block of a language on the page."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return found
+
+
+def compress(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "compress.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    (tmp_path / "e2m1_g32.py").write_text(block("python"), encoding="utf-8")
+    (tmp_path / "e2m1.yaml").write_text(block("yaml"), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_page(page: Path) -> None:
+    text = text_file(page / "text.txt")
+    small = ("calibration.samples=4", "calibration.length=64", "score=false", f"calibration.dataset={text}")
+    sets = [part for item in small for part in ("--set", item)]
+    plugin = str(page / "e2m1_g32.py")
+    result = compress("run", str(page / "e2m1.yaml"), "--plugin", plugin, "--output", str(page / "out"), *sets)
+    assert result.returncode == 0, result.stderr + result.stdout
+    card = json.loads((page / "out" / "scorecard.json").read_text())
+    assert card["gate"]["passed"] and not card["fallbacks"]
+    (artifact,) = card["artifacts"]
+    folder = page / "out" / artifact["path"]
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), plugin], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_without_the_plugin_the_name_is_unknown(page: Path) -> None:
+    result = compress("plan", str(page / "e2m1.yaml"))
+    assert result.returncode != 0 and "unknown codec 'e2m1-g32'" in result.stderr
+
+
+def test_a_plugin_cannot_take_a_name(page: Path) -> None:
+    (page / "taken.py").write_text(block("python").replace("e2m1-g32", "q4_k"), encoding="utf-8")
+    result = compress("plan", str(page / "e2m1.yaml"), "--plugin", str(page / "taken.py"))
+    assert result.returncode != 0 and "already" in result.stderr and "Traceback" not in result.stderr
