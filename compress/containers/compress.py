@@ -171,7 +171,9 @@ def read_rules(config: Mapping[str, Any]) -> Rules:
         try:
             codec_info(codec)
         except KeyError:
-            raise CheckpointError(f"config.json: codec {codec!r} is not known; install a newer compress") from None
+            raise CheckpointError(
+                f"config.json: codec {codec!r} is not known; install a newer compress, or import what registers it"
+            ) from None
     return rules
 
 

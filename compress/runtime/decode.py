@@ -144,7 +144,7 @@ def _e8p(codec: str, columns: int, parts: Mapping[str, Tensor], rows: Rows, dtyp
     exact = torch.bfloat16 if dtype == torch.bfloat16 and len(planes) == 1 else torch.float16
     tables = _e8p_tables(codec, planes[0].device, exact)
     first, *rest = (
-        _look_up(plane.to(torch.int32).bitwise_and_(len(table) - 1), table)
+        _look_up((plane.view(torch.uint16) if plane.dtype == torch.int16 else plane).to(torch.int32), table)
         for plane, table in zip(planes, tables, strict=True)
     )
     for values in rest:

@@ -33,6 +33,9 @@ class RtnOptions(SolverOptions):
     """Round to nearest; the activations' second moment weighs the columns in the search for scales."""
 
     name: Literal["rtn"] = "rtn"
+    clip: bool = Field(
+        False, description="cut off each group's largest weights where that rounds better (AWQ's clip search)"
+    )
 
 
 class GptqOptions(SolverOptions):

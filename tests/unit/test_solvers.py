@@ -317,3 +317,51 @@ def test_options_are_validated() -> None:
     for wrong in ({"damping": 0.0}, {"sweeps": -1}, {"dampign": 0.1}, {"sweeps": "2"}):
         with pytest.raises(ValueError):
             GptqOptions(**wrong)
+
+
+def _naive_clip(weight: Tensor, gram: Tensor, rounded, group: int) -> Tensor:
+    """One group of one row at a time, each limit in turn; `rounded` must treat groups independently."""
+    out = weight.clone()
+    for row in range(len(weight)):
+        for start in range(0, weight.shape[1], group):
+            at = slice(start, start + group)
+            w, block = weight[row : row + 1, at], gram[at, at].double()
+            errors = []
+            for i in range(10):
+                limit = w.abs().max() * (1 - i / 20)
+                lost = (rounded(w.clamp(-limit, limit)) - w).double()
+                errors.append(float(lost @ block @ lost.T))
+            limit = w.abs().max() * (1 - errors.index(min(errors)) / 20)
+            out[row, at] = w[0].clamp(-limit, limit)
+        candidates = [r[row].double() for r in (weight, out)]
+        lost = [rounded(c.float().reshape(-1, group)).flatten().double() - candidates[0] for c in candidates]
+        if lost[1] @ gram.double() @ lost[1] >= lost[0] @ gram.double() @ lost[0]:
+            out[row] = weight[row]
+    return out
+
+
+def test_clipping_matches_a_search_group_by_group() -> None:
+    weight, gram = _randn(12, 64) ** 3, _gram(64)  # long tails
+
+    def by_group(w: Tensor) -> Tensor:
+        """Plain rounding to seven levels by the largest weight of each group of 16."""
+        groups = w.reshape(-1, 16)
+        scale = groups.abs().amax(1, keepdim=True).clamp_min(1e-9) / 3
+        return ((groups / scale).round() * scale).reshape(w.shape)
+
+    ours, wanted = rtn.clip(weight, gram, by_group, 16), _naive_clip(weight, gram, by_group, 16)
+    assert torch.equal(ours, wanted) and not torch.equal(ours, weight)
+
+
+@pytest.mark.parametrize("name", ["int3-g128", "q4_k"])
+def test_clipping_helps_a_codec_that_searches_its_own_scales(name: str) -> None:
+    weight = _randn(32, 256) * (1 + 4 * (_randn(32, 256, seed=5) > 2.5)).float()
+    gram, codec = _gram(256), block_codec(name, 256)
+    plain, clipped = (rtn.solve(weight, gram, codec, RtnOptions(clip=clip)).decode() for clip in (False, True))
+
+    def errors(quantized: Tensor) -> Tensor:
+        lost = (quantized - weight).double()
+        return ((lost @ gram.double()) * lost).sum(1)
+
+    before, after = errors(plain), errors(clipped)
+    assert after.sum() < 0.99 * before.sum() and bool((after <= before * 1.0001).all())
