@@ -48,6 +48,14 @@ def small(recipe: str | Path, model: Path, output: Path, *overrides: str) -> Rec
     return load_recipe(str(recipe), sets, model=str(model), output=str(output))
 
 
+def cheap(name: str) -> tuple[str, ...]:
+    """Overrides that leave out a bundled recipe's slow refinement, where its solver has one."""
+    steps = load_recipe(name).steps
+    at = next(i for i, step in enumerate(steps) if step.kind == "quantize")
+    solver = f"steps[{at}].quantize.solver"
+    return (f"{solver}.sweeps=0", f"{solver}.refits=0") if hasattr(steps[at].options.solver, "sweeps") else ()
+
+
 def carry_out(recipe: Recipe, **options: Any) -> Scorecard:
     """Run quietly."""
     return run(recipe, **options)

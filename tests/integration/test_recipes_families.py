@@ -12,7 +12,7 @@ import pytest
 
 from compress.errors import PlanError
 from compress.recipe import bundled_recipes
-from tests.integration.runs import carry_out, small
+from tests.integration.runs import carry_out, cheap, small
 from tests.tiny import FAMILIES, tiny_model
 
 RECIPES = sorted(bundled_recipes())
@@ -52,10 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_on_family(name: str, family: str, models: dict[str, Path], tmp_path: Path) -> None:
-    sweeps = () if "solver: rtn" in (text := bundled_recipes()[name].read_text()) or "name: rtn" in text else ("sweeps",)
-    step = next(i for i, line in enumerate(s for s in text.splitlines() if s.startswith("  - ")) if "quantize" in line)
-    fast = tuple(f"steps[{step}].quantize.solver.{key}=0" for key in sweeps)
-    recipe = small(name, models[family], tmp_path / "out", "calibration.samples=2", *fast)
+    recipe = small(name, models[family], tmp_path / "out", "calibration.samples=2", *cheap(name))
     dense = "moe" not in family and family != "mixtral"
     if dense and name in EXPERTS_ONLY:
         with pytest.raises(PlanError, match="experts"):
