@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RTN = "steps[0].quantize.solver=rtn"
 
 
-def experts(codec: str) -> tuple[str, ...]:
-    """quip-2bit with another codec for its experts: everything around them stays the same."""
-    return (f"steps[0].quantize.rules[0].codec={codec}",)
+def experts(codec: str, solver: str = "gptq") -> tuple[str, ...]:
+    """quip-2bit or trellis-2bit with another codec for the experts; everything around them stays the same."""
+    return (f"steps[0].quantize.rules[0].codec={codec}", f"steps[0].quantize.solver={solver}")
+
+
+LATTICE, TRELLIS = "{name: gptq, sweeps: 4}", "{name: gptq, sweeps: 1}"  # as their recipes have it
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,16 @@ class Case:
 TWO, THREE, FOUR, EIGHT = "2 bits, routed experts", "3 bits, routed experts", "4 bits", "8 bits"
 FILES = "GGUF files, scored in llama.cpp"
 CASES = (
-    Case(TWO, "int2-g128-asym rtn", "quip-2bit", (*experts("int2-g128-asym"), RTN)),
+    Case(TWO, "int2-g128-asym rtn", "quip-2bit", experts("int2-g128-asym", "rtn")),
     Case(TWO, "int2-g128-asym gptq", "quip-2bit", experts("int2-g128-asym")),
-    Case(TWO, "q2_k rtn", "quip-2bit", (*experts("q2_k"), RTN)),
+    Case(TWO, "q2_k rtn", "quip-2bit", experts("q2_k", "rtn")),
     Case(TWO, "q2_k gptq", "quip-2bit", experts("q2_k")),
-    Case(TWO, "iq2_xxs rtn", "quip-2bit", (*experts("iq2_xxs"), RTN)),
+    Case(TWO, "iq2_xxs rtn", "quip-2bit", experts("iq2_xxs", "rtn")),
     Case(TWO, "iq2_xxs gptq", "quip-2bit", experts("iq2_xxs")),
     Case(TWO, "iq2_s gptq", "quip-2bit", experts("iq2_s")),
-    Case(TWO, "e8p rtn", "quip-2bit", (RTN,)),
+    Case(TWO, "e8p rtn", "quip-2bit", experts("e8p", "rtn")),
     Case(TWO, "e8p gptq (quip-2bit)", "quip-2bit"),
+    Case(TWO, "trellis2 rtn", "quip-2bit", experts("trellis2", "rtn")),
     Case(TWO, "trellis2 gptq (trellis-2bit)", "trellis-2bit"),
     Case(TWO, "iq1_m gptq", "quip-2bit", experts("iq1_m")),
     Case(TWO, "iq1_s gptq", "quip-2bit", experts("iq1_s")),
@@ -58,8 +61,8 @@ CASES = (
     Case(THREE, "iq3_xxs gptq", "quip-2bit", experts("iq3_xxs")),
     Case(THREE, "iq3_s gptq", "quip-2bit", experts("iq3_s")),
     Case(THREE, "q3_k gptq", "quip-2bit", experts("q3_k")),
-    Case(THREE, "e8p3 gptq", "quip-2bit", experts("e8p3")),
-    Case(THREE, "trellis3 gptq", "quip-2bit", experts("trellis3")),
+    Case(THREE, "e8p3 gptq", "quip-2bit", experts("e8p3", LATTICE)),
+    Case(THREE, "trellis3 gptq", "quip-2bit", experts("trellis3", TRELLIS)),
     Case(FOUR, "rtn-w4-g128", "rtn-w4-g128"),
     Case(FOUR, "gptq-w4-g128", "gptq-w4-g128"),
     Case(FOUR, "rtn, asymmetric", "rtn-w4-g128", ("steps[0].quantize.scheme=W4A16_ASYM",)),
@@ -70,8 +73,8 @@ CASES = (
     Case(FOUR, "nf4", "nf4"),
     Case(FOUR, "nf4-solved", "nf4-solved"),
     Case(FOUR, "fp4-dq gptq", "nf4-solved", ("steps[0].quantize.rules[0].codec=fp4-dq",)),
-    Case(FOUR, "e8p4 gptq, experts", "quip-2bit", experts("e8p4")),
-    Case(FOUR, "trellis4 gptq, experts", "quip-2bit", experts("trellis4")),
+    Case(FOUR, "e8p4 gptq, experts", "quip-2bit", experts("e8p4", LATTICE)),
+    Case(FOUR, "trellis4 gptq, experts", "quip-2bit", experts("trellis4", TRELLIS)),
     Case(FOUR, "iq4_xs gptq, experts", "quip-2bit", experts("iq4_xs")),
     Case(EIGHT, "int8-w8a16", "int8-w8a16"),
     Case(EIGHT, "int8-w8a8", "int8-w8a8"),
