@@ -5,7 +5,6 @@ If transformers' quantizers are loaded already, ours is added at once; else an i
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -15,15 +14,18 @@ TARGET = "transformers.quantizers.auto"
 
 
 class _Hook:
-    """A meta-path finder that knows one module: it lets the others find it and adds our quantizer behind it."""
+    """A meta-path finder that knows one module: it lets the others find it and adds our quantizer once it has run.
+
+    It stays where it is: whoever only looks for the module does not use it up.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != TARGET or self not in sys.meta_path:
+        if name != TARGET:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -135,6 +135,7 @@ def score(
     target: Annotated[str, typer.Argument(help="A GGUF file, a Hugging Face folder or a hub id.")],
     against: Annotated[str | None, typer.Option("--against", help="The original: folder or hub id.")] = None,
     suite: Annotated[str, typer.Option("--suite", help="quick, full, or a suite file.")] = "quick",
+    plugin: PluginOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -143,6 +144,7 @@ def score(
     from compress.report.table import scorecard_table
     from compress.scoring.target import score_target
 
+    _load_plugins(plugin)
     card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1))
     if as_json:
         typer.echo(card.to_json())

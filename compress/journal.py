@@ -1,6 +1,6 @@
 """What a run has finished, on disk: packed tensors per unit of work, activations, and the journal that orders them.
 
-A unit is the embeddings, one block, or the head. Its files are complete and synced before the journal names it, so
+A unit is the embeddings, one block, the head, or what a later stage made of tensors of those. Its files are complete and synced before the journal names it, so
 a run killed at any moment continues from the last named unit. Nothing here is delivered; the folder goes when the
 run succeeds.
 """
@@ -8,6 +8,7 @@ run succeeds.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 SEPARATOR = "|"  # between tensor and part in a unit's file; no checkpoint uses it in names
+_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -88,6 +90,11 @@ class Journal:
 
     def finish(self, unit: str, tensors: Mapping[str, Packed], report: Mapping[str, Any]) -> None:
         """Make a unit durable: its tensors, then its line in the journal."""
+        self.write(unit, tensors)
+        self.name({unit: report})
+
+    def write(self, unit: str, tensors: Mapping[str, Packed]) -> None:
+        """The tensors of a unit, which count for nothing until the journal names it."""
         from safetensors.torch import save
 
         parts: dict[str, torch.Tensor] = {}
@@ -96,11 +103,15 @@ class Journal:
             meta[name] = json.dumps({"codec": packed.codec, "shape": list(packed.shape), "parts": list(packed.parts)})
             for part, tensor in packed.parts.items():
                 parts[f"{name}{SEPARATOR}{part}"] = tensor.contiguous()
-        write_synced(self._file(unit), save(parts, metadata=meta))
-        self.units[unit] = dict(report)
+        write_synced(self._file(unit), save(parts, metadata=meta or None))
+
+    def name(self, reports: Mapping[str, Mapping[str, Any]]) -> None:
+        """Name written units, all at once. Their tensors replace those of the same names in earlier units."""
+        self.units |= {unit: dict(report) for unit, report in reports.items()}
         state = {"digest": self.digest, "units": self.units}
         write_synced(self.folder / "journal.json", json.dumps(state).encode())
-        self._index(unit)
+        for unit in reports:
+            self._index(unit)
 
     def fetch(self, name: str) -> Packed:
         """One tensor of a finished unit."""
@@ -125,6 +136,21 @@ class Journal:
                 self._where.update(dict.fromkeys(file.metadata() or {}, self._file(unit)))
         except Exception as error:
             raise ResumeError(f"{self._file(unit)} is missing or damaged ({error}); start over with --fresh") from None
+
+
+def mapped(path: Path, *shape: int) -> torch.Tensor:
+    """Zeros, float32, in a file of their own that replaces what was there: the operating system keeps in memory what
+    fits. The file may be deleted while the tensor is in use."""
+    import torch
+
+    size = math.prod(shape)
+    if not size:
+        return torch.zeros(*shape)
+    path.unlink(missing_ok=True)
+    with disk_errors(path), path.open("wb") as file:  # written out: a full disk is an error here, not a crash later
+        for start in range(0, 4 * size, _CHUNK):
+            file.write(bytes(min(_CHUNK, 4 * size - start)))
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(*shape)
 
 
 class Activations:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.checkpoint import Checkpoint
-from compress.codecs.names import CONTAINERS, codec_info
+from compress.codecs.names import CONTAINERS, activation_problem, codec_info, incoherence_problem
 from compress.errors import CheckpointError
 from compress.models.base import ModelSpec
 from compress.recipe import STEP_KINDS, Recipe
@@ -68,6 +68,11 @@ def step_problems(recipe: Recipe) -> list[str]:
         problems.append(f"steps: this order makes no sense, write them as {wanted}")
     if "recover" in kinds and "quantize" not in kinds:
         problems.append("steps: recover repairs what quantize did; add a quantize step before it")
+    problems += [
+        f"steps: {kind} scales for what quantize rounds; add a quantize step behind it"
+        for kind in ("awq", "smooth")
+        if kind in kinds and "quantize" not in kinds
+    ]
     return problems
 
 
@@ -80,19 +85,17 @@ def tensor_problems(planned: PlannedTensor, kinds: set[str]) -> list[str]:
             f"{name}: rows of {shape[-1]} do not divide into groups of {info.block}; "
             f"use a smaller group or int{info.bits}-row"
         )
-    elif info.kind in ("bnb", "vector") and shape[-1] % info.block:
+    elif info.kind in ("bnb", "vector", "block") and shape[-1] % info.block:
         problems.append(f"{name}: rows of {shape[-1]} do not divide into {info.name}'s {info.block} columns; ignore it")
     elif len(shape) > 1 and shape[-2] % info.rows:
         problems.append(f"{name}: {info.name} codes {info.rows} rows together, this one has {shape[-2]}; ignore it")
+    if planned.activations and planned.spec.role == "embeddings":
+        problems.append(f"{name}: embeddings are looked up and have no inputs to round; drop activations for them")
     for container in sorted(kinds):
-        if planned.incoherence and container not in ("compress", "safetensors"):
-            problems.append(
-                f"{name}: container {container} has no place for the signs of incoherence; use compress or safetensors"
-            )
-        if planned.activations and container not in ("compress", "compressed-tensors"):
-            problems.append(
-                f"{name}: container {container} says nothing about activations; use compress or compressed-tensors"
-            )
+        if planned.incoherence and (why := incoherence_problem(container)):
+            problems.append(f"{name}: {why}")
+        if planned.activations and (why := activation_problem(container)):
+            problems.append(f"{name}: {why}")
     return problems
 
 

@@ -36,6 +36,9 @@ from compress.transforms.options import RotateOptions, TransformOptions
 RUNTIME_BYTES = 850 * 2**20
 MOMENTS_BYTES = 2 * 2**30  # statistics held at once; experts beyond it take another pass over the calibration text
 BATCH_TOKENS = 4096  # tokens that go through a block at once
+CODES_FROM_BITS = 6.0  # tensors with as many bits a weight round so finely that recovery tunes them as float
+LOGIT_VALUES = 1 << 24  # logits that end-to-end recovery computes at once
+LOGITS_BYTES = 6 * 4 * LOGIT_VALUES  # of both models, their logarithms and gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all tensors; containers add their header and tokenizer."""
+        """Bytes of all tensors in the first container that stores codes, which adds its header and tokenizer."""
         return sum(t.bytes for t in self.tensors)
 
     @property
@@ -156,15 +159,36 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Work folder (packed blocks; activations of both models at three places) and one copy of every artifact."""
+        """Work folder (packed blocks; activations of both models at three places; what recovery keeps) and one copy of
+        every artifact."""
         work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in self.tensors)
         out = sum(2 * self.parameters if e.container == "safetensors" else self.bytes for e in self.recipe.export)
-        return work + out + 6 * self.activation_bytes
+        return work + out + 6 * self.activation_bytes + self._recovery_disk_bytes
+
+    @property
+    def _recovery_disk_bytes(self) -> int:
+        """Sensitivities and the passes that measure them; for end-to-end recovery every block's codes apart from their
+        scales, parameters with Adam's moments, tensors that will replace others, and a batch at every block's input."""
+        recover, spec, text = self.recover, self.spec, self.recipe.calibration
+        if recover is None or not self.needs_calibration:
+            return 0
+        token = 4 * spec.hidden_size
+        survey = min(recover.survey, text.samples) * text.length * token
+        survey = (spec.layers + 2) * survey + spec.layers * spec.hidden_size * token if recover.loss != "mse" else 0
+        if not recover.end_to_end:
+            return survey
+        blocks = [t for block in self._blocks for t in block]
+        outcomes = sum(_outcome_bytes(t) for t in blocks)
+        state = sum(16 * _tuned_parameters(t, recover.tune) for t in blocks)
+        batch = (spec.layers + 1) * max(BATCH_TOKENS, text.length) * token
+        return survey + outcomes + state + sum(t.bytes for t in blocks) + batch + 2 * self.activation_bytes
 
     @cached_property
     def peak_memory_bytes(self) -> int:
         """Runtime + the largest block in float32, original and decoded + the grams of its hungriest stage + a batch
-        of activations + the embedding or head. Independent of the number of blocks."""
+        of activations + the embedding or head. Recovery: the block's codes, a copy for autograd, codes times scales,
+        dense weights and their gradients, parameters and what Adam keeps; end to end also both heads. Independent of
+        the number of blocks."""
         spec = self.spec
         blocks = [sum(t.spec.parameters for t in block) * 4 for block in self._blocks]
         grams = 0
@@ -181,7 +205,13 @@ class Plan:
         solve = widest * 4 * 12
         batch = BATCH_TOKENS * 4 * (6 * spec.hidden_size + 4 * max(spec.intermediate_size, spec.moe_intermediate_size))
         head = spec.vocab_size * spec.hidden_size * 4 * 3
-        return RUNTIME_BYTES + max(2 * max(blocks, default=0) + grams + solve + batch, head + batch)
+        largest, recovery = max(blocks, default=0), 0
+        if self.recover is not None and self.needs_calibration:
+            tune = self.recover.tune
+            tuned = max((sum(16 * _tuned_parameters(t, tune) for t in block) for block in self._blocks), default=0)
+            heads = 2 * spec.vocab_size * spec.hidden_size * 4 + LOGITS_BYTES if self.recover.end_to_end else 0
+            recovery = 5 * largest + tuned + 3 * batch + heads  # autograd keeps what a block computes on the way
+        return RUNTIME_BYTES + max(2 * largest + grams + solve + batch, head + batch, recovery)
 
     def as_dict(self) -> dict[str, Any]:
         """For --json: totals, then every tensor."""
@@ -208,11 +238,31 @@ class Plan:
                     "solver": t.solver.name if t.solver else None,
                     "codec": t.codec,
                     "wanted": t.wanted,
+                    "incoherence": t.incoherence,
+                    "activations": t.activations,
                     "bytes": t.bytes,
                 }
                 for t in self.tensors
             ],
         }
+
+
+def _tuned_parameters(planned: PlannedTensor, tune: Sequence[str]) -> int:
+    """About how many parameters recovery gives a tensor of a block: all of what is stored as float or rounded finely
+    enough to be rounded again, else one for every stored scale, of which formats have one for 32 weights or fewer."""
+    size = planned.spec.parameters
+    if planned.solver is None:
+        return size if planned.spec.role in tune else 0
+    if "codes" in tune and 8 * planned.bytes >= CODES_FROM_BITS * size:
+        return size
+    return size // 32 if "scales" in tune else 0
+
+
+def _outcome_bytes(planned: PlannedTensor) -> int:
+    """About what the solved tensor takes with codes and scales apart: small integers a byte, other levels more."""
+    if planned.solver is None:
+        return 0
+    return planned.spec.parameters * (2 if codec_info(planned.codec).kind in ("ggml", "uniform") else 5)
 
 
 def repairs_residual(spec: ModelSpec, planned: PlannedTensor) -> bool:
@@ -275,7 +325,6 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
         problems += checkpoint_problems(original, checkpoint)
     if problems:
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-    tensors = [replace(t, bytes=_bytes(t)) for t in tensors]
     for kind in sorted(kinds - {"safetensors"}):
         try:
             container_module(kind).check_plan(spec, tensors)
@@ -283,6 +332,8 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
             problems.append(f"{kind}: {error}")
     if problems:
         raise PlanError(problems)
+    counted = next((e.container for e in recipe.export if e.container != "safetensors"), None)
+    tensors = [replace(t, bytes=_bytes(t, counted)) for t in tensors]
     unused = [rule for rule in matcher.unused() if rule in quantize.rules] if matcher else []
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in unused]
     warnings += _warnings(spec, original, tensors, kinds, own)
@@ -314,11 +365,10 @@ def _planned(
     return PlannedTensor(tensor, codec, solver, 0, wanted, incoherence, rule.activations)
 
 
-def _bytes(planned: PlannedTensor) -> int:
-    """Bytes of one tensor with everything needed to read it back; signs that a codec does not count itself included."""
-    rows, columns = (1, *planned.spec.shape)[-2:]
-    signs = planned.incoherence and codec_info(planned.codec).kind != "vector"
-    return stored_bytes(planned.codec, planned.spec.shape) + (-(-rows // 8) + -(-columns // 8) if signs else 0)
+def _bytes(planned: PlannedTensor, container: str | None) -> int:
+    """Bytes of one tensor in a container with everything needed to read it back; as `compress` would store it where
+    the recipe only writes decoded values."""
+    return container_module(container or "compress").tensor_bytes(planned)
 
 
 def _warnings(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from compress.errors import RecipeError
 
 _loaded: dict[str, str] = {}
+"""sha256 of each file -> its name."""
 
 
 def load(path: str | Path) -> None:
-    """Run a Python file that calls `compress.codecs.register`; a second time for the same file does nothing.
+    """Run a Python file that calls `compress.codecs.register`; a second time for the same bytes does nothing.
 
     Only ever called with what the user names: no recipe or checkpoint can make it run. Raises RecipeError.
     """
@@ -21,18 +23,21 @@ def load(path: str | Path) -> None:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
         raise RecipeError(f"--plugin {file}: cannot be read: {error.strerror or error}") from None
-    if _loaded.get(file.stem) == digest:
+    if digest in _loaded:
         return
-    module = importlib.util.spec_from_file_location(f"compress_plugin_{file.stem}", file)
-    if module is None or module.loader is None:
+    spec = importlib.util.spec_from_file_location(f"compress_plugin_{digest}", file)
+    if spec is None or spec.loader is None:
         raise RecipeError(f"--plugin {file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
-        module.loader.exec_module(importlib.util.module_from_spec(module))
+        spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise RecipeError(f"--plugin {file}: {type(error).__name__}: {error}") from error
-    _loaded[file.stem] = digest
+    _loaded[digest] = file.name
 
 
-def digests() -> dict[str, str]:
-    """sha256 of every file loaded, by name: their code decides the bytes of the output, too."""
-    return dict(_loaded)
+def digests() -> tuple[str, ...]:
+    """sha256 of every file loaded: their code decides the bytes of the output, too."""
+    return tuple(sorted(_loaded))

@@ -6,21 +6,22 @@ codec, and folded into the norms and linears that come before. The half computes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from compress.codecs import block_codec
+from compress.codecs.names import codec_info
 from compress.errors import NumericalError
 from compress.models.base import ModelSpec
 from compress.models.decoder import STAGES, forward_attention, forward_ffn, stage_of
-from compress.solvers import rtn
+from compress.plan import MOMENTS_BYTES
+from compress.solve import solve_tensor
 from compress.solvers.options import RtnOptions
-from compress.statistics import Moments
+from compress.statistics import Moments, Statistics
 from compress.transforms.base import Fold, apply, folds
 from compress.transforms.options import TransformOptions
 
@@ -63,19 +64,33 @@ def prepare_half(
             and STAGES[stage_of(fold.input)] in options.fold
             and any(planned[name].solver is not None for name in fold.consumers)
         ]
-        moments = _observe(spec, layer, half, out, streams, {fold.input: fold.channels for fold in places})
-        for fold in places:
-            seen = moments[fold.input]
-            if not seen.tokens:
-                continue  # an expert that no token reached
 
-            def rounded(name: str, weight: Tensor, importance: Tensor) -> Tensor:
-                return _rounded(planned[name], weight, importance)
+        def rounded(name: str, weight: Tensor, importance: Tensor) -> Tensor:
+            return _rounded(planned[name], weight, importance)
 
-            scale, before, after = module.search(fold, out, seen, rounded, options)
-            out |= apply(out, fold, scale)
-            done.append(Folded(fold.input, options.name, before, after))
+        for group in _groups(places):
+            moments = _observe(spec, layer, half, out, streams, {fold.input: fold.channels for fold in group})
+            for fold in group:
+                seen = moments[fold.input]
+                if not seen.tokens:
+                    continue  # an expert that no token reached
+                scale, before, after = module.search(fold, out, seen, rounded, options)
+                out |= apply(out, fold, scale)
+                done.append(Folded(fold.input, options.name, before, after))
     return out, tuple(done)
+
+
+def _groups(places: Sequence[Fold]) -> Iterator[list[Fold]]:
+    """Folds whose moments fit into MOMENTS_BYTES together; one may exceed it. What another group folded changes its
+    own inputs only, so that the split costs a pass over the text and changes nothing else."""
+    group: list[Fold] = []
+    for fold in places:
+        if group and 4 * sum(f.channels**2 for f in (*group, fold)) > MOMENTS_BYTES:
+            yield group
+            group = []
+        group.append(fold)
+    if group:
+        yield group
 
 
 def _half_of(fold: Fold) -> str:
@@ -83,11 +98,17 @@ def _half_of(fold: Fold) -> str:
 
 
 def _rounded(planned: PlannedTensor, weight: Tensor, importance: Tensor) -> Tensor:
-    """The weight as plain rounding would leave it, itself where nothing is quantized."""
+    """Some rows of the weight as plain rounding would leave them, themselves where nothing is quantized.
+
+    A trellis is judged by the lattice of its bits, which is far quicker to search: a scale serves the space that both
+    code, not the code.
+    """
     if planned.solver is None:
         return weight
-    codec = block_codec(planned.codec, weight.shape[1])
-    return rtn.solve(weight, torch.diag(importance), codec, RtnOptions()).decode()
+    info = codec_info(planned.codec)
+    codec = f"e8p{info.bits}".removesuffix("2") if info.kind == "vector" else planned.codec
+    plain = replace(planned, codec=codec, solver=RtnOptions())
+    return solve_tensor(plain, weight, Statistics(torch.diag(importance), None, None, 1)).dense()
 
 
 def _observe(

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from compress.codecs.names import CONTAINERS, KIND_NAMES, codec_info
+from compress.codecs.names import CONTAINERS, KIND_NAMES, activation_problem, codec_info, incoherence_problem
 from compress.errors import RecipeError
 from compress.schemes import expand, scheme_kind, scheme_name
 from compress.solvers.options import SOLVERS, GptqOptions, RecoverOptions, SolverOptions
@@ -531,6 +531,8 @@ def _impossible(data: Any) -> Iterator[tuple[Place, str]]:
             for i, container in containers:
                 if kind is not None and kind not in CONTAINERS[container].kinds:
                     yield (*at, "scheme"), _refusal(scheme, container, i)
+                elif kind is not None and scheme_name(scheme) == "W8A8" and (why := activation_problem(container)):
+                    yield (*at, "scheme"), why
         rules = _get(quantize, "rules")
         for r, rule in enumerate(rules if isinstance(rules, list) else []):
             yield from _impossible_rule(rule, (*at, "rules", r), containers)
@@ -560,6 +562,10 @@ def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, str]]) ->
                 (*at, "codec"),
                 f"container {container} (export[{i}]) holds {roles} only as f32, f16 or bf16",
             )
+        if _get(rule, "activations") and (why := activation_problem(container)):
+            yield (*at, "activations"), why
+        if _get(rule, "incoherence") is True and (why := incoherence_problem(container)):
+            yield (*at, "incoherence"), why
 
 
 def _refusal(what: str, container: str, index: int) -> str:

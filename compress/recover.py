@@ -15,27 +15,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.codecs import get_codec
-from compress.codecs.base import TINY, Grid
+from compress.codecs.base import TINY
 from compress.journal import Activations
 from compress.models.base import ModelSpec
 from compress.models.decoder import forward_block, rms_norm
 from compress.plan import BATCH_TOKENS
 from compress.solve import Outcome
-from compress.solvers.base import Solution, safe_divisor
 from compress.solvers.options import RecoverOptions
-
-CODES_FROM_BITS = 6.0  # tensors with as many bits a weight round so finely that they can be tuned as float
-WARM_UP = 5  # steps until the full step size
-BETAS = (0.9, 0.95)
+from compress.tunable import (
+    Adam,
+    Tuned,
+    held_out_windows,
+    plain_outcome,
+    step_share,
+    still_values,
+    stored_values,
+    tunables,
+)
 
 
 @dataclass(frozen=True)
@@ -59,97 +62,6 @@ class Recovered:
         return facts if self.kept else {**facts, "reason": self.reason}
 
 
-class _Tuned(Protocol):
-    """Something that is stored, with parameters that start at zero, where it is as it was given."""
-
-    steps: list[tuple[Tensor, float]]
-    """Parameters and their step sizes."""
-
-    def dense(self) -> Tensor:
-        """The float32 tensor that a block computes with, differentiable."""
-        ...
-
-    def stored(self) -> Outcome | Tensor:
-        """The nearest that can be stored."""
-        ...
-
-
-class _Float:
-    """A norm, router or bias, stored in a float type; parameters are in units of its root mean square."""
-
-    def __init__(self, values: Tensor, codec: str, rate: float):
-        self.values, self.codec = values, codec
-        self.size = values.square().mean().sqrt()
-        self.change = torch.zeros_like(values, requires_grad=True)
-        self.steps = [(self.change, rate)]
-
-    def dense(self) -> Tensor:
-        return self.values + self.change * self.size
-
-    def stored(self) -> Tensor:
-        codec = get_codec(self.codec)
-        return codec.unpack(codec.encode(self.dense().detach()))
-
-
-class _Scales:
-    """A quantized tensor with its codes fixed: each stored real number gets a factor."""
-
-    def __init__(self, outcome: Outcome, rate: float):
-        solution = outcome.solution
-        self.outcome, codec, grid = outcome, solution.codec, solution.grid
-        stored = grid.scale if grid.d is None else grid.d
-        self.shape = (*stored.shape, solution.units.shape[1] // stored.shape[1])
-        self.scaled = (solution.units * codec.columns(grid.scale)).reshape(self.shape)
-        self.change = torch.zeros_like(stored, requires_grad=True)
-        self.steps = [(self.change, rate)]
-        self.offset: Tensor | None = None
-        if grid.offset is not None and grid.dmin is not None:
-            self.offset = codec.columns(grid.offset).reshape(self.shape)
-            self.offset_change = torch.zeros_like(stored, requires_grad=True)
-            self.steps.append((self.offset_change, rate))
-
-    def dense(self) -> Tensor:
-        out = self.scaled * (1 + self.change)[..., None]
-        if self.offset is not None:
-            out = out - self.offset * (1 + self.offset_change)[..., None]
-        return _restored(self.outcome, out.reshape(self.outcome.solution.units.shape))
-
-    def stored(self) -> Outcome:
-        solution = self.outcome.solution
-        offset_factor = None if self.offset is None else 1 + self.offset_change.detach()
-        grid = solution.codec.rescaled(solution.grid, 1 + self.change.detach(), offset_factor)
-        return replace(self.outcome, solution=replace(solution, grid=grid))
-
-
-class _Codes:
-    """A finely quantized tensor, tuned as float and rounded again to its own scales; parameters are in units of its root
-    mean square."""
-
-    def __init__(self, outcome: Outcome, rate: float):
-        self.outcome = outcome
-        self.values = outcome.solution.decode()
-        self.size = self.values.square().mean().sqrt()
-        self.change = torch.zeros_like(self.values, requires_grad=True)
-        self.steps = [(self.change, rate)]
-
-    def dense(self) -> Tensor:
-        return _restored(self.outcome, self.values + self.change * self.size)
-
-    def stored(self) -> Outcome:
-        solution = self.outcome.solution
-        moved = self.values + self.change.detach() * self.size
-        return replace(self.outcome, solution=replace(solution, units=nearest_units(solution, moved)))
-
-
-def nearest_units(solution: Solution, weight: Tensor) -> Tensor:
-    """Codes of `weight` [R, n] nearest under the solution's own scales, one column at a time. Returns units [R, n]."""
-    codec, grid = solution.codec, solution.grid
-    shifted = weight if grid.offset is None else weight + codec.columns(grid.offset)
-    target = (shifted / codec.columns(safe_divisor(grid.scale))).reshape(-1, 1)
-    zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
-    return codec.nearest(target, torch.ones_like(target), None, zero).reshape(weight.shape)
-
-
 def recover_block(
     spec: ModelSpec,
     layer: int,
@@ -171,19 +83,17 @@ def recover_block(
     plain squared error). The same seed gives the same bytes on the same machine and thread count.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        given = {name: _plain_outcome(outcome) for name, outcome in outcomes.items()}
+        given = {name: plain_outcome(outcome) for name, outcome in outcomes.items()}
         constants = {name: value.clone() for name, value in floats.items()}
-        tuned = _tunables(spec, layer, given, constants, stored_as, options)
+        tuned = tunables(spec, layer, given, constants, stored_as, options)
         windows = source.shape[0]
-        held = max(1, math.ceil(options.held_out * windows))
+        held = held_out_windows(windows, options)
         if not tuned or held >= windows:
             reason = "nothing to tune" if not tuned else "too few calibration windows to hold any out"
             return Recovered(outcomes, floats, 0.0, 0.0, False, 0, reason)
         weigh = None if metric is None else metric.clone()
         problem = _Problem(spec, layer, source, target, weigh, windows - held)
-        still = {name: _dense(outcome) for name, outcome in given.items() if name not in tuned} | {
-            name: value for name, value in constants.items() if name not in tuned
-        }
+        still = still_values(given, constants, tuned)
         before = problem.held_out_error(still | {name: t.dense().detach() for name, t in tuned.items()})
         best, after, epochs, reason = _descend(problem, tuned, still, before, options, seed * 1_000_003 + layer)
         if best is None:
@@ -196,30 +106,6 @@ def recover_block(
             True,
             epochs,
         )
-
-
-def _tunables(
-    spec: ModelSpec,
-    layer: int,
-    outcomes: Mapping[str, Outcome],
-    floats: Mapping[str, Tensor],
-    stored_as: Mapping[str, str],
-    options: RecoverOptions,
-) -> dict[str, _Tuned]:
-    """What the options name, in the order of the block's tensors."""
-    tuned: dict[str, _Tuned] = {}
-    for tensor in spec.block_tensors(layer):
-        name = tensor.name
-        if name in outcomes:
-            codec = outcomes[name].solution.codec
-            fine = codec.step == 1 and codec.bits_per_weight(tensor.shape[-1]) >= CODES_FROM_BITS
-            if fine and "codes" in options.tune:
-                tuned[name] = _Codes(outcomes[name], options.lr_codes)
-            elif "scales" in options.tune:
-                tuned[name] = _Scales(outcomes[name], options.lr_scales)
-        elif tensor.role in options.tune:
-            tuned[name] = _Float(floats[name], stored_as[name], options.lr_floats)
-    return tuned
 
 
 @dataclass(frozen=True)
@@ -267,7 +153,7 @@ class _Problem:
 
 def _descend(
     problem: _Problem,
-    tuned: Mapping[str, _Tuned],
+    tuned: Mapping[str, Tuned],
     still: Mapping[str, Tensor],
     before: float,
     options: RecoverOptions,
@@ -277,7 +163,7 @@ def _descend(
 
     Returns the best stored values (None when none beats `before`), their held-out error, epochs run, and why none.
     """
-    optimizer = _Adam([step for t in tuned.values() for step in t.steps])
+    optimizer = Adam([step for t in tuned.values() for step in t.steps])
     generator = torch.Generator().manual_seed(seed)
     total = options.epochs * -(-problem.training // problem.batch)
     best: dict[str, Outcome | Tensor] | None = None
@@ -291,11 +177,10 @@ def _descend(
             if not torch.isfinite(loss):
                 return best, min(least, after), epoch, "the loss is not finite"
             loss.backward()
-            optimizer.step(min(1.0, (taken + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * taken / total)))
+            optimizer.step(step_share(taken, total))
             taken += 1
         candidate = {name: t.stored() for name, t in tuned.items()}
-        dense = {name: _dense(c) if isinstance(c, Outcome) else c for name, c in candidate.items()}
-        after_epoch = problem.held_out_error({**still, **dense})
+        after_epoch = problem.held_out_error({**still, **stored_values(candidate)})
         after = min(after, after_epoch) if math.isfinite(after_epoch) else after
         stale = 0 if after_epoch < least else stale + 1
         if after_epoch < least:
@@ -304,28 +189,6 @@ def _descend(
             break
     reason = "" if best is not None else "no better on the held-out windows"
     return best, least if best is not None else after, epoch, reason
-
-
-class _Adam:
-    """Adam (arXiv 1412.6980) with a step size for each parameter. torch's own loads its compiler on the first step."""
-
-    def __init__(self, steps: list[tuple[Tensor, float]]):
-        self.steps = steps
-        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p, _ in steps]
-        self.taken = 0
-
-    @torch.no_grad()
-    def step(self, share: float) -> None:
-        """Move by `share` of every step size and clear the gradients."""
-        self.taken += 1
-        first, second = (1 - beta**self.taken for beta in BETAS)
-        for (parameter, rate), (mean, square) in zip(self.steps, self.moments, strict=True):
-            if parameter.grad is None:  # an expert that no token of the batch reached
-                continue
-            mean.lerp_(parameter.grad, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(parameter.grad, parameter.grad, value=1 - BETAS[1])
-            parameter.addcdiv_(mean, (square / second).sqrt_().add_(TINY), value=-share * rate / first)
-            parameter.grad = None
 
 
 # -- how much the original's loss feels an error ---------------------------------------------------------------------
@@ -400,25 +263,3 @@ def _head_gradient(
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, drawn, reduction="sum").backward()
             file.append(hidden.grad[None])
-
-
-# -- tensors made under inference mode, for autograd -----------------------------------------------------------------
-
-
-def _plain_outcome(outcome: Outcome) -> Outcome:
-    solution = outcome.solution
-    facts = {f.name: getattr(solution.grid, f.name) for f in fields(solution.grid)}
-    grid: Grid = type(solution.grid)(**{k: None if v is None else v.clone() for k, v in facts.items()})
-    signs = outcome.incoherence
-    if signs is not None:
-        signs = replace(signs, signs_in=signs.signs_in.clone(), signs_out=signs.signs_out.clone())
-    return replace(outcome, solution=replace(solution, units=solution.units.clone(), grid=grid), incoherence=signs)
-
-
-def _restored(outcome: Outcome, values: Tensor) -> Tensor:
-    """Out of incoherent space, where the tensor was solved in it."""
-    return values if outcome.incoherence is None else outcome.incoherence.restore(values)
-
-
-def _dense(outcome: Outcome) -> Tensor:
-    return _restored(outcome, outcome.solution.decode())

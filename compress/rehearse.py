@@ -24,8 +24,9 @@ from compress.errors import OutputError
 from compress.journal import Activations, Journal
 from compress.models.base import ModelSpec
 from compress.plan import BATCH_TOKENS, Plan, PlannedTensor
+from compress.recover import recover_block
 from compress.scoring.divergence import token_stats
-from compress.solve import decode, solve_tensor
+from compress.solve import Outcome, decode, solve_tensor
 from compress.source import Loader, working_model
 from compress.statistics import Statistics
 from compress.stream import STAGES_OF, Half, Streams, advance, collect, compress_half, embed, stage_groups
@@ -46,8 +47,8 @@ _TASK_TEXT = ("sentence_good", "sentence_bad", "context", "continuation")  # fie
 class Rehearsal:
     """Estimated wall seconds of a run.
 
-    forward: reading text, running blocks and gathering statistics; solve: choosing codes; write: journal, artifacts and
-    their integrity check; score: the recipe's suite.
+    forward: reading text, running blocks and gathering statistics; solve: scalings, choosing codes, recovery (all its
+    epochs, which may end early); write: journal, artifacts and their integrity check; score: the recipe's suite.
     """
 
     forward: float
@@ -69,10 +70,11 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class _Block:
-    """Measured seconds of one block: `window` for every calibration window, `token` for one plain forward pass of one
-    token, the others once."""
+    """Measured seconds of one block: `window` for every calibration window, `epoch` for every one in an epoch of
+    recovery, `token` for one plain forward pass of one token, the others once."""
 
     window: float
+    epoch: float
     token: float
     solve: float
     load: float
@@ -83,6 +85,7 @@ class _Block:
         """A block with so many times the parameters: active for a token, and in all."""
         return _Block(
             self.window * active,
+            self.epoch * stored,
             self.token * active,
             self.solve * stored,
             self.load * stored,
@@ -134,7 +137,7 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
         score = artifacts * _score(spec, load_suite(plan.recipe.score.suite), tokenizer, blocks)
     return Rehearsal(
         forward=clock["text"] + sum(settings.samples * b.window + b.load for b in blocks),
-        solve=outer + sum(b.solve for b in blocks),
+        solve=outer + sum(b.solve + _recovery_windows(plan) * b.epoch for b in blocks),
         write=store + artifacts * (store + check),
         score=score,
     )
@@ -156,9 +159,20 @@ class _Clock:
         return float(self._seconds[name])
 
 
+def _recovery_windows(plan: Plan) -> int:
+    """Windows that pass through every block forth and back: its own epochs, those of all blocks together, and the survey
+    of the original's sensitivity."""
+    recover, samples = plan.recover, plan.recipe.calibration.samples
+    if recover is None:
+        return 0
+    survey = min(recover.survey, samples) if recover.loss == "sensitivity" else 0
+    return samples * (recover.epochs + recover.end_to_end) + survey
+
+
 def _kind(plan: Plan, layer: int) -> Any:
     """What makes two blocks take the same time: shapes, codecs and solvers of all their tensors."""
-    return frozenset(Counter((t.spec.role, t.spec.shape, t.codec, t.solver) for t in plan.block(layer)).items())
+    facts = Counter((t.spec.role, t.spec.shape, t.codec, t.solver, t.incoherence) for t in plan.block(layer))
+    return frozenset(facts.items())
 
 
 def _kinds(plan: Plan) -> list[tuple[Any, int]]:
@@ -206,6 +220,8 @@ def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Stre
         for planned in block:
             load(planned.name).float()
     packed: dict[str, Packed] = {}
+    outcomes: dict[str, Outcome] = {}
+    start = streams
     halves: tuple[Half, Half] = ("attention", "ffn")
     for half in halves:
         tensors = [t for t in block if t.spec.half == half]
@@ -214,6 +230,7 @@ def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Stre
                 spec, layer, half, tensors, load, streams, transforms=plan.transforms, seed=plan.recipe.seed
             )
         packed |= result.packed
+        outcomes |= result.outcomes
         if streams is None:
             continue
         more = plan.recipe.calibration.samples // streams.windows
@@ -231,6 +248,12 @@ def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Stre
             with clock("original forward"):
                 advance(spec, layer, half, result.original, streams.original, following.original, streams.batch)
         streams = following
+    if plan.recover is not None and start is not None and streams is not None and streams.original is not None:
+        floats = {name: decode(part) for name, part in packed.items() if name not in outcomes}
+        stored_as = {name: packed[name].codec for name in floats}
+        once = plan.recover.model_copy(update={"epochs": 1})
+        with clock("recover"):
+            recover_block(spec, layer, outcomes, floats, stored_as, start.compressed, streams.original, once)
     with clock("store"):
         journal.finish(f"block-{layer:05d}", packed, {})
     with clock("decode"):
@@ -238,8 +261,10 @@ def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Stre
             decode(part)
     windows = 1 if streams is None else streams.windows
     length = plan.recipe.calibration.length
+    forwards = 1 + len(plan.transforms)  # each scaling runs both halves once more to see their inputs
     return _Block(
-        window=(clock["observe"] + clock["forward"] + clock["original forward"]) / windows,
+        window=(clock["observe"] + forwards * clock["forward"] + clock["original forward"]) / windows,
+        epoch=clock["recover"] / windows,
         token=clock["forward"] / (windows * length),
         solve=max(clock["half"] - clock["gather"] - clock["load"], 0.0),
         load=clock["load"],

@@ -18,7 +18,9 @@ from compress.checkpoint import Checkpoint
 from compress.codecs import get_codec
 from compress.deliver import Delivery, deliver, require_texts
 from compress.errors import GateFailed, OutputError
+from compress.finetune import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.journal import Activations, Journal, write_synced
+from compress.outcomes import save_outcomes
 from compress.plan import Plan, PlannedTensor, make_plan, surveys_head
 from compress.recipe import Recipe
 from compress.recover import Recovered, output_sensitivity, recover_block
@@ -59,8 +61,10 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
     if journal.units:
-        done = len(journal.units) - (SENSITIVITY in journal)
-        reporter.say(f"continuing: {done} of {plan.spec.layers + 2} units are already done")
+        units = ["embeddings", *(f"block-{n:05d}" for n in range(plan.spec.layers)), "head"]
+        units += [RECOVERED] if tunes_end_to_end(plan) else []
+        done = sum(unit in journal for unit in units)
+        reporter.say(f"continuing: {done} of {len(units)} units are already done")
     checkpoint = Checkpoint.open(plan.source)
     require_texts(plan)
     with torch.inference_mode():
@@ -112,7 +116,7 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
 
 
 def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter) -> None:
-    """Every unit that the journal does not hold yet: embeddings, blocks, head."""
+    """Every unit that the journal does not hold yet: embeddings, blocks, head, what end-to-end recovery moved."""
     spec = plan.spec
     load = working_model(plan, checkpoint)
     shape: tuple[int, int, int] | None = None
@@ -149,6 +153,12 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
     with reporter.stage("head"):
         if "head" not in journal:
             _head(plan, load, journal, shape)
+    if tunes_end_to_end(plan) and ids is not None:
+        with reporter.stage("recover") as progress:
+            if RECOVERED not in journal:
+                states = _streams(plan, journal, f"{spec.layers:05d}", (*ids.shape, spec.hidden_size)).original
+                assert states is not None
+                recover_end_to_end(plan, load, journal, ids, states, progress)
 
 
 def load_calibration(plan: Plan) -> np.ndarray:
@@ -244,6 +254,9 @@ def _block(
             weights = {name: decode(value) for name, value in packed.items()}
             for half, source, target in zip(halves, at[:2], at[1:], strict=True):
                 advance(plan.spec, layer, half, weights, source.compressed, target.compressed, source.batch)
+            outcomes = dict(recovered.outcomes)
+    if tunes_end_to_end(plan):
+        save_outcomes(outcomes_file(journal, layer), outcomes)
     journal.finish(f"block-{layer:05d}", packed, report)
     for streams in at[:2]:
         if streams is not None:
@@ -307,7 +320,9 @@ def _head(plan: Plan, load: Loader, journal: Journal, shape: tuple[int, int, int
     elif head is not None:
         packed[head.name], report = _alone(plan, head, load(head.name))
     journal.finish("head", packed, report)
-    if streams is not None:
+    if streams is not None and tunes_end_to_end(plan):
+        streams.compressed.delete()  # the original's final states are what the last stage tunes for
+    elif streams is not None:
         streams.delete()
 
 
@@ -342,6 +357,15 @@ def _scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Report
         for layer in range(plan.spec.layers)
         if (recovered := journal.units[f"block-{layer:05d}"].get("recovered")) and not recovered["kept"]
     ]
+    if RECOVERED in journal and not (whole := journal.units[RECOVERED]["recovered"])["kept"]:
+        fallbacks.append(
+            Fallback(
+                subject="all blocks together",
+                wanted="end-to-end recovery",
+                used="the blocks as they were recovered one by one",
+                reason=whole["reason"],
+            )
+        )
     experts = []
     for layer in range(plan.spec.layers):
         tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()

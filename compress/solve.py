@@ -49,6 +49,11 @@ class Outcome:
     incoherence: Incoherence | None
     report: Solved
 
+    def dense(self) -> Tensor:
+        """What an engine computes with: float32 [m, n]."""
+        values = self.solution.decode()
+        return values if self.incoherence is None else self.incoherence.restore(values)
+
     def pack(self) -> Packed:
         """The bytes that ship."""
         packed = self.solution.pack()

@@ -124,9 +124,9 @@ def corrected_target(
         pull += residual_strength * statistics.residual
     if not pull.any():
         return weight
-    gram = statistics.gram.double()
-    ridge = damping * gram.diagonal().mean().clamp_min(1e-30)
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=torch.float64))
+    gram = statistics.gram.to(torch.float64, copy=True)
+    gram.diagonal().add_(damping * gram.diagonal().mean().clamp_min(1e-30))
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         raise NumericalError(f"gram cannot be factorised with a ridge of {damping:g} of its mean; raise drift_damping")
     return weight + torch.cholesky_solve(pull.T.double(), factor).T.float()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from compress.codecs.names import codec_info
@@ -161,6 +161,14 @@ class Rule(BaseModel):
     solver: Solver | None = None
     incoherence: bool | None = None
     activations: Literal["int8"] | None = None
+
+    @model_validator(mode="after")
+    def _coded(self) -> Rule:
+        if codec_info(self.codec).kind == "float":
+            for key in ("incoherence", "activations"):
+                if getattr(self, key):
+                    raise problem(f"{key} goes with a codec that rounds, not with {self.codec}")
+        return self
 
     def __str__(self) -> str:
         where = f" in layers {', '.join(self.layers)}" if self.layers else ""

@@ -17,6 +17,7 @@ class Packed:
     `parts` by kind of codec:
       float    {"values": the tensor in that dtype}
       ggml     {"blocks": uint8 [out, row_bytes]}: ggml's row layout
+      block    the same, of records that a registered codec defines
       uniform  {"codes": uint8 [out, in], "scales": float16 [out, groups], "zeros": uint8 [out, groups]};
                value = (code - zero) * scale
       bnb      {"codes": uint8 [out, in / 2], the even column in the high half, "absmax": float32 [out, in / 64]};

@@ -5,6 +5,9 @@ half-integers of even sum. The magnitudes of s are a row of a table of 256: the 
 then 29 of norm^2 12. Of the 224 rows with that norm the first in lexicographic order that hold no 5/2 are taken; which
 ones hardly matters (a choice optimised greedily on a Gaussian source lowers the error by 0.1%).
 
+On a standard normal source, at the best scale and with an exact search, the squared error is 0.0916 a weight (QuIP#
+reports 0.089 for its own table; a 2-bit Lloyd-Max scalar 0.1175, no code below 0.0625).
+
     bits 8..15  row of the table
     bits 1..7   set where coordinate 1..7 of s is negative; the sign of coordinate 0 makes the sum of s even
     bit  0      set for -1/4

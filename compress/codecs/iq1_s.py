@@ -59,6 +59,10 @@ class IQ1_S(SignedCodec):
         points = units + self.columns(shift)
         return self._shifted(super().refit(weight, points, replace(grid, offset=None), gram), shift)
 
+    def rescaled(self, grid: Grid, factor: Tensor, offset_factor: Tensor | None = None) -> Grid:
+        """See BlockCodec.rescaled; the offset is a multiple of the scale and follows it."""
+        return self._shifted(super().rescaled(grid, factor), self._shift(grid))
+
     def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
         index = self.index(units.reshape(-1, 8, 4, 8))
         high = ((index >> 8) << (3 * torch.arange(4, device=units.device))).sum(2)

@@ -119,7 +119,7 @@ def codec_info(name: str) -> CodecInfo:
         bits, group, asymmetric = match.groups()
         block = 0 if group == "row" else int(group[1:])
         return CodecInfo(canonical, "uniform", block, bits=int(bits), symmetric=asymmetric is None)
-    near = difflib.get_close_matches(canonical, FIXED_NAMES + UNIFORM_NAMES, n=2, cutoff=0.4)
+    near = difflib.get_close_matches(canonical, (*FIXED_NAMES, *UNIFORM_NAMES, *_REGISTERED), n=2, cutoff=0.4)
     raise KeyError(f"unknown codec {name!r}; nearest: {', '.join(near) or ', '.join(FIXED_NAMES)}")
 
 
@@ -195,11 +195,17 @@ KIND_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class ContainerInfo:
-    """What a container can hold (codec kinds, and roles it can only hold as floats) and who runs it."""
+    """What a container can hold (codec kinds, and roles it can only hold as floats) and who runs it.
+
+    incoherence: it has a place for the signs of the Hadamard transforms, or decodes them away; activations: it can say
+    that an engine rounds the inputs of a linear.
+    """
 
     kinds: frozenset[str]
     engines: str
     float_roles: tuple[str, ...] = ()
+    incoherence: bool = False
+    activations: bool = False
 
 
 CONTAINERS: dict[str, ContainerInfo] = {
@@ -211,10 +217,31 @@ CONTAINERS: dict[str, ContainerInfo] = {
         frozenset({"float", "bnb"}), "transformers with bitsandbytes", ("embeddings", "lm_head")
     ),
     "compressed-tensors": ContainerInfo(
-        frozenset({"float", "uniform"}), "vLLM, transformers with compressed-tensors", ("embeddings",)
+        frozenset({"float", "uniform"}),
+        "vLLM, transformers with compressed-tensors",
+        ("embeddings",),
+        activations=True,
     ),
     # Ours: every codec as it is.
-    "compress": ContainerInfo(frozenset(KIND_NAMES), "transformers after `import compress`"),
+    "compress": ContainerInfo(
+        frozenset(KIND_NAMES), "transformers after `import compress`", incoherence=True, activations=True
+    ),
     # Every codec as the values it decodes to.
-    "safetensors": ContainerInfo(frozenset(KIND_NAMES), "whatever runs the original; dense"),
+    "safetensors": ContainerInfo(frozenset(KIND_NAMES), "whatever runs the original; dense", incoherence=True),
 }
+
+
+def activation_problem(container: str) -> str | None:
+    """Why a container cannot hold a rule with activations, or None."""
+    if CONTAINERS[container].activations:
+        return None
+    others = [name for name, info in CONTAINERS.items() if info.activations]
+    return f"container {container} says nothing about activations; use {' or '.join(others)}"
+
+
+def incoherence_problem(container: str) -> str | None:
+    """Why a container cannot hold codes between Hadamard transforms, or None."""
+    if CONTAINERS[container].incoherence:
+        return None
+    others = [name for name, info in CONTAINERS.items() if info.incoherence]
+    return f"container {container} has no place for the signs of incoherence; use {' or '.join(others)}"

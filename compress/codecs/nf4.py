@@ -20,6 +20,7 @@ from compress.codecs.base import TINY, Grid, ScalarCodec
 from compress.weights import Packed
 
 BLOCK, NESTED_BLOCK = 64, 256
+PACKED = 1 << 20  # weights whose codes pass through wide integers at once
 # QLoRA, appendix E
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -154,7 +155,8 @@ class FourBit(ScalarCodec):
 
     # -- bytes -------------------------------------------------------------------------------------------------
     def pack(self, units: Tensor, grid: Grid) -> Packed:
-        codes = self.codes(units).to(torch.uint8)
+        some = units.split(max(1, PACKED // units.shape[1]))
+        codes = torch.cat([self.codes(part).to(torch.uint8) for part in some])
         parts = {"codes": (codes[:, ::2] << 4) | codes[:, 1::2]}
         if isinstance(grid, NestedGrid):
             parts |= {"absmax": grid.codes.to(torch.uint8), "nested_absmax": grid.nested, "offset": grid.mean}
@@ -169,7 +171,7 @@ class FourBit(ScalarCodec):
             grid = self._nested_grid(parts["absmax"].long(), parts["nested_absmax"], parts["offset"])
         else:
             grid = Grid(scale=parts["absmax"])
-        return self.decode(self.table.to(codes.device)[codes.long()], grid)
+        return self.decode(self.table.to(codes.device)[codes.int()], grid)
 
 
 def _per_scale(nested: Tensor, count: int) -> Tensor:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from compress.weights import Packed
 
-__all__ = ["Options", "check_plan", "codec_problem", "open_dense", "quantization_config", "write"]
+__all__ = ["Options", "check_plan", "codec_problem", "open_dense", "quantization_config", "tensor_bytes", "write"]
 
 _CODEC = re.compile(r"int4-g(32|64|128)(-asym)?")
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs comes first, second, ... from the lowest bits
@@ -128,6 +128,11 @@ def _slots(planned: PlannedTensor) -> list[Slot]:
     ]
 
 
+def tensor_bytes(planned: PlannedTensor) -> int:
+    """Bytes of one tensor in the file."""
+    return sum(slot.bytes for slot in _slots(planned))
+
+
 def _pack(values: Tensor) -> Tensor:
     """uint8 codes [out, n] -> int32 words [n, out / 8]."""
     rows, n = values.shape
@@ -195,13 +200,16 @@ def _unpack(words: Tensor) -> Tensor:
 def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of an AWQ folder by its checkpoint name to float32.
 
-    The group size follows from the tensors' shapes. CheckpointError for missing tensors or shapes that contradict each
-    other.
+    The group size follows from the tensors' shapes. CheckpointError for another layout than GEMM, missing tensors or
+    shapes that contradict each other.
     """
     from compress.checkpoint import Checkpoint
 
     folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
     checkpoint = Checkpoint.open(folder)
+    version = (checkpoint.config.get("quantization_config") or {}).get("version", "gemm")
+    if str(version).lower() != "gemm":
+        raise CheckpointError(f"{folder} is in AWQ's {version} layout; only gemm is read here")
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
 
     def load(name: str) -> Tensor:

@@ -137,6 +137,11 @@ def _slots(planned: PlannedTensor, dtype: str) -> list[Slot]:
     return slots
 
 
+def tensor_bytes(planned: PlannedTensor) -> int:
+    """Bytes of one tensor in the file, to the one by which the name of the float type may be shorter."""
+    return sum(slot.bytes for slot in _slots(planned, "bfloat16"))
+
+
 def _state_name(name: str, info: CodecInfo) -> str:
     return f"{name}.quant_state.bitsandbytes__{_quant_type(info)}"
 
@@ -201,8 +206,8 @@ def write(
 def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of such a folder by its checkpoint name to float32.
 
-    Levels, scales and shapes are read from the file. CheckpointError for missing tensors or shapes that contradict each
-    other.
+    Levels, scales and shapes are read from the file. CheckpointError for a folder of bitsandbytes' 8-bit format, missing
+    tensors or shapes that contradict each other.
     """
     import torch
 
@@ -211,12 +216,16 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
     checkpoint = Checkpoint.open(folder)
     settings = checkpoint.config.get("quantization_config") or {}
+    if not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
+        raise CheckpointError(f"{folder} is in bitsandbytes' 8-bit format; only its 4-bit folders are read here")
     kind = settings.get("bnb_4bit_quant_type", "fp4")
 
     def load(name: str) -> Tensor:
         stored = f"{name}.quant_state.bitsandbytes__{kind}"
         values = checkpoint.load(name)
         if stored not in checkpoint:
+            if not values.is_floating_point():
+                raise CheckpointError(f"{folder} has no tensor {stored}, without which {name} cannot be read")
             return values.float()
         state = json.loads(bytes(checkpoint.load(stored).tolist()))
         absmax = checkpoint.load(f"{name}.absmax")

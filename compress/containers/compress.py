@@ -24,10 +24,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.codecs.names import codec_info
+from compress.codecs.names import codec_info, stored_bytes
 from compress.containers._atomic import atomic_folder
 from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
 from compress.errors import CheckpointError, OutputError
@@ -95,8 +96,22 @@ def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
             raise OutputError(f"{tensor.name}: container compress keeps {tensor.role} in float, not {info.name}")
         if tensor.role == "embeddings" and (planned.incoherence or info.kind == "vector"):
             raise OutputError(
-                f"{tensor.name}: embeddings are looked up row by row, {info.name} mixes rows; use another codec for them"
+                f"{tensor.name}: embeddings are looked up row by row and cannot be coded between Hadamard transforms; "
+                f"use {'another codec' if info.kind == 'vector' else 'incoherence: false'} for them"
             )
+
+
+def tensor_bytes(planned: PlannedTensor) -> int:
+    """Bytes of one tensor in the file: intN codes packed to their bits row by row, zero points where they differ."""
+    info, shape = codec_info(planned.codec), planned.spec.shape
+    rows, columns = (1, *shape)[-2:]
+    signs = ceil(rows / 8) + ceil(columns / 8)
+    size = stored_bytes(info.name, shape) - (signs if info.kind == "vector" else 0)
+    if info.kind == "uniform":
+        groups = ceil(columns / info.block) if info.block else 1
+        zeros = 0 if info.symmetric else ceil(groups * info.bits / 8)
+        size = rows * (ceil(columns * info.bits / 8) + 2 * groups + zeros)
+    return size + (signs if planned.incoherence else 0)
 
 
 # -- what config.json says ---------------------------------------------------------------------------------------------
@@ -156,7 +171,7 @@ def read_rules(config: Mapping[str, Any]) -> Rules:
             f"format {FORMAT}; install a newer compress"
         )
     rules: Rules = {}
-    for name, value in config.get("modules", {}).items():
+    for name, value in (config.get("modules") or {}).items():
         try:
             rules[name] = None if value is None else Setting(**value)
         except TypeError:
@@ -172,8 +187,10 @@ def read_rules(config: Mapping[str, Any]) -> Rules:
             codec_info(codec)
         except KeyError:
             raise CheckpointError(
-                f"config.json: codec {codec!r} is not known; install a newer compress, or import what registers it"
+                f"config.json: codec {codec!r} is not known; install a newer compress, or load the plugin that registers it"
             ) from None
+        if codec not in (config.get("parts") or {}):
+            raise CheckpointError(f"config.json does not name the parts of codec {codec!r}; fetch the model again")
     return rules
 
 
@@ -299,7 +316,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config.get("quantization_config") or {}
-    rules, parts_of = read_rules(config), config["parts"]
+    rules, parts_of = read_rules(config), config.get("parts") or {}
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
 
     def load(name: str) -> Tensor:

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 
     from compress.weights import Packed
 
-__all__ = ["Options", "check_plan", "codec_problem", "open_dense", "quantization_config", "write"]
+__all__ = ["Options", "check_plan", "codec_problem", "open_dense", "quantization_config", "tensor_bytes", "write"]
+
+_FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
 
 
 @dataclass(frozen=True, order=True)
@@ -246,6 +248,11 @@ def _slots(planned: PlannedTensor) -> list[Slot]:
     return slots
 
 
+def tensor_bytes(planned: PlannedTensor) -> int:
+    """Bytes of one tensor in the file."""
+    return sum(slot.bytes for slot in _slots(planned))
+
+
 def _encode(packed: Packed, planned: PlannedTensor) -> dict[str, Tensor]:
     """Checkpoint tensors of one weight: `_slots` filled."""
     import torch
@@ -310,23 +317,30 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of a compressed-tensors folder by its checkpoint name to float32.
 
-    Bits and groups follow from the tensors' shapes. CheckpointError for missing tensors or shapes that contradict each
-    other.
+    Bits and groups follow from the tensors' shapes. CheckpointError for formats and parts that `write` never writes
+    (fp8, reordered groups), missing tensors or shapes that contradict each other.
     """
-    import torch
-
     from compress.checkpoint import Checkpoint
 
     folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
     checkpoint = Checkpoint.open(folder)
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
+    settings = checkpoint.config.get("quantization_config") or {}
+    groups = (settings.get("config_groups") or {}).values()
+    if unknown := {settings.get("format"), *(group.get("format") for group in groups)} - {None, *_FORMATS}:
+        raise CheckpointError(
+            f"{folder} has format {min(unknown)} of compressed-tensors; read here: {', '.join(_FORMATS)}"
+        )
 
     def load(name: str) -> Tensor:
         module = name.removesuffix(".weight")
+        whole = name in checkpoint and checkpoint.entries[name].dtype == "I8"
+        for part in ("weight_g_idx", *(["weight_zero_point"] if whole else [])):
+            if f"{module}.{part}" in checkpoint:
+                raise CheckpointError(f"{folder} holds {module}.{part}, which is not understood here")
         if name in checkpoint:
-            values = checkpoint.load(name)
-            whole = values.dtype == torch.int8
-            return values.float() * checkpoint.load(f"{module}.weight_scale").float() if whole else values.float()
+            values = checkpoint.load(name).float()
+            return values * checkpoint.load(f"{module}.weight_scale").float() if whole else values
         packed, scales = (checkpoint.load(f"{module}.{part}") for part in ("weight_packed", "weight_scale"))
         rows, columns = shapes[name]
         bits, rest = divmod(packed.shape[1] * 32, columns)

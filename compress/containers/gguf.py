@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
 from compress.errors import CheckpointError, OutputError
 from compress.models.base import ModelSpec, TensorSpec
@@ -93,6 +94,11 @@ def check_representable(spec: ModelSpec) -> list[str]:
         reasons.append(f"llama.cpp's {arch} computes silu, not {spec.config['hidden_act']}")
     reasons.extend(_rope_problems(spec))
     return reasons
+
+
+def tensor_bytes(planned: PlannedTensor) -> int:
+    """Bytes of one tensor in the file."""
+    return stored_bytes(planned.codec, planned.spec.shape)
 
 
 def caveats(spec: ModelSpec) -> list[str]:

@@ -101,6 +101,11 @@ def _slots(tensor: TensorSpec, codec: str) -> list[Slot]:
     ]
 
 
+def tensor_bytes(planned: PlannedTensor) -> int:
+    """Bytes of one tensor in the file."""
+    return sum(slot.bytes for slot in _slots(planned.spec, planned.codec))
+
+
 def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
     """uint8 codes [n, m] -> int32 words [n / 32 * bits, m]: 32 codes fill `bits` words, lowest bits first.
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOADED_BY_TRANSFORMERS = ("safetensors", "compress", "bitsandbytes", "compressed-tensors")
+PACKAGES = {"bitsandbytes": ("bitsandbytes", "bnb"), "compressed-tensors": ("compressed_tensors", "ct")}
 WHOLE_MODEL_BYTES = 4 * 2**30  # models up to this size in float32 are run by transformers itself
 
 
@@ -50,7 +51,7 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
                 f"scoring {target} needs the original's tokenizer; add --against ORIGINAL (its folder or hub id)"
             )
         original = None if against is None else _open_model(against)
-        if original is not None and original.container == "gptq":
+        if original is not None and original.container != "safetensors":
             raise CheckpointError(f"{against} is itself quantized; give the original to --against")
         opened = None if is_gguf else _open_model(target)
         model = original or opened
@@ -126,7 +127,8 @@ class _Model:
 
 
 def _open_model(name: str) -> _Model:
-    """A dense or GPTQ folder, hub id or bundled model; every weight is there and has the shape config.json implies."""
+    """A folder of any container, hub id or bundled model; a dense one holds every weight in the shape config.json
+    implies."""
     location = model_location(name)
     folder = Path(location)
     if folder.is_file():
@@ -188,7 +190,17 @@ def folder_source(
     container: str, files: Sequence[Path], spec: ModelSpec, parameters: int, fallbacks: list[Fallback]
 ) -> LogitSource:
     """What runs a folder: transformers where it loads the container and the model fits, else its decoded weights."""
-    if container in LOADED_BY_TRANSFORMERS:
+    package, extra = PACKAGES.get(container, ("transformers", ""))
+    if container in LOADED_BY_TRANSFORMERS and find_spec(package) is None:
+        fallbacks.append(
+            Fallback(
+                subject=files[0].parent.name,
+                wanted="scored by transformers",
+                used="scored by its decoded weights",
+                reason=f"{container} is not installed: pip install 'compress-llm[{extra}]'",
+            )
+        )
+    elif container in LOADED_BY_TRANSFORMERS:
         if 4 * parameters <= WHOLE_MODEL_BYTES:
             return TransformersSource(files[0].parent)
         fallbacks.append(

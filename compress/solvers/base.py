@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -35,8 +36,10 @@ class Solution:
 
 
 def relative_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
-    """tr((W-Q) G (W-Q)^T) / tr(W G W^T)."""
-    delta = weight - quantized
+    """tr((W-Q) G (W-Q)^T) / tr(W G W^T). weight, quantized: float32 [R, n] of any size; gram: float32 [n, n]."""
+    # squares of very small or large weights leave float32; a power of two costs no digit
+    unit = 2.0 ** -max(frexp(float(weight.abs().max()))[1], -126)
+    delta, weight = (weight - quantized).mul_(unit), weight * unit
     return float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp_min(TINY))
 
 
@@ -51,9 +54,9 @@ def damped_gram(gram: Tensor, damping: float, tries: int = 8) -> tuple[Tensor, f
         raise NumericalError("gram is not finite; calibration activations overflowed")
     mean = float(wide.diagonal().mean())
     mean = mean if mean > 0 else 1.0
-    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
     for retry in range(tries):
-        damped = wide + damping * mean * eye
+        damped = wide.clone()
+        damped.diagonal().add_(damping * mean)
         if not torch.linalg.cholesky_ex(damped)[1]:
             return damped, damping, retry
         damping = max(damping * 10, 1e-8)

@@ -12,6 +12,8 @@ Minimises tr((W-Q) H (W-Q)^T), H the damped gram of the layer's inputs.
 
 from __future__ import annotations
 
+from math import frexp
+
 import torch
 from torch import Tensor
 
@@ -59,9 +61,13 @@ def solve(weight: Tensor, gram: Tensor, codec: BlockCodec, options: GptqOptions)
     """
     weight = weight.contiguous()
     damped, damping, retries = damped_gram(gram, options.damping)
+    # the gram's unit is arbitrary; a power of four, whose root is exact, brings it near one and changes no digit
+    damped *= 4.0 ** -(frexp(float(damped.diagonal().mean()))[1] // 2)
     order = _order(damped, codec.step, options.act_order)
-    upper = inverse_factor(damped[order][:, order]).float()
     hessian = damped.float()
+    damped = damped[order][:, order]  # in place of the other: wide layers have gigabytes of it
+    upper = inverse_factor(damped).float()
+    del damped
     grid = codec.fit(weight, hessian.diagonal())
     units = _feedback(weight.T[order].contiguous(), upper, _Columns(codec, grid, order))
     inverse_order = order.argsort()

@@ -81,6 +81,11 @@ class RecoverOptions(BaseModel):
     lr_codes: float = Field(0.003, gt=0, description="the same for weights that are rounded again")
     held_out: float = Field(0.125, gt=0, lt=1, description="share of the windows that decides what is kept")
     patience: int = Field(1, ge=1, description="epochs without improvement on them before a block is done")
+    end_to_end: int = Field(
+        1,
+        ge=0,
+        description="epochs in which all blocks are tuned together for the original's logits, once all are done",
+    )
     survey: int = Field(32, ge=1, description="windows on which the original's sensitivity is measured")
 
 

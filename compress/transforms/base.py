@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.codecs.base import TINY
 from compress.statistics import Moments
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ def rounding_error(
         share = len(weights[name]) / len(weight)
         lost += share * _energy(rounded - weight, gram)
         total += share * _energy(weight, gram)
-    return lost / max(total, TINY)
+    return lost / max(total, 1e-30)
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:

@@ -8,6 +8,7 @@ A transform of length n is the Kronecker product of a few small matrices and cos
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from math import isqrt, prod
 
@@ -44,6 +45,16 @@ def hadamard_transform(x: Tensor, dim: int = -1) -> Tensor:
 def inverse_hadamard_transform(x: Tensor, dim: int = -1) -> Tensor:
     """`H^T x` along `dim`: undoes `hadamard_transform`, whose bases need not be symmetric."""
     return _apply(x, dim, inverse=True)
+
+
+def random_signs(n: int, key: str) -> Tensor:
+    """The +-1 of a randomised transform, float32 [n]: bits of SHAKE-256, eight to a byte from the lowest, set for -1.
+
+    Unlike a random generator's they are the same for ever, on every machine, and nothing keeps a state.
+    """
+    stream = torch.tensor(list(hashlib.shake_256(f"compress {key}".encode()).digest(-(-n // 8))), dtype=torch.uint8)
+    bits = stream[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return 1.0 - 2.0 * bits.flatten()[:n].float()
 
 
 def block_length(n: int) -> int:

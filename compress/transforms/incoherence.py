@@ -6,13 +6,12 @@ which is what lattice and trellis codebooks are made for. Both sides are orthono
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress.transforms.hadamard import hadamard_transform, inverse_hadamard_transform
+from compress.transforms.hadamard import hadamard_transform, inverse_hadamard_transform, random_signs
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Incoherence:
     @classmethod
     def draw(cls, m: int, n: int, seed_in: int, seed_out: int) -> Incoherence:
         """Random signs for a weight [m, n]; the same seeds give the same signs on every machine and version."""
-        return cls(_random_signs(n, seed_in), _random_signs(m, seed_out))
+        return cls(random_signs(n, f"signs {seed_in}"), random_signs(m, f"signs {seed_out}"))
 
     def weight(self, weight: Tensor) -> Tensor:
         """W [m, n] -> U W V^T, same dtype."""
@@ -75,9 +74,3 @@ def unpack_signs(packed: Tensor, n: int) -> Tensor:
 
 def _shifts(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def _random_signs(n: int, seed: int) -> Tensor:
-    """Bits of SHAKE-256: unlike a random generator's they are the same for ever, and nothing keeps a state."""
-    stream = hashlib.shake_256(f"compress signs {seed}".encode()).digest(-(-n // 8))
-    return unpack_signs(torch.tensor(list(stream), dtype=torch.uint8), n)

@@ -13,12 +13,15 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+Places = Annotated[tuple[Place, ...], BeforeValidator(_tuple), Field(min_length=1)]
+
+
 class TransformOptions(BaseModel):
     """Base of the scalings of a block; `fold` names the inputs whose channels are scaled."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     name: str
-    fold: Annotated[tuple[Place, ...], BeforeValidator(_tuple)] = ("attention.in", "attention.out", "ffn.in", "ffn.act")
+    fold: Places = ("attention.in", "attention.out", "ffn.in", "ffn.act")
 
 
 class AwqOptions(TransformOptions):
@@ -33,7 +36,7 @@ class SmoothOptions(TransformOptions):
     """SmoothQuant: move the activations' outliers into the weights, for 8-bit activations."""
 
     name: Literal["smooth"] = "smooth"
-    fold: Annotated[tuple[Place, ...], BeforeValidator(_tuple)] = ("attention.in", "ffn.in")
+    fold: Places = ("attention.in", "ffn.in")
     alpha: float = Field(0.5, ge=0, le=1, description="how much of the difficulty moves from activations to weights")
 
 

@@ -8,7 +8,6 @@ channels are thereby spread over all. Nothing is left to do at run time.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.transforms.hadamard import hadamard_transform
+from compress.transforms.hadamard import hadamard_transform, random_signs
 from compress.transforms.options import RotateOptions
 
 if TYPE_CHECKING:
@@ -47,9 +46,10 @@ class Rotation:
         """Rotations of the model `spec` (as its checkpoint is, tied or not); the same for ever for the same seed."""
         tensors = {t.name: t for t in spec.untied().tensors()}
         r1, r2 = "R1" in options.kinds, "R2" in options.kinds
-        stream = _random_signs(spec.hidden_size, f"R1 {options.seed}") if r1 else None
-        values = [_random_signs(spec.head_dim, f"R2 {options.seed} {n}") for n in range(spec.layers)] if r2 else []
-        return cls(tensors, spec.tied, spec.head_dim, stream, tuple(values))
+        stream = random_signs(spec.hidden_size, f"R1 {options.seed}").double() if r1 else None
+        layers = range(spec.layers if r2 else 0)
+        values = tuple(random_signs(spec.head_dim, f"R2 {options.seed} {n}").double() for n in layers)
+        return cls(tensors, spec.tied, spec.head_dim, stream, values)
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Names of the checkpoint's tensors that `tensor(name)` loads, itself first; none for a norm that becomes ones.
@@ -132,10 +132,3 @@ def _turn(x: Tensor, signs: Tensor, dim: int) -> Tensor:
     """H diag(signs) along `dim`, whose length is a multiple of the signs' (head after head)."""
     blocks = x.movedim(dim, -1).unflatten(-1, (-1, len(signs)))
     return hadamard_transform(blocks * signs).flatten(-2).movedim(-1, dim)
-
-
-def _random_signs(n: int, key: str) -> Tensor:
-    """float64 [n] of +-1: bits of SHAKE-256, which unlike a random generator's are the same for ever."""
-    stream = torch.tensor(list(hashlib.shake_256(f"compress {key}".encode()).digest(-(-n // 8))))
-    bits = stream[:, None] >> torch.arange(8) & 1
-    return 1.0 - 2.0 * bits.flatten()[:n].double()

@@ -109,6 +109,24 @@ def test_every_known_name_has_a_file() -> None:
     assert {n for n in CODECS if codec_info(n).kind != "uniform"} == set(_FIXED)
 
 
+@pytest.mark.parametrize("name", SOLVABLE)
+def test_rescaled_grids_decode_to_what_their_bytes_say(name: str) -> None:
+    """Scales tuned after the codes are known: rows that are zero stay so, and no code is refused."""
+    weight, gram = (t.clone() for t in _fixture(name))
+    weight[2] = 0.0
+    solution = _solve("rtn", name, weight, gram)
+    grid, codec = solution.grid, solution.codec
+    shape = (grid.scale if grid.d is None else grid.d).shape
+    factor = 1 + 0.2 * torch.rand(shape, generator=torch.Generator().manual_seed(7))
+    offset_factor = None if grid.dmin is None else 0.9 * torch.ones_like(grid.dmin)
+    moved = codec.rescaled(grid, factor, offset_factor)
+    decoded = codec.decode(solution.units, moved)
+    assert torch.equal(codec.unpack(codec.pack(solution.units, moved)), decoded)
+    assert not decoded[2].any()
+    if name != "mxfp4":  # whose scales are powers of two
+        assert decoded.norm() > 1.02 * solution.decode().norm()
+
+
 # -- every solver with every codec
 @pytest.mark.parametrize(("solver", "codec"), PAIRS)
 def test_deterministic_pure_and_bytes_hold_what_was_solved(solver: str, codec: str) -> None:

@@ -173,6 +173,26 @@ def test_second_codes_are_chosen_together_with_the_first() -> None:
         assert (beam <= rest + 1e-4).all() and beam.mean() < 0.97 * rest.mean()
 
 
+@pytest.mark.parametrize(("name", "count"), [("e8p3", 6), ("e8p4", 3)])
+def test_beam_against_all_pairs_of_codes(name: str, count: int) -> None:
+    """Every first code with its best second one: 2^24 and 2^32 sums a target."""
+    codec, target, weight = get_codec(name), _randn(count, 8, seed=6), _rand(8, seed=7) + 0.5
+    finer = codec.tables()[1]
+    best = []
+    for x in target:
+        left = x - e8p_points()
+        if name == "e8p3":
+            square = (weight * finer.square()).sum(1)
+            least = ((weight * left.square()).sum(1)[:, None] + square - 2 * (weight * left) @ finer.T).min()
+        else:  # the second search is one for the nearest point of E8P, which is tested above
+            second = get_codec("e8p").nearest(left / float(codec.ratio), weight) * float(codec.ratio)
+            least = (weight * (left - second).square()).sum(1).min()
+        best.append(least)
+    found, best = (weight * (codec.nearest(target, weight) - target).square()).sum(1), torch.stack(best)
+    assert (found >= best * (1 - 1e-3) - 1e-5).all()
+    assert found.sum() < 1.25 * best.sum()
+
+
 # -- scales
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_follow_the_rows_and_come_close_to_the_best(name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import scipy.linalg
 import torch
@@ -13,6 +15,7 @@ from compress.transforms.hadamard import (
     hadamard_base,
     hadamard_transform,
     inverse_hadamard_transform,
+    random_signs,
 )
 from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
 
@@ -160,6 +163,15 @@ def test_signs_are_fair_reproducible_and_apart() -> None:
         assert abs(float((first * second).mean())) < 5 / 64  # five standard deviations
     assert torch.equal(other.signs_in, a.signs_out)  # one stream a seed, whatever the side
     assert abs(float(a.signs_in.mean())) < 5 / 64
+
+
+def test_signs_never_change() -> None:
+    """A rotation is drawn again from its seed whenever a tensor is read."""
+    digest = hashlib.shake_256(b"compress signs 3").digest(2)
+    bits = [digest[i // 8] >> i % 8 & 1 for i in range(11)]
+    assert random_signs(11, "signs 3").tolist() == [-1.0 if bit else 1.0 for bit in bits]
+    assert torch.equal(Incoherence.draw(5, 11, 3, 4).signs_in, random_signs(11, "signs 3"))
+    assert random_signs(16, "R1 0").tolist() == [1, 1, 1, -1, -1, -1, -1, 1, 1, -1, 1, 1, -1, 1, 1, -1]
 
 
 def test_signs_pack_to_bits() -> None:

@@ -22,7 +22,6 @@ PURE_MAY_IMPORT = {
         "transforms.base",
         "transforms.options",
         "transforms.hadamard",
-        "codecs.base",
         "models.base",
         *VALUES,
     ),  # models.base: which tensors a block has, as types only
@@ -112,6 +111,14 @@ def test_pure_layers_import_only_what_lies_below(path: Path) -> None:
         if name.removeprefix("compress.") not in PURE_MAY_IMPORT[layer] and (me, name) not in SAME_FORMAT
     }
     assert not wrong, f"{me} imports {sorted(wrong)}"
+
+
+def test_no_exception_outlives_its_reason() -> None:
+    used = {(_module(path), name) for path in PURE_FILES for name in _imports(TREES[path])}
+    assert used >= SAME_FORMAT
+    for layer, allowed in PURE_MAY_IMPORT.items():
+        inside = {name for me, name in used if me.startswith(f"compress.{layer}")}
+        assert {f"compress.{name}" for name in allowed if name not in VALUES} <= inside
 
 
 @pytest.mark.parametrize("path", PURE_FILES, ids=_id)

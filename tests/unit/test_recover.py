@@ -20,13 +20,14 @@ from compress.models.base import ModelSpec, load_spec
 from compress.models.decoder import forward_attention, forward_block, rms_norm
 from compress.plan import make_plan
 from compress.recipe import load_recipe
-from compress.recover import Recovered, nearest_units, output_sensitivity, recover_block
+from compress.recover import Recovered, output_sensitivity, recover_block
 from compress.report.progress import Reporter
 from compress.run import compress_model
 from compress.solve import Outcome, Solved, decode
 from compress.solvers import rtn
 from compress.solvers.options import RecoverOptions, RtnOptions
 from compress.transforms.incoherence import Incoherence
+from compress.tunable import nearest_units
 from tests.tiny import tiny_model
 
 WINDOWS, LENGTH = 8, 24

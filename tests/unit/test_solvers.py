@@ -98,6 +98,56 @@ def test_gptq_is_textbook_gptq(name: str, act_order: bool) -> None:
     assert _objective(weight, solution.decode(), hessian) == pytest.approx(naive, rel=2e-2)
 
 
+def _block_ldl(hessian: Tensor, order: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
+    """H = M D M^T by block elimination from the last step to the first: float64 M, unit upper triangular by blocks in
+    that order, and the diagonal blocks of D (the decomposition of QuIP#, arXiv 2402.04396, section 4.1)."""
+    rest, factor, blocks = hessian.clone(), torch.eye(len(hessian), dtype=torch.float64), []
+    for k in range(len(order) - 1, -1, -1):
+        at, before = order[k], [i for step in order[:k] for i in step]
+        blocks.insert(0, rest[at][:, at].clone())
+        share = torch.linalg.solve(blocks[0], rest[at][:, before]).T
+        factor[torch.tensor(before, dtype=torch.long)[:, None], torch.tensor(at)] = share
+        rest[torch.tensor(before, dtype=torch.long)[:, None], torch.tensor(before, dtype=torch.long)] -= (
+            share @ blocks[0] @ share.T
+        )
+    return factor, blocks
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", ["iq2_xs", "e8p", "e8p4", "trellis2", "trellis4"])
+def test_steps_of_many_columns_are_ldlq(name: str, act_order: bool) -> None:
+    """Steps of 8 or 16 columns: each is rounded with the errors of those before it, weighed by the block LDL factor."""
+    codec = block_codec(name, n := 256 if name == "iq2_xs" else 64)
+    rows, gram = 32, _gram(n)
+    weight = 0.05 * _randn(rows, n, seed=3)
+    options = GptqOptions(damping=0.02, act_order=act_order, **PLAIN)
+    solution = gptq.solve(weight, gram, codec, options)
+    hessian = _damped(gram, 0.02)
+    order = _order(hessian, codec.step, act_order)
+    factor, blocks = _block_ldl(hessian, order)
+    dense = torch.zeros_like(hessian)
+    for at, block in zip(order, blocks, strict=True):
+        dense[torch.tensor(at)[:, None], torch.tensor(at)] = block
+    torch.testing.assert_close(factor @ dense @ factor.T, hessian)
+    scale, units = _columns(solution.grid.scale, codec), torch.zeros(rows, n, dtype=torch.float64)
+    error = torch.zeros_like(units)
+    for at, block in zip(order, blocks, strict=True):
+        target = weight[:, at].double() + error @ factor[:, at]
+        price = block.diagonal() * (scale[:, at] ** 2 if codec.rows > 1 else 1)
+        units[:, at] = codec.nearest((target / scale[:, at]).float(), price.float(), block.float()).double()
+        error[:, at] = weight[:, at].double() - units[:, at] * scale[:, at]
+    same = (solution.units.double() == units).reshape(rows // codec.rows, -1).all(1)
+    if codec.rows == 1:
+        assert same.sum() >= rows - 2  # a tie that float32 breaks the other way changes the rest of its row
+    ours, theirs = (_objective(weight, q, hessian) for q in (solution.decode(), weight.double() - error))
+    assert ours == pytest.approx(theirs, rel=2e-2)
+    assert (solution.units.double() == units).double().mean() > (0.9 if codec.rows == 1 else 0.6)
+    # what is minimised: the error in the factor's coordinates, block by block
+    spread = error @ factor
+    by_blocks = sum(float(((spread[:, at] @ b) * spread[:, at]).sum()) for at, b in zip(order, blocks, strict=True))
+    assert theirs == pytest.approx(by_blocks, rel=1e-9)
+
+
 def test_act_order_is_not_natural_order() -> None:
     weight, gram = 0.05 * _randn(4, 256, seed=3), _gram(256)
     codec = block_codec("int4-g128", 256)
