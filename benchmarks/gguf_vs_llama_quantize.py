@@ -32,7 +32,10 @@ from compress.scoring.streamed import StreamedSource
 from compress.text import eval_windows, load_tokenizer
 from compress.weights import Packed
 
-TYPES = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "iq4_nl", "q4_0", "q3_k", "iq3_xxs", "q2_k", "iq2_xs", "iq2_xxs")
+TYPES = (
+    "q8_0", "q6_k", "q5_k", "q4_1", "q4_k", "mxfp4", "iq4_xs", "iq4_nl", "q4_0", "iq3_s", "q3_k", "iq3_xxs", "q2_k", "iq2_s",
+    "iq2_xs", "iq2_xxs", "tq2_0", "iq1_m", "tq1_0", "iq1_s",
+)  # fmt: skip
 
 
 def experts_at(codec: str) -> list[str]:
@@ -40,9 +43,10 @@ def experts_at(codec: str) -> list[str]:
     return [f"steps[0].quantize.rules[0].codec={codec}", f"steps[0].quantize.rules[1].codec={codec}"]
 
 
-HEADLINES = ("qwen-moe-2bit", "Q4_K_M")
+HEADLINES = ("qwen-moe-2bit", "moe-2bit", "Q4_K_M")
 CASES: dict[str, tuple[str, list[str]]] = {
     "qwen-moe-2bit": ("qwen-moe-2bit", []),
+    "moe-2bit": ("moe-2bit", []),
     "Q4_K_M": ("gguf-q4-k-m", []),
     **{f"experts {t}": ("qwen-moe-2bit", experts_at(t)) for t in TYPES},
 }

@@ -79,9 +79,7 @@ def test_every_set_says_whose_it_is(kind):
         assert f"`{definition.name}`" in readme, f"{kind}/README.md does not mention {definition.name}"
         for file in definition.files:
             assert file.is_file()
-    shipped = {
-        file.name for file in data_root(kind).iterdir() if file.name.endswith((".xz", ".jsonl", ".txt"))
-    }
+    shipped = {file.name for file in data_root(kind).iterdir() if file.name.endswith((".xz", ".jsonl", ".txt"))}
     defined = {file.name for path in definitions for file in load_definition(path).files}
     assert shipped == defined, "a file without a definition has no attribution"
 

@@ -109,9 +109,7 @@ def test_scores_of_a_bigram_pair_by_hand():
     a, b = rng.normal(size=(2, 6, 6)).astype(np.float32)
     windows = rng.integers(0, 6, (4, 10))
     ticks = []
-    scores, stats = score(
-        Fixed(a), Fixed(b), windows, progress=lambda done, total: ticks.append((done, total))
-    )
+    scores, stats = score(Fixed(a), Fixed(b), windows, progress=lambda done, total: ticks.append((done, total)))
     p, q = (np.exp(x.astype(float)) / np.exp(x.astype(float)).sum(1, keepdims=True) for x in (a, b))
     kld = (p * np.log(p / q)).sum(1)[windows[:, :-1]]
     nll = -np.log(q[windows[:, :-1], windows[:, 1:]])

@@ -33,9 +33,7 @@ def test_c_decoding_is_the_python_decoding(name: str) -> None:
     np.testing.assert_array_equal(dequantize_rows(name, blocks, 512), expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "iq2_xxs", "iq3_xxs"]
-)
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "iq2_xxs", "iq3_xxs"])
 def test_encoding_comes_close(name: str) -> None:
     rows, importance = _rows()
     blocks = quantize_rows(name, rows, importance)

@@ -90,6 +90,56 @@ def test_bytes_of_a_uniform_codec(tmp_path: Path) -> None:
     assert q.bytes == rows * columns // 2 + groups * rows * 2 + groups * rows // 2 + columns * 4
 
 
+def recipe_file(where: Path, steps: str, *containers: str) -> str:
+    exports = "".join(f"  - container: {name}\n" for name in containers)
+    where.write_text(f"model: m\nsteps: {steps}\nexport:\n{exports}")
+    return str(where)
+
+
+def test_bytes_are_those_of_the_container(tmp_path: Path) -> None:
+    """attention.q is [256, 512]: what each format stores beside the codes, see the containers' docstrings."""
+    steps = "[{quantize: {rules: [{targets: [attention, routed_experts], codec: %s}]}}]"
+    rows, columns, groups, name = 256, 512, 4, "model.layers.0.self_attn.q_proj.weight"
+
+    def size(codec: str, *containers: str) -> int:
+        recipe = recipe_file(tmp_path / "r.yaml", steps % codec, *containers)
+        return plan_of(folder(tmp_path / "m"), recipe).by_name[name].bytes
+
+    codes, scales, zeros = rows * columns // 2, 2 * groups * rows, groups * rows // 2
+    assert size("int4-g128", "gptq") == codes + scales + zeros + 4 * columns  # indices of groups
+    assert size("int4-g128", "awq") == codes + scales + zeros
+    assert size("int4-g128", "compressed-tensors") == codes + scales + 16  # the shape
+    assert size("int4-g128", "compress") == size("int4-g128", "safetensors", "compress") == codes + scales
+    assert size("int4-g128-asym", "compress") == codes + scales + zeros
+    assert size("e8p", "compress") == rows * columns // 4 + 2 * rows + (rows + columns) // 8
+    assert size("e8p, incoherence: false", "compress") == rows * columns // 4 + 2 * rows
+    assert size("q4_k, incoherence: true", "compress") == rows * columns * 9 // 16 + (rows + columns) // 8
+
+
+@pytest.mark.parametrize(
+    ("steps", "complaint"),
+    [
+        ("[awq]", "steps: awq scales for what quantize rounds"),
+        ("[smooth]", "steps: smooth scales for what quantize rounds"),
+        ("[{quantize: {scheme: W4A16}}, awq]", "write them as awq, quantize"),
+        ("[awq, awq, {quantize: {scheme: W4A16}}]", "more than one awq step"),
+        (
+            "[{quantize: {rules: [{targets: embeddings, codec: int8-row, activations: int8}]}}]",
+            "model.embed_tokens.weight: embeddings are looked up and have no inputs",
+        ),
+        (
+            "[{quantize: {rules: [{targets: embeddings, codec: int8-row, incoherence: true}]}}]",
+            "embeddings are looked up row by row and cannot be coded between Hadamard transforms; use incoherence: false",
+        ),
+    ],
+)
+def test_steps_and_rules_that_would_do_nothing_or_wrong(tmp_path: Path, steps: str, complaint: str) -> None:
+    recipe = recipe_file(tmp_path / "r.yaml", steps, "compress")
+    with pytest.raises(PlanError) as error:
+        plan_of(folder(tmp_path / "m"), recipe)
+    assert len(error.value.problems) == 1 and complaint in error.value.problems[0]
+
+
 def test_rows_that_do_not_divide_fall_back_as_in_llama_cpp(tmp_path: Path) -> None:
     # llama-quant.cpp, tensor_type_fallback: iq2_xxs -> iq4_nl, q2_k -> q4_0; 32 divides both row lengths, 256 neither
     plan = plan_of(folder(tmp_path / "m", hidden_size=320, moe_intermediate_size=96))

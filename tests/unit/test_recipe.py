@@ -151,6 +151,11 @@ seed: 4
         ("{targets: mlp}", "gguf", "rules[0].codec: missing"),
         ("{targets: mlp, codec: f16, solver: gtpq}", "gguf", "unknown solver 'gtpq'; nearest: gptq"),
         ("[mlp, q4_k]", "gguf", "rules[0]: expected a mapping, got a list"),
+        ("{targets: mlp, codec: int8-row, activations: int8}", "gptq", "gptq says nothing about activations; use comp"),
+        ("{targets: mlp, codec: int8-row, activations: fp8}", "compress", "activations: input should be 'int8'"),
+        ("{targets: mlp, codec: int4-row, incoherence: true}", "awq", "incoherence: container awq has no place"),
+        ("{targets: mlp, codec: bf16, activations: int8}", "compress", "activations goes with a codec that rounds"),
+        ("{targets: mlp, codec: f16, incoherence: true}", "compress", "incoherence goes with a codec that rounds"),
     ],
 )
 def test_one_impossible_combination(write, rule, containers, complaint):
@@ -165,6 +170,30 @@ def test_scheme_and_container_disagree(write):
         "x.yaml:2: steps[0].quantize.scheme: container gguf (export[0]) cannot hold W4A16; it holds "
         "f32, f16, bf16 and the ggml codecs; use gptq or awq or compressed-tensors or compress or safetensors"
     ]
+
+
+def test_scheme_with_activations_and_container_disagree(write):
+    text = "model: m\nsteps: [{quantize: {scheme: w8a8}}]\nexport: [{container: compress}, {container: awq}]\n"
+    (found,) = problems_of(write(text))
+    assert found.startswith("x.yaml:2: steps[0].quantize.scheme: container awq says nothing about activations")
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [
+        ("awq: {gird: 20}", "awq.gird: unknown key 'gird'; nearest: grid"),
+        ("awq: {fold: []}", "awq.fold: expected at least one item"),
+        ("smooth: {fold: [ffn.inn]}", "smooth.fold[0]: input should be 'attention.in'"),
+        ("smooth: {alpha: 2}", "smooth.alpha: must be at most 1, got 2"),
+        ("rotate: {kinds: [R3]}", "rotate.kinds[0]: input should be 'R1' or 'R2', got 'R3'"),
+        ("recover: {lr: 1}", "recover.lr: unknown key 'lr'"),
+        ("awq: 5", "awq: expected a mapping, got 5"),
+        ("[awq]", "steps[0]: expected a mapping, got a list"),
+    ],
+)
+def test_wrong_options_of_the_other_steps(write, step, complaint):
+    (found,) = problems_of(write(f"model: m\nsteps:\n- {step}\nexport: [{{container: compress}}]\n"))
+    assert found.startswith("x.yaml:3: steps[0]") and complaint in found
 
 
 def test_uniform_and_float_fit_gptq_and_anything_fits_safetensors(write):

@@ -49,9 +49,7 @@ def scores(perplexity: float, kld: float, digest: str = "0123456789abcdef") -> S
 
 def card(name: str, size: int, kld: float | None, *, passed: bool = True, **changes) -> Scorecard:
     scored = None if kld is None else scores(37.4, kld)
-    artifact = Artifact(
-        container="gguf", path=f"{name}.gguf", bytes=size, bits_per_weight=3.12, scores=scored
-    )
+    artifact = Artifact(container="gguf", path=f"{name}.gguf", bytes=size, bits_per_weight=3.12, scores=scored)
     values = {
         "model": "models/tiny",
         "recipe": name,
@@ -147,9 +145,7 @@ def test_terminal_table_says_everything_within_100_columns():
     tasks = {
         "blimp": TaskScore(metric="acc", value=0.65, low=0.62, high=0.68, n=1340),
         "blimp.binding": TaskScore(metric="acc", value=0.1, low=0.0, high=0.2, n=10),
-        "lambada.perplexity": TaskScore(
-            metric="word perplexity", value=1843.2, low=1200.0, high=2500.0, n=500
-        ),
+        "lambada.perplexity": TaskScore(metric="word perplexity", value=1843.2, low=1200.0, high=2500.0, n=500),
     }
     change = {"value": -0.004, "low": -0.011, "high": 0.003}
     full = card("two-bit", 4_412_345, 0.0143)
@@ -211,9 +207,7 @@ def test_comparison_marks_the_pareto_front():
 
 
 def test_rows_on_other_texts_are_no_rivals():
-    other = Artifact(
-        container="gguf", path="o", bytes=1, bits_per_weight=1, scores=scores(1, 0.001, "f" * 16)
-    )
+    other = Artifact(container="gguf", path="o", bytes=1, bits_per_weight=1, scores=scores(1, 0.001, "f" * 16))
     cards = [card("a", 5, 0.1), card("b", 1, 0.1, artifacts=(other,))]
     assert all(row.on_front for row in compare_rows(cards))
     assert "compare only rows of one model and one text" in compare_markdown(cards)

@@ -267,9 +267,7 @@ def test_every_kind_of_file(tmp_path):
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"packed"))
     (tmp_path / "c.jsonl").write_text('{"body": "line\u2028inside"}\n\n{"body": "  "}\n', encoding="utf-8")
     (tmp_path / "d.jsonl.xz").write_bytes(lzma.compress(b'{"body": "last", "text": "not this"}'))
-    (tmp_path / "set.yaml").write_text(
-        "name: set\nfiles: [a.txt, b.txt.xz, c.jsonl, d.jsonl.xz]\ncolumn: body\n"
-    )
+    (tmp_path / "set.yaml").write_text("name: set\nfiles: [a.txt, b.txt.xz, c.jsonl, d.jsonl.xz]\ncolumn: body\n")
     documents = list(load_documents(load_definition(tmp_path / "set.yaml")))
     assert documents == ["plain\n", "packed", "line\u2028inside", "last"]
 
@@ -397,7 +395,5 @@ def test_suites_ask_for_what_is_there(name, demo_tokenizer):
 
 
 def test_text_needs_neither_torch_nor_transformers():
-    code = (
-        "import compress.text, sys; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    )
+    code = "import compress.text, sys; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
