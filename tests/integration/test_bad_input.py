@@ -464,6 +464,7 @@ def test_library_raises_what_the_command_line_prints(good: Path, tmp_path: Path)
 _INTERRUPTED = """
 import signal, time, torch
 signal.alarm(120)  # rather fail than hang
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
 torch.set_num_threads(1)
 from compress.journal import Journal
 finish = Journal.finish
