@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import shutil
@@ -13,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import __version__
+from compress.card import make_scorecard
 from compress.checkpoint import Checkpoint
 from compress.codecs import get_codec
-from compress.deliver import Delivery, deliver, require_texts
+from compress.deliver import deliver, require_texts
 from compress.errors import GateFailed, OutputError
 from compress.finetune import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.journal import Activations, Journal, write_synced
 from compress.outcomes import save_outcomes
 from compress.plan import Plan, PlannedTensor, make_plan, surveys_head
+from compress.prepare import Folded
 from compress.recipe import Recipe
 from compress.recover import Recovered, output_sensitivity, recover_block
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
-from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
+from compress.report.scorecard import Scorecard
 from compress.solve import Outcome, Solved, as_stored, decode, solve_tensor
 from compress.source import Loader, working_model
 from compress.stream import Half, Streams, advance, compress_half, embed, head_statistics, survey_head
@@ -36,7 +36,6 @@ from compress.weights import Packed
 if TYPE_CHECKING:
     import numpy as np
 
-    from compress.prepare import Folded
 
 WORK = ".work"
 SENSITIVITY = "sensitivity"  # the unit that holds what `recover` weighs errors by
@@ -70,7 +69,7 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     with torch.inference_mode():
         compress_model(plan, checkpoint, journal, reporter)
         results = deliver(plan, checkpoint, journal, output, reporter)
-    card = _scorecard(plan, journal, results, reporter)
+    card = make_scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
     write_synced(output / "recipe.json", json.dumps(recipe.as_dict(), indent=2).encode())
     if card.gate.passed and not keep_work:
@@ -324,91 +323,3 @@ def _head(plan: Plan, load: Loader, journal: Journal, shape: tuple[int, int, int
         streams.compressed.delete()  # the original's final states are what the last stage tunes for
     elif streams is not None:
         streams.delete()
-
-
-def _scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Reporter) -> Scorecard:
-    solved = [s for report in journal.units.values() for s in report.get("solved", ())]
-    fallbacks = [
-        Fallback(
-            subject=t.name,
-            wanted=t.wanted or "",
-            used=t.codec,
-            reason=f"rows of {t.spec.shape[-1]} do not divide into {t.wanted} blocks",
-        )
-        for t in plan.fallbacks
-    ]
-    fallbacks += [
-        Fallback(
-            subject=s["name"],
-            wanted=f"damping {t.solver.damping:g}",
-            used=f"damping {s['damping']:g}",
-            reason=f"gram not positive definite, {s['retries']} retries",
-        )
-        for s in solved
-        if s["retries"] and (t := plan.by_name[s["name"]])
-    ]
-    fallbacks += [
-        Fallback(
-            subject=f"block {layer}",
-            wanted="recovery",
-            used="the block as it was solved",
-            reason=recovered.get("reason", ""),
-        )
-        for layer in range(plan.spec.layers)
-        if (recovered := journal.units[f"block-{layer:05d}"].get("recovered")) and not recovered["kept"]
-    ]
-    if RECOVERED in journal and not (whole := journal.units[RECOVERED]["recovered"])["kept"]:
-        fallbacks.append(
-            Fallback(
-                subject="all blocks together",
-                wanted="end-to-end recovery",
-                used="the blocks as they were recovered one by one",
-                reason=whole["reason"],
-            )
-        )
-    experts = []
-    for layer in range(plan.spec.layers):
-        tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()
-        if not tokens:
-            continue
-        borrowed = [0.0] * len(tokens)
-        for s in solved:
-            tensor = plan.by_name[s["name"]].spec
-            if tensor.layer == layer and tensor.expert is not None:
-                borrowed[tensor.expert] = max(borrowed[tensor.expert], s["borrowed"])
-        cold = tuple(e for e, share in enumerate(borrowed) if share > 0.5)
-        fallbacks += [
-            Fallback(
-                subject=f"block {layer} expert {e}",
-                wanted="own statistics",
-                used=f"{borrowed[e]:.0%} of the block's pool",
-                reason=f"{tokens[e]} calibration tokens reached it",
-            )
-            for e in cold
-        ]
-        experts.append(
-            Experts(layer=layer, tokens=tuple(tokens), cold=cold, borrowed=tuple(round(b, 4) for b in borrowed))
-        )
-    fallbacks += results.fallbacks
-    base = Base(
-        bytes=plan.source_bytes,
-        bits_per_weight=8 * plan.source_bytes / plan.parameters,
-        parameters=plan.parameters,
-        scores=results.base_scores,
-        tasks=results.base_tasks,
-    )
-    return Scorecard(
-        model=plan.recipe.model,
-        recipe=plan.recipe.name,
-        artifacts=tuple(results.artifacts),
-        base=base,
-        experts=tuple(experts),
-        fallbacks=tuple(fallbacks),
-        gate=Gate(passed=results.passed, checks=tuple(results.checks)),
-        stages=tuple(reporter.stages),
-        recipe_digest=plan.recipe.digest(),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        calibration=plan.recipe.calibration.model_dump() if plan.needs_calibration else {},
-        versions={"compress": __version__, "torch": torch.__version__},
-        notes=tuple(plan.warnings),
-    )

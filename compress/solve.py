@@ -20,11 +20,11 @@ from compress.models.base import TensorSpec
 from compress.solvers.base import Solution
 from compress.solvers.options import SolverOptions
 from compress.statistics import Statistics, corrected_target
+from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
 from compress.weights import Packed
 
 if TYPE_CHECKING:
     from compress.plan import PlannedTensor
-    from compress.transforms.incoherence import Incoherence
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,6 @@ class Outcome:
         packed = self.solution.pack()
         if self.incoherence is None:
             return packed
-        from compress.transforms.incoherence import pack_signs
-
         signs = {
             "signs_in": pack_signs(self.incoherence.signs_in),
             "signs_out": pack_signs(self.incoherence.signs_out),
@@ -91,8 +89,6 @@ def solve_tensor(planned: PlannedTensor, weight: Tensor, statistics: Statistics 
         gram = torch.eye(weight.shape[1])  # rows that are looked up, not multiplied: plain squared error
     incoherence = None
     if planned.incoherence:
-        from compress.transforms.incoherence import Incoherence
-
         incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed))
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
@@ -115,8 +111,6 @@ def decode(packed: Packed) -> Tensor:
     values = get_codec(packed.codec).unpack(packed)
     if "signs_in" not in packed.parts:
         return values
-    from compress.transforms.incoherence import Incoherence, unpack_signs
-
     rows, columns = packed.shape
     signs_in, signs_out = unpack_signs(packed.parts["signs_in"], columns), unpack_signs(packed.parts["signs_out"], rows)
     return Incoherence(signs_in, signs_out).restore(values)

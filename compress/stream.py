@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,14 +21,12 @@ from compress.journal import Activations
 from compress.models.base import ModelSpec
 from compress.models.decoder import Pooled, Routing, forward_attention, forward_ffn, rms_norm, stage_of
 from compress.plan import BATCH_TOKENS, MOMENTS_BYTES, PlannedTensor, moments_bytes, repairs_residual
+from compress.prepare import Folded, prepare_half
 from compress.scoring.streamed import StreamedSource
 from compress.solve import Outcome, Solved, as_stored, decode, solve_tensor
 from compress.statistics import Moments, Statistics, blend
 from compress.transforms.options import TransformOptions
 from compress.weights import Packed
-
-if TYPE_CHECKING:
-    from compress.prepare import Folded
 
 Half = Literal["attention", "ffn"]
 STAGES_OF: Mapping[Half, tuple[int, int]] = {"attention": (0, 1), "ffn": (2, 3)}
@@ -117,8 +115,6 @@ def compress_half(
     original = {t.name: load(t.name).float() for t in block}
     folded: tuple[Folded, ...] = ()
     if streams is not None and transforms:
-        from compress.prepare import prepare_half
-
         original, folded = prepare_half(spec, layer, half, block, original, streams, transforms)
     weights = dict(original)
     packed: dict[str, Packed] = {}
