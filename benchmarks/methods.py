@@ -84,6 +84,7 @@ CASES = (
     Case(FILES, "gguf-mxfp4", "gguf-mxfp4"),
     Case(FILES, "qwen-moe-2bit-plus", "qwen-moe-2bit-plus"),
     Case(FILES, "qwen-moe-2bit", "qwen-moe-2bit"),
+    Case(FILES, "moe-2bit", "moe-2bit"),
     Case(FILES, "gguf-iq1-m", "gguf-iq1-m"),
     Case(FILES, "gguf-ternary", "gguf-ternary"),
 )  # fmt: skip
