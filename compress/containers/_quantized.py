@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.containers._atomic import atomic_folder
-from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
+from compress.containers._safetensors import Options, Slot, write_checkpoint
 from compress.errors import OutputError
 from compress.models.base import ModelSpec, TensorSpec
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 """Float codecs: their safetensors and their torch name."""
 
-_COMPANION_BYTES = 32 << 20
 _FUSED = {
     **dict.fromkeys(("attention.q", "attention.k", "attention.v"), "q, k and v"),
     **dict.fromkeys(("mlp.gate", "mlp.up"), "gate and up"),
@@ -41,14 +38,6 @@ class PlannedTensor(Protocol):
     def codec(self) -> str: ...
     @property
     def activations(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """`max_shard_size` in bytes; `replace` an existing folder."""
-
-    max_shard_size: int = 5_000_000_000
-    replace: bool = False
 
 
 def module_of(tensor: TensorSpec) -> str:
@@ -100,9 +89,9 @@ def check_arrival(packed: Packed, planned: PlannedTensor, groups: int) -> None:
         raise OutputError(
             f"{tensor.name} arrived as {packed.codec} {tuple(packed.shape)}, planned as {planned.codec} {tensor.shape}"
         )
-    wanted = (tensor.shape[0], groups)
-    if groups and any(tuple(packed.parts[key].shape) != wanted for key in ("scales", "zeros")):
-        raise OutputError(f"{tensor.name} needs {groups} scales a row for {planned.codec}")
+    found = [tuple(packed.parts[key].shape) for key in ("scales", "zeros")] if groups else []
+    if wrong := [shape for shape in found if shape != (tensor.shape[0], groups)]:
+        raise OutputError(f"{tensor.name} needs {groups} scales a row for {planned.codec}, got {wrong[0]}")
 
 
 def write_folder(
@@ -115,9 +104,10 @@ def write_folder(
     *,
     source: Path,
     options: Options,
-    provenance: Mapping[str, str],
+    provenance: Mapping[str, str] | None,
+    beside: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Weights, config.json with `quantization` in it, tokenizer and compress.json; returns the weight files in order.
+    """A `write_checkpoint` with `quantization` in its config.json; returns the weight files in order.
 
     `slots` says what a planned tensor becomes, `encode` makes it; each is called once per tensor, in file order. The
     config's dtype is the commonest float type of the matrices, float16 when none is float.
@@ -126,10 +116,14 @@ def write_folder(
     sources = [(planned.spec.name, slots(planned)) for planned in tensors]
     floats = Counter(planned.codec for planned in tensors if planned.codec in FLOATS and len(planned.spec.shape) == 2)
     dtype = FLOATS[floats.most_common(1)[0][0] if floats else "f16"][1]
-    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
-        files = write_shards(folder, sources, lambda name: encode(by_name[name]), options.max_shard_size)
-        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
-        write_json(folder / "config.json", {**config, "dtype": dtype, "quantization_config": quantization})
-        copy_companions(Path(source), folder)
-        write_json(folder / "compress.json", provenance)
-    return [path / file.name for file in files]
+    return write_checkpoint(
+        path,
+        spec,
+        sources,
+        lambda name: encode(by_name[name]),
+        {"dtype": dtype, "quantization_config": quantization},
+        source=source,
+        options=options,
+        provenance=provenance,
+        beside=beside,
+    )

@@ -14,16 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.containers._atomic import atomic_folder
 from compress.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.models.base import ModelSpec
+
+_COMPANION_BYTES = 32 << 20  # room for tokenizer and configs when the free space is checked
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _COMPANIONS = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
     "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """`max_shard_size` in bytes; `replace` an existing folder."""
+
+    max_shard_size: int = 5_000_000_000
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,40 @@ class Slot:
 
 def total_bytes(sources: Iterable[tuple[str, Sequence[Slot]]]) -> int:
     return sum(slot.bytes for _, slots in sources for slot in slots)
+
+
+def folder_of(path: Path | Iterable[Path]) -> Path:
+    """The folder of a checkpoint, given as itself or as its weight files."""
+    return Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+
+
+def write_checkpoint(
+    path: Path,
+    spec: ModelSpec,
+    sources: Sequence[tuple[str, Sequence[Slot]]],
+    produce: Callable[[str], Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
+    *,
+    source: Path,
+    options: Options,
+    provenance: Mapping[str, str] | None,
+    beside: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """The folder `path`: weights, the model's config.json with `settings` (dtype, quantization_config) on top, the
+    companions of `source`, compress.json; returns the weight files in order.
+
+    sources, produce: as in `write_shards`; beside: more JSON files, by name. OutputError for a full disk or a folder
+    that holds something else.
+    """
+    path = Path(path)
+    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
+        files = write_shards(folder, sources, produce, options.max_shard_size)
+        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
+        for name, value in {"config.json": {**config, **settings}, **(beside or {})}.items():
+            write_json(folder / name, value)
+        copy_companions(Path(source), folder)
+        write_json(folder / "compress.json", provenance or {})
+    return [path / file.name for file in files]
 
 
 def write_shards(

@@ -26,7 +26,7 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import Slot
+from compress.containers._safetensors import Slot, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.base import ModelSpec, TensorSpec
 
@@ -175,7 +175,7 @@ def write(
     """
     check_plan(spec, tensors)
     return write_folder(
-        Path(path),
+        path,
         spec,
         tensors,
         _slots,
@@ -183,7 +183,7 @@ def write(
         quantization_config(tensors),
         source=source,
         options=options or Options(),
-        provenance=provenance or {},
+        provenance=provenance,
     )
 
 
@@ -205,7 +205,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     """
     from compress.checkpoint import Checkpoint
 
-    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)
     version = (checkpoint.config.get("quantization_config") or {}).get("version", "gemm")
     if str(version).lower() != "gemm":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._quantized import FLOATS, Options, check_arrival, module_of, write_folder
-from compress.containers._safetensors import Slot
+from compress.containers._safetensors import Slot, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.base import ModelSpec, TensorSpec
 
@@ -191,7 +191,7 @@ def write(
     check_plan(spec, tensors)
     dtype = _float_type(tensors)
     return write_folder(
-        Path(path),
+        path,
         spec,
         tensors,
         lambda planned: _slots(planned, dtype),
@@ -199,7 +199,7 @@ def write(
         quantization_config(tensors),
         source=source,
         options=options or Options(),
-        provenance=provenance or {},
+        provenance=provenance,
     )
 
 
@@ -213,7 +213,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
 
     from compress.checkpoint import Checkpoint
 
-    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)
     settings = checkpoint.config.get("quantization_config") or {}
     if not settings.get("load_in_4bit", settings.get("_load_in_4bit")):

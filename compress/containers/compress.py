@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.codecs.names import codec_info, stored_bytes
-from compress.containers._atomic import atomic_folder
-from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
+from compress.containers._safetensors import Options, Slot, folder_of, write_checkpoint
 from compress.errors import CheckpointError, OutputError
 from compress.models.base import ModelSpec, TensorSpec
 
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 METHOD = "compress"
 SIGNS = ("signs_in", "signs_out")
-_COMPANION_BYTES = 32 << 20
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
            "int8": "I8", "uint8": "U8"}  # fmt: skip
 _EXPERT, _LAYER = re.compile(r"\.experts\.\d+\."), re.compile(r"\.layers\.\d+\.")
@@ -59,14 +57,6 @@ class PlannedTensor(Protocol):
     def incoherence(self) -> bool: ...
     @property
     def activations(self) -> str | None: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """`max_shard_size` in bytes; `replace` an existing folder."""
-
-    max_shard_size: int = 5_000_000_000
-    replace: bool = False
 
 
 @dataclass(frozen=True, order=True)
@@ -281,8 +271,6 @@ def write(
     tensor is in memory at a time; the first tensor of every codec and shape is fetched twice. OutputError for a plan
     the runtime cannot run, a full disk, or a folder that holds something else.
     """
-    options = options or Options()
-    path = Path(path)
     check_plan(spec, tensors)
     by_name = {planned.spec.name: planned for planned in tensors}
     layouts = _Layouts(fetch)
@@ -295,14 +283,17 @@ def write(
         name: None if setting is None else asdict(setting) for name, setting in quantization_rules(tensors).items()
     }
     quantization = {"quant_method": METHOD, "format": FORMAT, "parts": layouts.parts(), "modules": modules}
-    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
-        files = write_shards(folder, sources, produce, options.max_shard_size)
-        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
-        dtype = spec.config.get("dtype") or spec.config.get("torch_dtype") or "float32"
-        write_json(folder / "config.json", {**config, "dtype": dtype, "quantization_config": quantization})
-        copy_companions(Path(source), folder)
-        write_json(folder / "compress.json", provenance or {})
-    return [path / file.name for file in files]
+    dtype = spec.config.get("dtype") or spec.config.get("torch_dtype") or "float32"
+    return write_checkpoint(
+        path,
+        spec,
+        sources,
+        produce,
+        {"dtype": dtype, "quantization_config": quantization},
+        source=source,
+        options=options or Options(),
+        provenance=provenance,
+    )
 
 
 def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
@@ -313,7 +304,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     from compress.checkpoint import Checkpoint
     from compress.solve import decode
 
-    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config.get("quantization_config") or {}
     rules, parts_of = read_rules(config), config.get("parts") or {}

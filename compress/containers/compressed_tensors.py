@@ -38,7 +38,7 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import Slot
+from compress.containers._safetensors import Slot, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.base import ModelSpec
 
@@ -294,7 +294,7 @@ def write(
     """
     check_plan(spec, tensors)
     return write_folder(
-        Path(path),
+        path,
         spec,
         tensors,
         _slots,
@@ -302,7 +302,7 @@ def write(
         quantization_config(spec, tensors),
         source=source,
         options=options or Options(),
-        provenance=provenance or {},
+        provenance=provenance,
     )
 
 
@@ -322,7 +322,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     """
     from compress.checkpoint import Checkpoint
 
-    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
     settings = checkpoint.config.get("quantization_config") or {}

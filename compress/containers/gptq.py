@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.containers._atomic import atomic_folder
-from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
+from compress.containers._quantized import FLOATS, PlannedTensor, check_arrival, module_of, write_folder
+from compress.containers._safetensors import Options, Slot, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.base import ModelSpec, TensorSpec
 
@@ -27,21 +27,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from compress.containers.gguf import PlannedTensor
     from compress.weights import Packed
 
-_COMPANION_BYTES = 32 << 20
 _CODEC = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
-_FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 _PACK = 32  # codes per pack of `bits` words
-
-
-@dataclass(frozen=True)
-class Options:
-    """`max_shard_size` in bytes; `replace` an existing folder."""
-
-    max_shard_size: int = 5_000_000_000
-    replace: bool = False
 
 
 @dataclass(frozen=True, order=True)
@@ -64,7 +53,7 @@ def parse_codec(name: str) -> Format | None:
 
 def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
     """Why `tensor` cannot be stored as `codec` in a GPTQ checkpoint, or None."""
-    if codec in _FLOATS:
+    if codec in FLOATS:
         return None
     if parse_codec(codec) is None:
         return f"{tensor.name}: GPTQ checkpoints hold intN codecs and floats, not {codec}"
@@ -83,16 +72,12 @@ def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     quantization_config(tensors)
 
 
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _slots(tensor: TensorSpec, codec: str) -> list[Slot]:
-    form = parse_codec(codec)
+def _slots(planned: PlannedTensor) -> list[Slot]:
+    tensor, form = planned.spec, parse_codec(planned.codec)
     if form is None:
-        return [Slot(tensor.name, _FLOATS[codec][0], tensor.shape)]
+        return [Slot(tensor.name, FLOATS[planned.codec][0], tensor.shape)]
     rows, columns = tensor.shape
-    module, groups = _module(tensor.name), form.groups(columns)
+    module, groups = module_of(tensor), form.groups(columns)
     return [
         Slot(f"{module}.qweight", "I32", (columns // _PACK * form.bits, rows)),
         Slot(f"{module}.qzeros", "I32", (groups, rows // _PACK * form.bits)),
@@ -103,7 +88,7 @@ def _slots(tensor: TensorSpec, codec: str) -> list[Slot]:
 
 def tensor_bytes(planned: PlannedTensor) -> int:
     """Bytes of one tensor in the file."""
-    return sum(slot.bytes for slot in _slots(planned.spec, planned.codec))
+    return sum(slot.bytes for slot in _slots(planned))
 
 
 def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
@@ -133,28 +118,22 @@ def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     return np.ascontiguousarray(np.packbits(single, axis=2, bitorder="little")[:, :, 0].T)
 
 
-def _encode(packed: Packed, tensor: TensorSpec, codec: str) -> dict[str, Tensor]:
+def _encode(packed: Packed, planned: PlannedTensor) -> dict[str, Tensor]:
     """Checkpoint tensors of one weight: `_slots` filled."""
     import numpy as np
     import torch
 
-    if packed.codec != codec or tuple(packed.shape) != tensor.shape:
-        raise OutputError(
-            f"{tensor.name} arrived as {packed.codec} {tuple(packed.shape)}, planned as {codec} {tensor.shape}"
-        )
-    form = parse_codec(codec)
+    tensor, form = planned.spec, parse_codec(planned.codec)
+    check_arrival(packed, planned, 0 if form is None else form.groups(tensor.shape[1]))
     if form is None:
         return {tensor.name: packed.parts["values"]}
     codes, scales, zeros = (packed.parts[key].detach().cpu() for key in ("codes", "scales", "zeros"))
-    rows, columns = tensor.shape
-    groups = form.groups(columns)
-    if tuple(scales.shape) != (rows, groups) or tuple(zeros.shape) != (rows, groups):
-        raise OutputError(f"{tensor.name} needs {groups} scales a row for {codec}, got {tuple(scales.shape)}")
+    columns = tensor.shape[1]
     offset = 1 if form.symmetric else 0
     stored_zeros = zeros.numpy().astype(np.uint8) - np.uint8(offset)
     if form.symmetric and bool((zeros == 0).any()):
         raise OutputError(f"{tensor.name} has a zero point of 0, which GPTQ's v1 format cannot hold")
-    module = _module(tensor.name)
+    module = module_of(tensor)
     qzeros = pack_words(np.ascontiguousarray(stored_zeros), form.bits)  # over rows of the weight
     return {
         f"{module}.qweight": torch.from_numpy(pack_words(np.ascontiguousarray(codes.numpy().T), form.bits)),
@@ -170,7 +149,7 @@ def quantization_config(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
     `dynamic` maps regular expressions over module names to what differs: "-:" leaves a module in float, "+:" gives it
     other bits or groups. OutputError if nothing is quantized or symmetric and asymmetric codecs are mixed.
     """
-    formats = {_module(p.spec.name): parse_codec(p.codec) for p in tensors if len(p.spec.shape) == 2}
+    formats = {module_of(p.spec): parse_codec(p.codec) for p in tensors if len(p.spec.shape) == 2}
     counts = Counter(form for form in formats.values() if form is not None)
     if not counts:
         raise OutputError("nothing in this plan is quantized to intN; a GPTQ checkpoint needs at least one such module")
@@ -178,7 +157,7 @@ def quantization_config(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
         raise OutputError("a GPTQ checkpoint is symmetric or asymmetric throughout; choose one for all modules")
     base = max(counts, key=lambda form: (counts[form], form))
     linears = {
-        _module(p.spec.name): parse_codec(p.codec)
+        module_of(p.spec): parse_codec(p.codec)
         for p in tensors
         if len(p.spec.shape) == 2 and p.spec.role not in ("embeddings", "lm_head")
     }
@@ -237,26 +216,20 @@ def write(
     file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
     folder that holds something else.
     """
-    options = options or Options()
-    path = Path(path)
     check_plan(spec, tensors)
     quantization = quantization_config(tensors)
-    by_name = {planned.spec.name: planned for planned in tensors}
-
-    def produce(name: str) -> dict[str, Tensor]:
-        return _encode(fetch(name), by_name[name].spec, by_name[name].codec)
-
-    sources = [(planned.spec.name, _slots(planned.spec, planned.codec)) for planned in tensors]
-    floats = Counter(planned.codec for planned in tensors if planned.codec in _FLOATS and len(planned.spec.shape) == 2)
-    dtype = _FLOATS[floats.most_common(1)[0][0] if floats else "f16"][1]
-    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
-        files = write_shards(folder, sources, produce, options.max_shard_size)
-        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
-        write_json(folder / "config.json", {**config, "dtype": dtype, "quantization_config": quantization})
-        write_json(folder / "quantize_config.json", quantization)  # what AutoGPTQ reads
-        copy_companions(Path(source), folder)
-        write_json(folder / "compress.json", provenance or {})
-    return [path / file.name for file in files]
+    return write_folder(
+        path,
+        spec,
+        tensors,
+        _slots,
+        lambda planned: _encode(fetch(planned.spec.name), planned),
+        quantization,
+        source=source,
+        options=options or Options(),
+        provenance=provenance,
+        beside={"quantize_config.json": quantization},  # what AutoGPTQ reads
+    )
 
 
 def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
@@ -269,7 +242,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
 
     from compress.checkpoint import Checkpoint
 
-    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+    folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)
     settings = checkpoint.config.get("quantization_config") or {}
     offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
@@ -278,7 +251,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     def load(name: str) -> Tensor:
         if name in checkpoint:
             return checkpoint.load(name).float()
-        module = _module(name)
+        module = name.removesuffix(".weight")
         qweight = checkpoint.load(f"{module}.qweight").numpy()
         qzeros = checkpoint.load(f"{module}.qzeros").numpy()
         scales = checkpoint.load(f"{module}.scales").float()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.containers._atomic import atomic_folder
-from compress.containers._safetensors import Slot, copy_companions, total_bytes, write_json, write_shards
+from compress.containers._safetensors import Options as FolderOptions
+from compress.containers._safetensors import Slot, folder_of, write_checkpoint
 from compress.models.base import ModelSpec
 
 if TYPE_CHECKING:
@@ -17,17 +17,14 @@ if TYPE_CHECKING:
     from compress.containers.gguf import PlannedTensor
     from compress.weights import Packed
 
-_COMPANION_BYTES = 32 << 20
 _DTYPES = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FolderOptions):
     """`dtype` f32, f16 or bf16; `max_shard_size` in bytes; `replace` an existing folder."""
 
     dtype: str = "bf16"
-    max_shard_size: int = 5_000_000_000
-    replace: bool = False
 
 
 def write(
@@ -50,7 +47,6 @@ def write(
     from compress.solve import decode
 
     options = options or Options()
-    path = Path(path)
     kind, name = _DTYPES[options.dtype]
     dtype = getattr(torch, name)
 
@@ -59,18 +55,13 @@ def write(
         return {tensor: decode(packed).to(dtype)}
 
     sources = [(planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in tensors]
-    with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
-        files = write_shards(folder, sources, produce, options.max_shard_size)
-        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
-        write_json(folder / "config.json", {**config, "dtype": name})
-        copy_companions(Path(source), folder)
-        write_json(folder / "compress.json", provenance or {})
-    return [path / file.name for file in files]
+    return write_checkpoint(
+        path, spec, sources, produce, {"dtype": name}, source=source, options=options, provenance=provenance
+    )
 
 
 def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that reads one tensor of a dense folder by its checkpoint name."""
     from compress.checkpoint import Checkpoint
 
-    folder = Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
-    return Checkpoint.open(folder).load
+    return Checkpoint.open(folder_of(path)).load
