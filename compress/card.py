@@ -30,7 +30,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
     fallbacks += [
         Fallback(
             subject=s["name"],
-            wanted=f"damping {t.solver.damping:g}",
+            wanted=f"damping {getattr(t.method, 'damping', 0.0):g}",
             used=f"damping {s['damping']:g}",
             reason=f"gram not positive definite, {s['retries']} retries",
         )

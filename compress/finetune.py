@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from compress.codecs import get_codec
+from compress.footprint import BATCH_TOKENS, LOGIT_VALUES
 from compress.journal import Activations, Journal, mapped
 from compress.models.base import ModelSpec
 from compress.models.decoder import forward_block, rms_norm
 from compress.outcomes import load_outcomes
-from compress.plan import BATCH_TOKENS, LOGIT_VALUES, Plan
+from compress.plan import Plan
 from compress.solve import Outcome, decode
 from compress.solvers.options import RecoverOptions
 from compress.source import Loader

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compress.checkpoint import Checkpoint
-from compress.codecs.names import CONTAINERS, activation_problem, codec_info, incoherence_problem
+from compress.codecs.names import CONTAINERS, SPARSE_VALUES, activation_problem, codec_info, incoherence_problem
 from compress.errors import CheckpointError
 from compress.models.base import ModelSpec
 from compress.recipe import STEP_KINDS, Recipe
-from compress.text import find_data, load_suite
+from compress.savings import STRUCTURAL
+from compress.structure.shapes import reduction_problems
+from compress.text import find_data, load_definition, load_suite
 
 if TYPE_CHECKING:
-    from compress.plan import PlannedTensor
+    from compress.planned import PlannedTensor
 
 FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -55,8 +57,8 @@ def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
     return problems
 
 
-def step_problems(recipe: Recipe) -> list[str]:
-    """Steps that are there twice, in the wrong order, or without what they work on."""
+def step_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
+    """Steps that are there twice, in the wrong order, or without what they work on; cuts that this model does not bear."""
     kinds = [step.kind for step in recipe.steps]
     problems = []
     if kinds.count("quantize") > 1:
@@ -73,13 +75,33 @@ def step_problems(recipe: Recipe) -> list[str]:
         for kind in ("awq", "smooth")
         if kind in kinds and "quantize" not in kinds
     ]
-    return problems
+    if "factorize" in kinds:
+        problems += [
+            f"export: container {e.container} holds no factors; use "
+            f"{' or '.join(name for name, info in CONTAINERS.items() if 'factors' in info.kinds)}"
+            for e in recipe.export
+            if "factors" not in CONTAINERS[e.container].kinds
+        ]
+    return problems + reduction_problems(spec, *(recipe.step(kind) for kind in STRUCTURAL))
+
+
+def narrow_calibration(recipe: Recipe) -> list[str]:
+    """A line where experts are ranked by text of one source: those of other domains look idle there and go."""
+    if recipe.step("prune_experts") is None:
+        return []
+    text = load_definition(find_data("calibration", recipe.calibration.dataset))
+    if len(text.mix) > 1:
+        return []
+    return [
+        f"prune_experts ranks experts by {recipe.calibration.dataset} alone, one source: experts that only code, chat or other "
+        "languages use look idle there and go; name a calibration set that mixes what the model is for"
+    ]
 
 
 def tensor_problems(planned: PlannedTensor, kinds: set[str]) -> list[str]:
     """Why a tensor cannot be stored as planned."""
-    info, shape, name = codec_info(planned.codec), planned.spec.shape, planned.name
-    problems = []
+    info, shape, name = codec_info(planned.values or planned.codec), planned.spec.shape, planned.name
+    problems = shrinking_problems(planned)
     if info.kind == "uniform" and info.block and shape[-1] % info.block:
         problems.append(
             f"{name}: rows of {shape[-1]} do not divide into groups of {info.block}; "
@@ -96,6 +118,30 @@ def tensor_problems(planned: PlannedTensor, kinds: set[str]) -> list[str]:
             problems.append(f"{name}: {why}")
         if planned.activations and (why := activation_problem(container)):
             problems.append(f"{name}: {why}")
+    return problems
+
+
+def shrinking_problems(planned: PlannedTensor) -> list[str]:
+    """Why a tensor cannot be pruned or factorised as planned; one line for all tensors of a role."""
+    if planned.pruner is None and planned.factorizer is None:
+        return []
+    role, values = planned.spec.role, planned.values
+    step = "prune" if planned.pruner is not None else "factorize"
+    problems = []
+    if role == "embeddings":
+        problems.append(f"{step}: embeddings are looked up and have no inputs to weigh them by; take them off the targets")
+    if codec_info(values).kind not in SPARSE_VALUES:
+        problems.append(
+            f"{step}: {role} is to be {values}, which goes with neither masks nor factors; use an intN codec or a float, or "
+            "make the model smaller with prune_experts, prune_structured or drop_layers, which go with every codec"
+        )
+    if planned.incoherence:
+        problems.append(f"{step}: incoherence mixes the columns of {role}, where masks have no meaning; drop it")
+    if planned.pattern is not None and planned.pattern.of and planned.spec.shape[-1] % planned.pattern.of:
+        problems.append(
+            f"{planned.name}: rows of {planned.spec.shape[-1]} do not divide into groups of {planned.pattern.of} "
+            f"columns for {planned.pattern}; give it a share instead"
+        )
     return problems
 
 

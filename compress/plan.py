@@ -6,61 +6,34 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from compress import __version__, plugins
+from compress import __version__, footprint, plugins
 from compress.checkpoint import Checkpoint
-from compress.codecs.names import codec_info, ggml_fallback, stored_bytes
+from compress.codecs.names import codec_info
 from compress.errors import OutputError, PlanError, UnsupportedModel
 from compress.legal import (
     FLOAT_CODEC,
     checkpoint_problems,
     container_problems,
+    narrow_calibration,
     step_problems,
     tensor_problems,
     text_problems,
 )
 from compress.models.base import ModelSpec, TensorSpec, load_spec
-from compress.recipe import Quantize, Recipe
-from compress.solvers.options import RecoverOptions, RtnOptions, SolverOptions
-from compress.targets import Rule
+from compress.planned import PlannedTensor, Rules, factored, planned_tensor, pruned
+from compress.recipe import Recipe
+from compress.savings import STRUCTURAL, Saving, container_bytes, container_module, shrinking, structural
+from compress.solvers.options import RecoverOptions
+from compress.structure.shapes import plan_reduction, reduced
 from compress.transforms.options import RotateOptions, TransformOptions
+from compress.weights import Pattern
 
-# What the process takes beside the model: interpreter, torch, tokenizer, allocator and the solvers' scratch on two cores;
-# measured by benchmarks/memory_by_depth.py with torch 2.13 on Linux.
-RUNTIME_BYTES = 850 * 2**20
-MOMENTS_BYTES = 2 * 2**30  # statistics held at once; experts beyond it take another pass over the calibration text
-BATCH_TOKENS = 4096  # tokens that go through a block at once
-CODES_FROM_BITS = 6.0  # tensors with as many bits a weight round so finely that recovery tunes them as float
-LOGIT_VALUES = 1 << 24  # logits that end-to-end recovery computes at once
-LOGITS_BYTES = 6 * 4 * LOGIT_VALUES  # of both models, their logarithms and gradients
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor and what becomes of it. `solver` is None where values are stored as they are."""
-
-    spec: TensorSpec
-    codec: str
-    solver: SolverOptions | None
-    bytes: int
-    wanted: str | None = None
-    """The codec the recipe asked for, when rows do not divide into its blocks."""
-    incoherence: bool = False
-    """Whether the codes are those of the weight between two randomised Hadamard transforms."""
-    activations: str | None = None
-    """How an engine rounds the inputs of this linear ("int8": each token by its largest value)."""
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-
+MATCHING = ("quantize", "prune", "factorize")  # steps whose rules decide tensor by tensor
 @dataclass(frozen=True)
 class Plan:
     """Everything a run will do, before it does anything.
@@ -79,6 +52,13 @@ class Plan:
     """The checkpoint's own float type."""
     stamp: tuple[tuple[str, int, int], ...] = ()
     """Name, size and modification time of the weight files, so that a changed checkpoint does not resume."""
+    savings: tuple[Saving, ...] = ()
+    """What steps that make the model smaller save, in every container."""
+
+    @property
+    def turned(self) -> ModelSpec:
+        """The model that steps which change its shape start from: the original, with a head of its own once rotated."""
+        return self.original.untied() if self.rotation is not None else self.original
 
     @property
     def rotation(self) -> RotateOptions | None:
@@ -98,8 +78,8 @@ class Plan:
     @property
     def two_streams(self) -> bool:
         """Whether the original's activations are carried along."""
-        drifts = any(getattr(t.solver, "drift", 0.0) or getattr(t.solver, "residual", 0.0) for t in self.tensors)
-        return self.needs_calibration and (drifts or self.recover is not None)
+        drifts = any(getattr(t.method, "drift", 0.0) or getattr(t.method, "residual", 0.0) for t in self.tensors)
+        return self.solves and (drifts or self.recover is not None)
 
     @cached_property
     def by_name(self) -> Mapping[str, PlannedTensor]:
@@ -117,6 +97,19 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         return 8.0 * self.bytes / self.parameters
+
+    def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
+        """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""
+        kinds = {e.container for e in self.recipe.export}
+
+        def settle(planned: PlannedTensor) -> PlannedTensor:
+            if planned.name in patterns:
+                planned = pruned(planned, patterns[planned.name], kinds)
+            if planned.name in shares:
+                planned = factored(planned, shares[planned.name])
+            return replace(planned, bytes=_bytes(planned, self.recipe))
+
+        return replace(self, tensors=tuple(settle(t) for t in self.tensors))
 
     @property
     def fallbacks(self) -> tuple[PlannedTensor, ...]:
@@ -136,10 +129,10 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def block(self, layer: int) -> tuple[PlannedTensor, ...]:
-        return self._blocks[layer]
+        return self.blocks[layer]
 
     @cached_property
-    def _blocks(self) -> tuple[tuple[PlannedTensor, ...], ...]:
+    def blocks(self) -> tuple[tuple[PlannedTensor, ...], ...]:
         blocks: list[list[PlannedTensor]] = [[] for _ in range(self.spec.layers)]
         for tensor in self.tensors:
             if tensor.spec.layer is not None:
@@ -147,8 +140,30 @@ class Plan:
         return tuple(tuple(b) for b in blocks)
 
     @property
+    def structural(self) -> bool:
+        """Whether layers, experts, heads or channels go: the model that is compressed has another shape."""
+        return any(self.recipe.step(kind) is not None for kind in STRUCTURAL)
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """What the plan leaves to a survey of the model: "structure", "sparsity", "factors"."""
+        prune, factorize = self.recipe.step("prune"), self.recipe.step("factorize")
+        asked = {
+            "structure": self.structural,
+            "sparsity": prune is not None and prune.allocation != "uniform",
+            "factors": factorize is not None and factorize.allocation != "uniform",
+        }
+        return tuple(what for what, yes in asked.items() if yes)
+
+    @property
     def needs_calibration(self) -> bool:
-        return any(t.solver is not None and t.spec.input is not None for t in self.tensors)
+        """Whether any text is read."""
+        return self.solves or bool(set(self.open) - {"factors"})
+
+    @property
+    def solves(self) -> bool:
+        """Whether activations go through the blocks while they are compressed."""
+        return any(t.method is not None and t.spec.input is not None for t in self.tensors)
 
     @property
     def activation_bytes(self) -> int:
@@ -159,59 +174,13 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Work folder (packed blocks; activations of both models at three places; what recovery keeps) and one copy of
-        every artifact."""
-        work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in self.tensors)
-        out = sum(2 * self.parameters if e.container == "safetensors" else self.bytes for e in self.recipe.export)
-        return work + out + 6 * self.activation_bytes + self._recovery_disk_bytes
-
-    @property
-    def _recovery_disk_bytes(self) -> int:
-        """Sensitivities and the passes that measure them; for end-to-end recovery every block's codes apart from their
-        scales, parameters with Adam's moments, tensors that will replace others, and a batch at every block's input."""
-        recover, spec, text = self.recover, self.spec, self.recipe.calibration
-        if recover is None or not self.needs_calibration:
-            return 0
-        token = 4 * spec.hidden_size
-        survey = min(recover.survey, text.samples) * text.length * token
-        survey = (spec.layers + 2) * survey + spec.layers * spec.hidden_size * token if recover.loss != "mse" else 0
-        if not recover.end_to_end:
-            return survey
-        blocks = [t for block in self._blocks for t in block]
-        outcomes = sum(_outcome_bytes(t) for t in blocks)
-        state = sum(16 * _tuned_parameters(t, recover.tune) for t in blocks)
-        batch = (spec.layers + 1) * max(BATCH_TOKENS, text.length) * token
-        return survey + outcomes + state + sum(t.bytes for t in blocks) + batch + 2 * self.activation_bytes
+        """What the work folder and the artifacts take while it runs."""
+        return footprint.disk_bytes(self)
 
     @cached_property
     def peak_memory_bytes(self) -> int:
-        """Runtime + the largest block in float32, original and decoded + the grams of its hungriest stage + a batch
-        of activations + the embedding or head. Recovery: the block's codes, a copy for autograd, codes times scales,
-        dense weights and their gradients, parameters and what Adam keeps; end to end also both heads. Independent of
-        the number of blocks."""
-        spec = self.spec
-        blocks = [sum(t.spec.parameters for t in block) * 4 for block in self._blocks]
-        grams = 0
-        for block in self._blocks:
-            stages: dict[bool, dict[str, int]] = {True: {}, False: {}}
-            for t in block:
-                if t.solver is not None and t.spec.input is not None:
-                    stages[t.spec.input.endswith("act")][t.spec.input] = moments_bytes(spec, t)
-            for sizes in stages.values():
-                grams = max(grams, min(sum(sizes.values()), max(MOMENTS_BYTES, *sizes.values(), 0)))
-        widest = max(
-            (t.spec.parameters for t in self.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None), default=0
-        )
-        solve = widest * 4 * 12
-        batch = BATCH_TOKENS * 4 * (6 * spec.hidden_size + 4 * max(spec.intermediate_size, spec.moe_intermediate_size))
-        head = spec.vocab_size * spec.hidden_size * 4 * 3
-        largest, recovery = max(blocks, default=0), 0
-        if self.recover is not None and self.needs_calibration:
-            tune = self.recover.tune
-            tuned = max((sum(16 * _tuned_parameters(t, tune) for t in block) for block in self._blocks), default=0)
-            heads = 2 * spec.vocab_size * spec.hidden_size * 4 + LOGITS_BYTES if self.recover.end_to_end else 0
-            recovery = 5 * largest + tuned + 3 * batch + heads  # autograd keeps what a block computes on the way
-        return RUNTIME_BYTES + max(2 * largest + grams + solve + batch, head + batch, recovery)
+        """Independent of the number of blocks."""
+        return footprint.peak_memory_bytes(self)
 
     def as_dict(self) -> dict[str, Any]:
         """For --json: totals, then every tensor."""
@@ -228,18 +197,21 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "containers": [e.container for e in self.recipe.export],
             "warnings": list(self.warnings),
+            "savings": [{**asdict(line), "nothing": line.nothing} for line in self.savings],
             "tensors": [
                 {
                     "name": t.name,
                     "shape": list(t.spec.shape),
                     "role": t.spec.role,
                     "layer": t.spec.layer,
-                    "steps": [step.kind for step in self.recipe.steps] if t.solver else [],
-                    "solver": t.solver.name if t.solver else None,
+                    "steps": [step.kind for step in self.recipe.steps] if t.method else [],
+                    "solver": t.label,
                     "codec": t.codec,
                     "wanted": t.wanted,
                     "incoherence": t.incoherence,
                     "activations": t.activations,
+                    "sparsity": None if t.pattern is None else str(t.pattern),
+                    "factors": t.factors,
                     "bytes": t.bytes,
                 }
                 for t in self.tensors
@@ -247,57 +219,11 @@ class Plan:
         }
 
 
-def _tuned_parameters(planned: PlannedTensor, tune: Sequence[str]) -> int:
-    """About how many parameters recovery gives a tensor of a block: all of what is stored as float or rounded finely
-    enough to be rounded again, else one for every stored scale, of which formats have one for 32 weights or fewer."""
-    size = planned.spec.parameters
-    if planned.solver is None:
-        return size if planned.spec.role in tune else 0
-    if "codes" in tune and 8 * planned.bytes >= CODES_FROM_BITS * size:
-        return size
-    return size // 32 if "scales" in tune else 0
-
-
-def _outcome_bytes(planned: PlannedTensor) -> int:
-    """About what the solved tensor takes with codes and scales apart: small integers a byte, other levels more."""
-    if planned.solver is None:
-        return 0
-    return planned.spec.parameters * (2 if codec_info(planned.codec).kind in ("ggml", "uniform") else 5)
-
-
-def repairs_residual(spec: ModelSpec, planned: PlannedTensor) -> bool:
-    """Whether this linear's target also makes up for the lag of the residual stream it is added to.
-
-    Only where it alone stands for all that is added: o_proj, a dense down_proj, or a routed expert whose routing weights
-    sum to one. Others would repair the same lag several times over.
-    """
-    if not getattr(planned.solver, "residual", 0.0):
-        return False
-    if planned.spec.role == "routed_experts.down":
-        assert spec.family.moe is not None
-        return spec.norm_topk and not spec.family.moe.shared
-    return planned.spec.role in ("attention.o", "mlp.down")
-
-
-def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
-    """Whether a tied embedding is solved as the head it also is, which takes a survey pass over the original.
-
-    Not worth the pass from 8 bits up.
-    """
-    return spec.tied and tensor.role == "embeddings" and 8 * stored_bytes(codec, tensor.shape) < 8 * tensor.parameters
-
-
-def moments_bytes(spec: ModelSpec, planned: PlannedTensor) -> int:
-    """Memory of the statistics behind one solved tensor, float32."""
-    n = planned.spec.shape[-1]
-    squares = 1 + bool(getattr(planned.solver, "drift", 0.0))
-    return 4 * n * (squares * n + (spec.hidden_size if repairs_residual(spec, planned) else 0))
-
-
-def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
+def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None = None) -> Plan:
     """Prove a recipe legal for its model.
 
-    weights=True also demands that every tensor is in the checkpoint with the shape the config implies.
+    weights=True also demands that every tensor is in the checkpoint with the shape the config implies; spec: the model
+    that a survey has left of it, where a step changes its shape.
     Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
     """
     checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
@@ -305,25 +231,21 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
-    spec = original.untied() if recipe.step("rotate") else original
-    problems = container_problems(recipe, spec) + text_problems(recipe, spec) + step_problems(recipe)
-    if problems:
+    turned = original.untied() if recipe.step("rotate") else original
+    problems = step_problems(recipe, turned) + text_problems(recipe, original)
+    if spec is None and not problems:
+        cuts = [recipe.step(kind) for kind in STRUCTURAL]
+        spec = reduced(turned, plan_reduction(turned, *cuts)) if any(cuts) else turned
+    problems += container_problems(recipe, spec or turned)
+    if problems or spec is None:
         raise PlanError(problems)
 
-    quantize = recipe.step("quantize")
-    matcher = quantize.matcher(spec) if quantize else None
     kinds = {e.container for e in recipe.export}
     own = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
-    tensors: list[PlannedTensor] = []
-    for tensor in spec.tensors():
-        rule = matcher.match(tensor) if matcher else None
-        codec = rule.codec if rule else _unmatched(tensor, checkpoint, own, kinds)
-        planned = _planned(spec, tensor, codec, rule, quantize, kinds)
-        problems += tensor_problems(planned, kinds)
-        tensors.append(planned)
+    tensors, unused, problems = _plan_tensors(recipe, spec, checkpoint, own)
     if weights:
         problems += checkpoint_problems(original, checkpoint)
-    if problems:
+    if problems := list(dict.fromkeys(problems)):
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
     for kind in sorted(kinds - {"safetensors"}):
         try:
@@ -332,43 +254,60 @@ def make_plan(recipe: Recipe, *, weights: bool = False) -> Plan:
             problems.append(f"{kind}: {error}")
     if problems:
         raise PlanError(problems)
-    counted = next((e.container for e in recipe.export if e.container != "safetensors"), None)
-    tensors = [replace(t, bytes=_bytes(t, counted)) for t in tensors]
-    unused = [rule for rule in matcher.unused() if rule in quantize.rules] if matcher else []
+    tensors = [replace(t, bytes=_bytes(t, recipe)) for t in tensors]
+    savings = _structural_savings(recipe, turned, checkpoint, own)
+    savings += shrinking(tensors, (e.container for e in recipe.export), own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in unused]
-    warnings += _warnings(spec, original, tensors, kinds, own)
+    warnings += _warnings(spec, original, tensors, kinds, own) + [str(line) for line in savings if line.nothing]
+    warnings += narrow_calibration(recipe)
     source = sum(2 * t.parameters for t in original.tensors())
     if checkpoint.entries:
         source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
     stamp = tuple(
         sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
     )
-    return Plan(recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp)
+    return Plan(recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp, savings)
 
 
-def _planned(
-    spec: ModelSpec, tensor: TensorSpec, codec: str, rule: Rule | None, quantize: Quantize | None, kinds: set[str]
-) -> PlannedTensor:
-    """What becomes of one tensor, its bytes still to be counted."""
-    if len(tensor.shape) == 1 and "gguf" in kinds:
-        codec = "f32"  # llama.cpp's norms and biases are float32
-    wanted = None
-    if codec_info(codec).kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
-        wanted, codec = codec, replacement
-    info = codec_info(codec)
-    if rule is None or quantize is None or info.kind == "float":
-        return PlannedTensor(tensor, codec, None, 0, wanted)
-    solver = quantize.solver_of(rule)
-    if tensor.input is None and not surveys_head(spec, tensor, codec):
-        solver = RtnOptions()  # rows that are looked up have no input statistics to solve against
-    incoherence = info.kind == "vector" if rule.incoherence is None else rule.incoherence
-    return PlannedTensor(tensor, codec, solver, 0, wanted, incoherence, rule.activations)
+def _plan_tensors(
+    recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint, own: str
+) -> tuple[list[PlannedTensor], list[str], list[str]]:
+    """Every tensor of a model, bytes not counted; rules of the recipe that match none; why some cannot be stored."""
+    kinds = {e.container for e in recipe.export}
+    matchers = {kind: step.matcher(spec) for kind in MATCHING if (step := recipe.step(kind)) is not None}
+    tensors, problems = [], []
+    for tensor in spec.tensors():
+        found = {kind: (recipe.step(kind), rule) for kind, m in matchers.items() if (rule := m.match(tensor)) is not None}
+        codec = found["quantize"][1].codec if "quantize" in found else _unmatched(tensor, checkpoint, own, kinds)
+        planned = planned_tensor(spec, tensor, codec, Rules(**found), kinds)
+        if "prune" in found and "factorize" in found:
+            problems.append(f"{tensor.role}: prune and factorize both name it; factors have a mask already")
+        problems += tensor_problems(planned, kinds)
+        tensors.append(planned)
+    unused = [str(rule) for kind, m in matchers.items() for rule in m.unused() if rule in recipe.step(kind).rules]
+    return tensors, unused, problems
 
 
-def _bytes(planned: PlannedTensor, container: str | None) -> int:
-    """Bytes of one tensor in a container with everything needed to read it back; as `compress` would store it where
-    the recipe only writes decoded values."""
-    return container_module(container or "compress").tensor_bytes(planned)
+def _structural_savings(recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint, own: str) -> tuple[Saving, ...]:
+    """What the steps save that leave a model of another shape, in the codecs of the recipe."""
+    steps: dict[str, Any] = dict.fromkeys(STRUCTURAL)
+    chain = [("", spec)]
+    for kind in STRUCTURAL:
+        if (options := recipe.step(kind)) is not None:
+            steps[kind] = options
+            chain.append((kind, reduced(spec, plan_reduction(spec, *steps.values()))))
+
+    def size(container: str, model: ModelSpec) -> int:
+        return sum(container_bytes(container, t, own) for t in _plan_tensors(recipe, model, checkpoint, own)[0])
+
+    return structural(chain, (e.container for e in recipe.export), size) if len(chain) > 1 else ()
+
+
+def _bytes(planned: PlannedTensor, recipe: Recipe) -> int:
+    """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as
+    `compress` would store it where the recipe only writes decoded values."""
+    container = next((e.container for e in recipe.export if e.container != "safetensors"), "compress")
+    return container_module(container).tensor_bytes(planned)
 
 
 def _warnings(
@@ -389,11 +328,6 @@ def _warnings(
             f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
         )
     return warnings
-
-
-def container_module(container: str) -> ModuleType:
-    """The module that writes and reads a container; YAML names may have dashes."""
-    return import_module(f"compress.containers.{container.replace('-', '_')}")
 
 
 def model_location(model: str) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from compress.codecs.names import codec_info
 from compress.errors import NumericalError
+from compress.footprint import MOMENTS_BYTES
 from compress.models.base import ModelSpec
 from compress.models.decoder import STAGES, forward_attention, forward_ffn, stage_of
-from compress.plan import MOMENTS_BYTES
 from compress.solve import solve_tensor
 from compress.solvers.options import RtnOptions
 from compress.statistics import Moments, Statistics
@@ -26,7 +26,7 @@ from compress.transforms.base import Fold, apply, folds
 from compress.transforms.options import TransformOptions
 
 if TYPE_CHECKING:
-    from compress.plan import PlannedTensor
+    from compress.planned import PlannedTensor
     from compress.stream import Streams
 
 
@@ -62,7 +62,7 @@ def prepare_half(
             for fold in folds(spec, layer, out)
             if _half_of(fold) == half
             and STAGES[stage_of(fold.input)] in options.fold
-            and any(planned[name].solver is not None for name in fold.consumers)
+            and any(planned[name].method is not None for name in fold.consumers)
         ]
 
         def rounded(name: str, weight: Tensor, importance: Tensor) -> Tensor:
@@ -105,6 +105,7 @@ def _rounded(planned: PlannedTensor, weight: Tensor, importance: Tensor) -> Tens
     """
     if planned.solver is None:
         return weight
+    planned = planned.plain
     info = codec_info(planned.codec)
     codec = f"e8p{info.bits}".removesuffix("2") if info.kind == "vector" else planned.codec
     plain = replace(planned, codec=codec, solver=RtnOptions())

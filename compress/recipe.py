@@ -11,9 +11,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,15 +24,32 @@ from pydantic import (
 )
 
 from compress.codecs.names import CONTAINERS, KIND_NAMES, activation_problem, codec_info, incoherence_problem
+from compress.document import Document, Place, dotted, read_document
 from compress.errors import RecipeError
 from compress.schemes import expand, scheme_kind, scheme_name
-from compress.solvers.options import SOLVERS, GptqOptions, RecoverOptions, SolverOptions
+from compress.solvers.options import (
+    FACTORIZERS,
+    PRUNERS,
+    SOLVERS,
+    CompotOptions,
+    GptqOptions,
+    RecoverOptions,
+    SolverOptions,
+    SparseGptOptions,
+)
+from compress.structure.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 from compress.targets import (
     FLOAT_ROLES,
+    LINEARS,
+    Factorizer,
+    FactorizeRule,
     Ignored,
+    Pruner,
+    PruneRule,
     Rule,
     RuleMatcher,
     Solver,
+    Sparsity,
     covers,
     nearest,
     problem,
@@ -120,16 +136,58 @@ class Quantize(Section):
         return rule.solver or self.solver
 
 
+class Prune(Section):
+    """Set weights to zero: those that `rules`, then `sparsity` (of all linears but the head), name."""
+
+    solver: Pruner = SparseGptOptions()
+    sparsity: Sparsity | None = None
+    rules: Annotated[tuple[PruneRule, ...], BeforeValidator(_tuple)] = ()
+    ignore: Ignored = ()
+    allocation: Literal["uniform", "outliers"] = "uniform"
+    spread: float = Field(0.08, ge=0, lt=0.5)
+    """With `outliers`: how far a layer's sparsity may lie from the mean."""
+    joint: bool = True
+    """Whether sparsegpt chooses mask and codes together where a quantize step follows."""
+
+    def matcher(self, model: ModelSpec) -> RuleMatcher:
+        rest = (PruneRule(targets=LINEARS, sparsity=self.sparsity),) if self.sparsity else ()
+        return RuleMatcher(self.rules + rest, model.layers, self.ignore)
+
+
+class Factorize(Section):
+    """Write weights as products of two: those that `rules`, then `ratio` (of all linears but the head), name."""
+
+    solver: Factorizer = CompotOptions()
+    ratio: float | None = Field(None, gt=0, lt=1)
+    """The share of their bytes in 16 bits, masks counted, that goes."""
+    rules: Annotated[tuple[FactorizeRule, ...], BeforeValidator(_tuple)] = ()
+    ignore: Ignored = ()
+    allocation: Literal["uniform", "pooled", "knapsack"] = "pooled"
+    low: float = Field(0.3, ge=0, le=1)
+    """The least share of a matrix's bytes that may stay when the budget is shared out."""
+    high: float = Field(1.0, gt=0, le=1)
+    """The largest share that a factorised matrix may keep; one that would need all of them stays dense."""
+
+    def matcher(self, model: ModelSpec) -> RuleMatcher:
+        rest = (FactorizeRule(targets=LINEARS, ratio=self.ratio),) if self.ratio else ()
+        return RuleMatcher(self.rules + rest, model.layers, self.ignore)
+
+
 class Step(Section):
     """One step of the chain: exactly one key, its kind. A new kind of step is one more field.
 
-    In the order in which they may follow each other: rotations of the whole model, scalings of a block, the codes, and
-    what is tuned once those are known.
+    In the order in which they may follow each other: rotations of the whole model, what makes it smaller as a whole,
+    scalings of a block, what makes its matrices smaller, the codes, and what is tuned once those are known.
     """
 
     rotate: RotateOptions | None = None
+    drop_layers: DropLayersOptions | None = None
+    prune_experts: PruneExpertsOptions | None = None
+    prune_structured: PruneStructuredOptions | None = None
     awq: AwqOptions | None = None
     smooth: SmoothOptions | None = None
+    prune: Prune | None = None
+    factorize: Factorize | None = None
     quantize: Quantize | None = None
     recover: RecoverOptions | None = None
 
@@ -142,6 +200,9 @@ class Step(Section):
             raise problem(f"expected exactly one key, the kind of step ({', '.join(STEP_KINDS)}), got {len(value)}")
         if isinstance(value, dict) and "quantize" in value and not value["quantize"]:
             raise problem("this step says nothing; give it at least a scheme or rules")
+        for kind, key in (("prune", "sparsity"), ("factorize", "ratio")):
+            if isinstance(value, dict) and kind in value and not {key, "rules"} & set(value[kind] or ()):
+                raise problem(f"this step says nothing; give it at least a {key} or rules")
         if isinstance(value, dict):
             return {kind: {} if options is None else options for kind, options in value.items()}
         return value
@@ -230,7 +291,7 @@ def load_recipe(
     RecipeError with all problems.
     """
     path = _find(path_or_name)
-    document = _read(path)
+    document = read_document(path)
     if isinstance(document.data, dict):
         document.data.setdefault("name", path.stem)
         for key, value in (("model", model), ("output", output)):
@@ -275,158 +336,6 @@ def _find(path_or_name: str | Path) -> Path:
     raise RecipeError(f"{path_or_name}: {what}{nearest(path.stem, known) if known else ''}")
 
 
-# --- YAML with line numbers -------------------------------------------------------------------
-
-# YAML 1.2's core types only: with 1.1's rules `1e-3` is a string, `no` a bool and `4:30` the number 270.
-_SCALARS = (
-    (re.compile(r"|~|null|Null|NULL"), lambda text: None),
-    (re.compile(r"true|True|TRUE"), lambda text: True),
-    (re.compile(r"false|False|FALSE"), lambda text: False),
-    (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
-    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
-)
-Place = tuple[str | int, ...]
-
-
-class _Document:
-    """Plain values of a YAML text, where each came from, and the problems met while reading."""
-
-    def __init__(self, label: str):
-        self.label = label
-        self.data: Any = None
-        self.origins: dict[Place, str] = {(): label}
-        self.problems: list[str] = []
-
-    def at(self, path: Place, what: str) -> str:
-        """One problem line for the value at `path`, or for the nearest parent that is written down."""
-        known = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in self.origins)
-        where = _dotted(path)
-        return f"{self.origins[known]}: {where}: {what}" if where else f"{self.origins[known]}: {what}"
-
-    def line_of(self, problem_line: str) -> float:
-        """Where a problem line points in the file; overrides come last."""
-        match = re.match(re.escape(self.label) + r":(\d+)", problem_line)
-        return int(match[1]) if match else float("inf")
-
-    def put(self, path: Place, value: Any, origin: str) -> None:
-        """Set a value below the root, making mappings on the way; IndexError or TypeError when it has no
-        place.
-        """
-        here: Any = self.data
-        for depth, key in enumerate(path[:-1]):
-            following = here[key] if isinstance(key, int) else here.get(key)
-            if key == "solver" and isinstance(following, str):
-                following = {"name": following}
-            elif following is None or (isinstance(path[depth + 1], str) and isinstance(following, bool)):
-                following = {}
-            here[key] = following
-            here = following
-        if isinstance(here, list) and path[-1] == len(here):
-            here.append(value)
-        elif isinstance(here, dict) and isinstance(path[-1], int):
-            raise TypeError
-        else:
-            here[path[-1]] = value
-        self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}
-        self.origins[path] = origin
-
-    def override(self, text: str) -> None:
-        """Apply one `key=value`; what is wrong with it becomes a problem."""
-        key, equals, value = text.partition("=")
-        path = _parse_path(key.strip())
-        if not equals or path is None:
-            self.problems.append(f"--set {text}: expected key=value, e.g. calibration.samples=64")
-            return
-        try:
-            parsed = _parse(value, f"--set {text}")
-            self.problems += parsed.problems
-            self.put(path, parsed.data, f"--set {text}")
-        except RecipeError as error:
-            self.problems += error.problems
-        except IndexError:
-            self.problems.append(f"--set {text}: {_dotted(path)}: the list is shorter than that")
-        except (TypeError, AttributeError):
-            self.problems.append(f"--set {text}: {_dotted(path)}: there is no such place in this recipe")
-
-
-def _read(path: Path) -> _Document:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError(f"{path}: cannot be read: {reason}") from None
-    document = _parse(text, str(path), lines=True)
-    if document.data is None and not document.problems:
-        raise RecipeError(f"{path}: the recipe is empty; see docs/recipes.md")
-    return document
-
-
-def _parse(text: str, label: str, *, lines: bool = False) -> _Document:
-    """YAML text to a document; with `lines`, origins are `label:line`. Syntax errors raise RecipeError."""
-    document = _Document(label)
-
-    def origin(node: yaml.Node) -> str:
-        return f"{label}:{node.start_mark.line + 1}" if lines else label
-
-    def build(node: yaml.Node, path: Place, parents: tuple[int, ...]) -> Any:
-        document.origins.setdefault(path, origin(node))
-        if id(node) in parents:
-            document.problems.append(document.at(path, "this alias contains itself"))
-            return None
-        if not node.tag.endswith((":str", ":seq", ":map")):
-            document.problems.append(document.at(path, f"YAML tags like {node.tag!r} have no meaning here"))
-        if isinstance(node, yaml.SequenceNode):
-            return [build(item, (*path, i), (*parents, id(node))) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
-            mapping: dict[str, Any] = {}
-            for key_node, value_node in node.value:
-                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
-                if key in mapping:
-                    document.problems.append(f"{origin(key_node)}: {_dotted((*path, key))}: given twice")
-                    continue
-                document.origins[(*path, key)] = origin(key_node)
-                mapping[key] = build(value_node, (*path, key), (*parents, id(node)))
-            return mapping
-        return node.value if node.style in ("'", '"', "|", ">") else _scalar(node.value)
-
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if lines and mark is not None else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{label}{line}: not valid YAML: {reason}") from None
-    if root is not None:
-        document.data = build(root, (), ())
-        document.origins[()] = f"{label}:1" if lines else label
-    return document
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that guesses no types: scalars without a tag stay strings, and we read them ourselves."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-
-def _scalar(text: str) -> Any:
-    for pattern, convert in _SCALARS:
-        if pattern.fullmatch(text):
-            return convert(text)
-    return text
-
-
-def _parse_path(text: str) -> Place | None:
-    """'steps[0].quantize' -> ('steps', 0, 'quantize'); None when malformed."""
-    if not re.fullmatch(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)*", text):
-        return None
-    return tuple(int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\w+|\[\d+\]", text))
-
-
-def _dotted(path: Place) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-
-
 # --- problems in words ------------------------------------------------------------------------
 
 _EXPECTED = {
@@ -441,7 +350,7 @@ _EXPECTED = {
 }
 
 
-def _explain(document: _Document, error: Any) -> str:
+def _explain(document: Document, error: Any) -> str:
     """One of pydantic's errors in the words of a recipe."""
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     path = _written(document.data, error["loc"])
@@ -450,7 +359,7 @@ def _explain(document: _Document, error: Any) -> str:
             path, f"unknown key {path[-1]!r}{nearest(str(path[-1]), _keys_at(document.data, path[:-1]))}"
         )
     if kind == "missing":
-        return document.at(path, _MISSING_KEYS.get(_dotted(path), "missing"))
+        return document.at(path, _MISSING_KEYS.get(dotted(path), "missing"))
     if kind in _EXPECTED:
         return document.at(path, f"expected {_EXPECTED[kind]}, got {_short(given)}")
     if kind == "recipe":
@@ -496,7 +405,7 @@ def _keys_at(data: Any, path: Place) -> tuple[str, ...]:
     for part in path:
         data = data[part]
         if part == "solver":
-            model = SOLVERS[data["name"].lower()]
+            model = {**SOLVERS, **PRUNERS, **FACTORIZERS}[data["name"].lower()]
         elif isinstance(part, str):
             model = next(_models_in(model.model_fields[part].annotation), model)
     return tuple(model.model_fields)

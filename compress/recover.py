@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.codecs.base import TINY
+from compress.footprint import BATCH_TOKENS
 from compress.journal import Activations
 from compress.models.base import ModelSpec
 from compress.models.decoder import forward_block, rms_norm
-from compress.plan import BATCH_TOKENS
 from compress.solve import Outcome
 from compress.solvers.options import RecoverOptions
 from compress.tunable import (

@@ -21,9 +21,11 @@ import torch
 
 from compress.checkpoint import Checkpoint
 from compress.errors import OutputError
+from compress.footprint import BATCH_TOKENS
 from compress.journal import Activations, Journal
 from compress.models.base import ModelSpec
-from compress.plan import BATCH_TOKENS, Plan, PlannedTensor
+from compress.plan import Plan
+from compress.planned import PlannedTensor
 from compress.recover import recover_block
 from compress.scoring.divergence import token_stats
 from compress.solve import Outcome, decode, solve_tensor
@@ -128,7 +130,7 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
         streams = _embedded(plan, load, journal.folder, ids)
     measured = {kind: _block(plan, layer, load, journal, streams) for kind, layer in _kinds(plan)}
     blocks = [measured.get(_kind(plan, layer)) or _like(plan, layer, measured) for layer in range(spec.layers)]
-    outer = sum(_outer_solve(t, load) for t in plan.tensors if t.spec.layer is None and t.solver is not None)
+    outer = sum(_outer_solve(t, load) for t in plan.tensors if t.spec.layer is None and t.method is not None)
     check = sum(DECODES * b.decode + 2 * CHECK_TOKENS * b.token for b in blocks)
     store = sum(b.store for b in blocks)
     artifacts = len(plan.recipe.export)
@@ -171,7 +173,7 @@ def _recovery_windows(plan: Plan) -> int:
 
 def _kind(plan: Plan, layer: int) -> Any:
     """What makes two blocks take the same time: shapes, codecs and solvers of all their tensors."""
-    facts = Counter((t.spec.role, t.spec.shape, t.codec, t.solver, t.incoherence) for t in plan.block(layer))
+    facts = Counter((t.spec.role, t.spec.shape, t.codec, t.method, t.incoherence) for t in plan.block(layer))
     return frozenset(facts.items())
 
 
@@ -230,7 +232,7 @@ def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Stre
                 spec, layer, half, tensors, load, streams, transforms=plan.transforms, seed=plan.recipe.seed
             )
         packed |= result.packed
-        outcomes |= result.outcomes
+        outcomes |= {name: o for name, o in result.outcomes.items() if isinstance(o, Outcome)}
         if streams is None:
             continue
         more = plan.recipe.calibration.samples // streams.windows

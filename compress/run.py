@@ -20,15 +20,17 @@ from compress.errors import GateFailed, OutputError
 from compress.finetune import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.journal import Activations, Journal, write_synced
 from compress.outcomes import save_outcomes
-from compress.plan import Plan, PlannedTensor, make_plan, surveys_head
+from compress.plan import Plan, make_plan
+from compress.planned import PlannedTensor, surveys_head
 from compress.prepare import Folded
 from compress.recipe import Recipe
 from compress.recover import Recovered, output_sensitivity, recover_block
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
+from compress.settle import settle
 from compress.solve import Outcome, Solved, as_stored, decode, solve_tensor
-from compress.source import Loader, working_model
+from compress.source import Loader
 from compress.stream import Half, Streams, advance, compress_half, embed, head_statistics, survey_head
 from compress.text import calibration_windows, load_tokenizer
 from compress.weights import Packed
@@ -67,7 +69,7 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     checkpoint = Checkpoint.open(plan.source)
     require_texts(plan)
     with torch.inference_mode():
-        compress_model(plan, checkpoint, journal, reporter)
+        plan = compress_model(plan, checkpoint, journal, reporter)
         results = deliver(plan, checkpoint, journal, output, reporter)
     card = make_scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
@@ -114,15 +116,19 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
     return output
 
 
-def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter) -> None:
-    """Every unit that the journal does not hold yet: embeddings, blocks, head, what end-to-end recovery moved."""
-    spec = plan.spec
-    load = working_model(plan, checkpoint)
+def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter) -> Plan:
+    """Every unit that the journal does not hold yet: what the plan leaves open, embeddings, blocks, head, what end-to-end
+    recovery moved. Returns the plan as it was carried out."""
     shape: tuple[int, int, int] | None = None
     ids: np.ndarray | None = None
     if plan.needs_calibration:
         with reporter.stage("calibration text"):
             ids = load_calibration(plan)
+    plan, load = settle(plan, checkpoint, journal, ids, reporter)
+    spec = plan.spec
+    if not plan.solves:
+        ids = None
+    if ids is not None:
         shape = (*ids.shape, spec.hidden_size)
     with reporter.stage("embeddings"):
         if "embeddings" not in journal:
@@ -158,6 +164,7 @@ def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporte
                 states = _streams(plan, journal, f"{spec.layers:05d}", (*ids.shape, spec.hidden_size)).original
                 assert states is not None
                 recover_end_to_end(plan, load, journal, ids, states, progress)
+    return plan
 
 
 def load_calibration(plan: Plan) -> np.ndarray:
@@ -196,7 +203,7 @@ def _embeddings(plan: Plan, table: PlannedTensor, load: Loader, ids: np.ndarray 
 
 def _alone(plan: Plan, planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
     """A tensor without inputs of its own: embeddings, the last norm."""
-    if planned.solver is None:
+    if planned.method is None:
         return as_stored(planned, weight), {}
     outcome = solve_tensor(planned, weight.float(), None, plan.recipe.seed)
     return outcome.pack(), {"solved": [vars(outcome.report)]}
@@ -241,7 +248,7 @@ def _block(
         packed |= result.packed
         solved += result.solved
         folded += result.folded
-        outcomes |= result.outcomes
+        outcomes |= {name: o for name, o in result.outcomes.items() if isinstance(o, Outcome)}
         tokens = result.tokens
     report = {"solved": [vars(s) for s in solved], "folded": [vars(f) for f in folded], "tokens": list(tokens)}
     if plan.recover is not None and at[0] is not None:
@@ -311,8 +318,8 @@ def _head(plan: Plan, load: Loader, journal: Journal, shape: tuple[int, int, int
     report: dict[str, Any] = {}
     head = plan.by_name.get("lm_head.weight")
     streams = None if shape is None else _streams(plan, journal, f"{spec.layers:05d}", shape)
-    if head is not None and head.solver is not None and streams is not None:
-        drift = bool(getattr(head.solver, "drift", 0.0))
+    if head is not None and head.method is not None and streams is not None:
+        drift = bool(getattr(head.method, "drift", 0.0))
         statistics = head_statistics(spec, decode(packed[norm.name]), streams, drift)
         outcome = solve_tensor(head, load(head.name).float(), statistics, plan.recipe.seed)
         packed[head.name], report = outcome.pack(), {"solved": [vars(outcome.report)]}

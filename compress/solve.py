@@ -1,4 +1,5 @@
-"""One tensor: from its float weight to what ships, and back. Here transforms, solvers and codecs meet.
+"""One tensor: from its float weight to what ships, and back. Here transforms, solvers and codecs meet; `shrink` has what
+is pruned or factorised.
 
 Codecs of kind `vector` (and any other whose rule says `incoherence`) are solved in incoherent space: the weight between
 two randomised Hadamard transforms, the gram of its inputs turned with it. The signs ship beside the codes.
@@ -15,16 +16,17 @@ import torch
 from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
+from compress.codecs.names import codec_info
 from compress.errors import CheckpointError
 from compress.models.base import TensorSpec
+from compress.shrink import Shrunk, factorize_tensor, product, prune_tensor
 from compress.solvers.base import Solution
-from compress.solvers.options import SolverOptions
 from compress.statistics import Statistics, corrected_target
 from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
 from compress.weights import Packed
 
 if TYPE_CHECKING:
-    from compress.plan import PlannedTensor
+    from compress.planned import PlannedTensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,23 @@ class Outcome:
         return Packed(packed.codec, packed.shape, {**packed.parts, **signs})
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """A pruned or factorised tensor, which nothing tunes any more."""
+
+    packed: Packed
+    values: Tensor
+    report: Solved
+
+    def dense(self) -> Tensor:
+        """What an engine computes with: float32 [m, n]."""
+        return self.values
+
+    def pack(self) -> Packed:
+        """The bytes that ship."""
+        return self.packed
+
+
 def as_stored(planned: PlannedTensor, weight: Tensor) -> Packed:
     """A tensor that no solver touches, rounded to its float codec. Raises CheckpointError if it overflows."""
     packed = get_codec(planned.codec).encode(weight)
@@ -77,8 +96,12 @@ def as_stored(planned: PlannedTensor, weight: Tensor) -> Packed:
     return packed
 
 
-def solve_tensor(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None, seed: int = 0) -> Outcome:
-    """Run one tensor's solver. weight: float32 [m, n]; seed: the recipe's, from which random signs are drawn."""
+def solve_tensor(
+    planned: PlannedTensor, weight: Tensor, statistics: Statistics | None, seed: int = 0
+) -> Outcome | Shipped:
+    """Run one tensor's method. weight: float32 [m, n]; seed: the recipe's, from which random signs are drawn."""
+    if planned.pattern is not None or planned.factors is not None:
+        return _shrunk(planned, weight, statistics)
     options = planned.solver
     assert options is not None
     module = import_module(f"compress.solvers.{options.name}")
@@ -93,21 +116,33 @@ def solve_tensor(planned: PlannedTensor, weight: Tensor, statistics: Statistics 
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
     solution = module.solve(target, gram, codec, options)
-    report = Solved(
+    return Outcome(solution, incoherence, _report(planned, solution, statistics))
+
+
+def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> Shipped:
+    gram = torch.eye(weight.shape[1]) if statistics is None else statistics.gram
+    target = weight if statistics is None else _corrected(weight, statistics, planned.method)
+    shrunk = (prune_tensor if planned.pattern is not None else factorize_tensor)(planned, target, gram)
+    return Shipped(shrunk.packed, shrunk.dense, _report(planned, shrunk, statistics))
+
+
+def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Statistics | None) -> Solved:
+    return Solved(
         planned.name,
         planned.codec,
-        options.name,
-        solution.error,
-        solution.damping,
-        solution.retries,
+        planned.label or "",
+        result.error,
+        result.damping,
+        result.retries,
         None if statistics is None else statistics.tokens,
         0.0 if statistics is None else statistics.borrowed,
     )
-    return Outcome(solution, incoherence, report)
 
 
 def decode(packed: Packed) -> Tensor:
     """What an engine computes with: float32 of the packed shape."""
+    if codec_info(packed.codec).kind == "factors":
+        return product(packed)
     values = get_codec(packed.codec).unpack(packed)
     if "signs_in" not in packed.parts:
         return values
@@ -123,7 +158,7 @@ def _sign_seeds(spec: TensorSpec, seed: int) -> tuple[int, int]:
     return zlib.crc32(f"{seed} {spec.layer} {place}".encode()), zlib.crc32(f"{seed} {spec.name}".encode())
 
 
-def _corrected(weight: Tensor, statistics: Statistics, options: SolverOptions) -> Tensor:
-    """The target of solvers that compensate drift; the weight itself for the others."""
+def _corrected(weight: Tensor, statistics: Statistics, options: object) -> Tensor:
+    """The target of methods that compensate drift; the weight itself for the others."""
     drift, residual = getattr(options, "drift", 0.0), getattr(options, "residual", 0.0)
     return corrected_target(weight, statistics, getattr(options, "drift_damping", 0.1), drift, residual)

@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.footprint import BATCH_TOKENS, MOMENTS_BYTES
 from compress.journal import Activations
 from compress.models.base import ModelSpec
 from compress.models.decoder import Pooled, Routing, forward_attention, forward_ffn, rms_norm, stage_of
-from compress.plan import BATCH_TOKENS, MOMENTS_BYTES, PlannedTensor, moments_bytes, repairs_residual
+from compress.planned import PlannedTensor, moments_bytes, repairs_residual
 from compress.prepare import Folded, prepare_half
 from compress.scoring.streamed import StreamedSource
-from compress.solve import Outcome, Solved, as_stored, decode, solve_tensor
+from compress.solve import Outcome, Shipped, Solved, as_stored, decode, solve_tensor
 from compress.statistics import Moments, Statistics, blend
 from compress.transforms.options import TransformOptions
 from compress.weights import Packed
@@ -40,7 +41,7 @@ class HalfResult:
     those did."""
 
     packed: Mapping[str, Packed]
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, Outcome | Shipped]
     tokens: tuple[int, ...]
     original: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
@@ -118,9 +119,9 @@ def compress_half(
         original, folded = prepare_half(spec, layer, half, block, original, streams, transforms)
     weights = dict(original)
     packed: dict[str, Packed] = {}
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome | Shipped] = {}
     for planned in block:
-        if planned.solver is None:
+        if planned.method is None:
             packed[planned.name] = as_stored(planned, original[planned.name])
             weights[planned.name] = decode(packed[planned.name])
     tokens: tuple[int, ...] = ()
@@ -132,8 +133,8 @@ def compress_half(
             if spec.is_sparse(layer) and stage == 2 and not tokens:
                 tokens = tuple(moments[f"experts.{e}.in"].tokens for e in range(spec.experts))
 
-        def one(planned: PlannedTensor, moments: dict[str, Moments] = moments) -> tuple[Outcome, Packed, Tensor]:
-            outcome = solve_tensor(planned, original[planned.name], _statistics(planned, moments), seed)
+        def one(planned: PlannedTensor, moments: dict[str, Moments] = moments) -> tuple[Any, Packed, Tensor]:
+            outcome = solve_tensor(planned, original[planned.name], statistics_of(planned, moments), seed)
             result = outcome.pack()
             return outcome, result, decode(result)
 
@@ -152,7 +153,7 @@ def stage_groups(spec: ModelSpec, stage: int, block: Sequence[PlannedTensor]) ->
     """
     groups: list[list[PlannedTensor]] = [[]]
     sizes: dict[str, int] = {}
-    members = [t for t in block if t.solver is not None and stage_of(t.spec.input or "") == stage]
+    members = [t for t in block if t.method is not None and stage_of(t.spec.input or "") == stage]
     for planned in sorted(members, key=lambda t: (t.spec.expert is not None, t.spec.expert or 0)):
         key, size = planned.spec.input or "", moments_bytes(spec, planned)
         if key not in sizes and groups[-1] and sum(sizes.values()) + size > MOMENTS_BYTES:
@@ -163,12 +164,13 @@ def stage_groups(spec: ModelSpec, stage: int, block: Sequence[PlannedTensor]) ->
     return groups
 
 
-def _statistics(planned: PlannedTensor, moments: Mapping[str, Moments]) -> Statistics | None:
+def statistics_of(planned: PlannedTensor, moments: Mapping[str, Moments]) -> Statistics | None:
+    """What one tensor's method receives of a stage's moments; None for a tensor without inputs."""
     key = planned.spec.input
     own = moments.get(key) if key else None
     if own is None:
         return None
-    strength = getattr(planned.solver, "shrinkage", 0.0)
+    strength = getattr(planned.method, "shrinkage", 0.0)
     if planned.spec.expert is None:
         return blend(own, None, 0.0)
     pool = moments.get("router") if key.endswith(".in") else moments.get(f"{key}.pool")
@@ -179,7 +181,7 @@ def wanted_moments(spec: ModelSpec, layer: int, stage: int, group: Sequence[Plan
     """Empty accumulators for a stage: the union of what its solvers need, shared where inputs are shared."""
     wanted: dict[str, Moments] = {}
     sparse = spec.is_sparse(layer)
-    drifting = {t.spec.input for t in group if getattr(t.solver, "drift", 0.0)}
+    drifting = {t.spec.input for t in group if getattr(t.method, "drift", 0.0)}
     for planned in group:
         key, n = planned.spec.input, planned.spec.shape[-1]
         residual = spec.hidden_size if repairs_residual(spec, planned) else None
@@ -279,7 +281,7 @@ def _pools(
     cold = {}
     for planned in group:
         if planned.spec.expert is not None:
-            strength, n = getattr(planned.solver, "shrinkage", 0.0), planned.spec.shape[-1]
+            strength, n = getattr(planned.method, "shrinkage", 0.0), planned.spec.shape[-1]
             if tokens[planned.spec.expert] < max(strength * n, 1):  # one that saw nothing has nothing else
                 cold[planned.spec.expert] = planned
     if not cold:

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import comb
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from compress.codecs.names import codec_info
-from compress.solvers.options import SOLVERS, SolverOptions
+from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS, FactorizerOptions, PrunerOptions, SolverOptions
+from compress.weights import Pattern
 
 if TYPE_CHECKING:
     from compress.models.base import TensorSpec
@@ -34,6 +45,9 @@ ROLES: tuple[str, ...] = (
 
 GROUPS: tuple[str, ...] = ("attention", "mlp", "routed_experts", "shared_experts")
 """Targets that stand for all roles below them."""
+
+LINEARS: tuple[str, ...] = GROUPS
+"""What steps that shrink linears work on where a recipe names no targets: not the head, not the embeddings."""
 
 FLOAT_ROLES: tuple[str, ...] = ("router", "norms", "biases")
 """Roles that are never quantized: they are tiny, and every engine expects floats there."""
@@ -74,6 +88,8 @@ def check_codec(codec: str) -> str:
         raise problem(error.args[0]) from None
     if info.fallback_only:
         raise problem(f"{info.name} exists only as llama.cpp's fallback for rows that do not divide by 256")
+    if info.derived:
+        raise problem(f"{info.name} is what a prune or factorize step makes of a codec; name {info.parts[-1]} and the step")
     return info.name
 
 
@@ -109,18 +125,40 @@ def layer_set(layers: Sequence[str], count: int) -> frozenset[int]:
     return frozenset(layer for layer in chosen if layer < count)
 
 
-def _solver(value: Any) -> Any:
-    """`gptq` or `{name: gptq, damping: 0.03}` to that solver's option class."""
-    if isinstance(value, SolverOptions):
+def _among(known: Mapping[str, type[BaseModel]]) -> Callable[[Any], Any]:
+    """`gptq` or `{name: gptq, damping: 0.03}` to the option class of that name."""
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, tuple(known.values())):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise problem(f"expected a solver's name or {{name: ..., option: value}}, got {value!r}")
+        name = value["name"].lower()
+        if name not in known:
+            raise problem(f"unknown solver {value['name']!r}{nearest(name, known)}")
+        return known[name].model_validate({**value, "name": name})
+
+    return chosen
+
+
+def _pattern(value: Any) -> Any:
+    """0.5 or '2:4' to a Pattern."""
+    if isinstance(value, Pattern):
         return value
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise problem(f"expected a solver's name or {{name: ..., option: value}}, got {value!r}")
-    if value["name"].lower() not in SOLVERS:
-        raise problem(f"unknown solver {value['name']!r}{nearest(value['name'], SOLVERS)}")
-    name = value["name"].lower()
-    return SOLVERS[name].model_validate({**value, "name": name})
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+        return Pattern(float(value))
+    match = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
+    if match is None:
+        raise problem(f"expected a share between 0 and 1 of what goes, or n:m of what stays (2:4), got {value!r}")
+    keep, of = int(match[1]), int(match[2])
+    if not 0 < keep < of or comb(of, keep) > MOST_COMBINATIONS:
+        raise problem(f"{value} keeps {keep} of every {of} columns; n:m needs 0 < n < m, with m up to 8 (5:10 at most)")
+    return Pattern.n_of_m(keep, of)
+
+
+MOST_COMBINATIONS = 256  # of kept columns in a group of n:m, so that a byte numbers them
 
 
 def _listed(value: Any) -> Any:
@@ -136,7 +174,12 @@ def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-Solver = Annotated[SerializeAsAny[SolverOptions], BeforeValidator(_solver)]
+Solver = Annotated[SerializeAsAny[SolverOptions], BeforeValidator(_among(SOLVERS))]
+Pruner = Annotated[SerializeAsAny[PrunerOptions], BeforeValidator(_among(PRUNERS))]
+Factorizer = Annotated[SerializeAsAny[FactorizerOptions], BeforeValidator(_among(FACTORIZERS))]
+Sparsity = Annotated[
+    Pattern, BeforeValidator(_pattern), PlainSerializer(lambda p: f"{p.keep}:{p.of}" if p.of else p.sparsity)
+]
 Ignored = Annotated[tuple[Annotated[str, AfterValidator(check_target)], ...], BeforeValidator(_listed)]
 Targets = Annotated[Ignored, AfterValidator(_not_empty)]
 Layers = Annotated[
@@ -175,6 +218,35 @@ class Rule(BaseModel):
         return f"{', '.join(self.targets)}{where} -> {self.codec}"
 
 
+class PruneRule(BaseModel):
+    """One line of a prune step: how much of the tensors of `targets` (in `layers`, if given) goes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    targets: Targets
+    sparsity: Sparsity
+    layers: Layers | None = None
+
+    def __str__(self) -> str:
+        where = f" in layers {', '.join(self.layers)}" if self.layers else ""
+        return f"{', '.join(self.targets)}{where} -> {self.sparsity} sparse"
+
+
+class FactorizeRule(BaseModel):
+    """One line of a factorize step: by how much the tensors of `targets` (in `layers`, if given) shrink."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    targets: Targets
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    layers: Layers | None = None
+
+    def __str__(self) -> str:
+        where = f" in layers {', '.join(self.layers)}" if self.layers else ""
+        return f"{', '.join(self.targets)}{where} -> factors, {self.ratio:.0%} smaller"
+
+
+AnyRule = Rule | PruneRule | FactorizeRule
+
+
 def covers(target: str, role: str) -> bool:
     """Whether a role or group `target` includes `role`."""
     return role == target or role.startswith(target + ".")
@@ -188,17 +260,17 @@ class RuleMatcher:
     `ignore` names match nothing, as do tensors no rule covers: both keep the checkpoint's own float type.
     """
 
-    def __init__(self, rules: Sequence[Rule], layer_count: int, ignore: Sequence[str] = ()):
+    def __init__(self, rules: Sequence[AnyRule], layer_count: int, ignore: Sequence[str] = ()):
         self.rules = tuple(rules)
-        self._float = tuple(codec_info(rule.codec).kind == "float" for rule in self.rules)
+        self._float = tuple(isinstance(r, Rule) and codec_info(r.codec).kind == "float" for r in self.rules)
         self._layers = tuple(rule.layers and layer_set(rule.layers, layer_count) for rule in self.rules)
         self._ignored = _Targets(ignore)
         self._targets = tuple(_Targets(rule.targets) for rule in self.rules)
         self._cache: dict[tuple[str, int | None, bool], tuple[int, ...]] = {}
         self._used: set[int] = set()
 
-    def match(self, tensor: TensorSpec) -> Rule | None:
-        """The rule that decides about `tensor`, or None."""
+    def match(self, tensor: TensorSpec) -> Any:
+        """The rule that decides about `tensor`, of the kind that was given, or None."""
         flat = len(tensor.shape) < 2
         key = (tensor.role, tensor.layer, flat)
         candidates = self._cache.get(key)
@@ -212,7 +284,7 @@ class RuleMatcher:
                 return self.rules[index]
         return None
 
-    def unused(self) -> tuple[Rule, ...]:
+    def unused(self) -> tuple[AnyRule, ...]:
         """The rules that decided about no tensor so far, in order."""
         return tuple(rule for index, rule in enumerate(self.rules) if index not in self._used)
 

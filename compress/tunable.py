@@ -17,8 +17,8 @@ from torch import Tensor
 
 from compress.codecs import get_codec
 from compress.codecs.base import TINY, Grid
+from compress.footprint import CODES_FROM_BITS
 from compress.models.base import ModelSpec
-from compress.plan import CODES_FROM_BITS
 from compress.solve import Outcome
 from compress.solvers.base import Solution, safe_divisor
 from compress.solvers.options import RecoverOptions

@@ -10,6 +10,57 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, order=True)
+class Pattern:
+    """Which weights of a matrix may stay.
+
+    sparsity: the share that goes, in [0, 1). of = 0: anywhere; else `of - keep` of every `of` consecutive columns of a row.
+    """
+
+    sparsity: float
+    keep: int = 0
+    of: int = 0
+
+    @classmethod
+    def n_of_m(cls, keep: int, of: int) -> Pattern:
+        """2:4 is `n_of_m(2, 4)`."""
+        return cls(1 - keep / of, keep, of)
+
+    def pruned(self, columns: int) -> int:
+        """Weights that go from a row of so many columns (unstructured: on average over the rows)."""
+        return columns // self.of * (self.of - self.keep) if self.of else int(columns * self.sparsity + 1e-9)
+
+    def kept(self, rows: int, columns: int) -> int:
+        """Weights of a whole matrix that stay: exactly so many, whatever the method."""
+        return rows * (columns - self.pruned(columns))
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}" if self.of else f"{self.sparsity:.3g}"
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A pruned matrix: values float32 [R, n], zero where mask (bool [R, n], True where a weight stays) is False."""
+
+    values: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matrix [m, n] as coefficients [m, k] @ dictionary [k, n], both float32.
+
+    mask: bool [m, k], the coefficients that are stored; None when all are.
+    """
+
+    dictionary: Tensor
+    coefficients: Tensor
+    mask: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        return self.coefficients @ self.dictionary
+
+
 @dataclass(frozen=True)
 class Packed:
     """One tensor exactly as it ships.
@@ -25,6 +76,9 @@ class Packed:
                "offset" float32 [1]; codecs/nf4.py says what they stand for
       vector   e8p: {"codes": int16 [out, in / 8], "scales": float16 [out]}, with three and four bits "residual" uint8 or
                int16 [out, in / 8]; trellis: see codecs/trellis.py; solve.py adds "signs_in" and "signs_out", uint8
+      sparse   {"mask": uint8, bits of what is kept, "values": the kept values in order, row by row} or, of intN codes,
+               "codes" (uint8, packed to bits), "scales" and, asymmetric, "zeros"; codecs/sparse.py says more
+      factors  the parts of two tensors, "dictionary.<part>" of [k, in] and "coefficients.<part>" of [out, k]
     """
 
     codec: str

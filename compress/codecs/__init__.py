@@ -7,7 +7,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING
 
-from compress.codecs.names import CodecInfo, register_info
+from compress.codecs.names import CodecInfo, codec_info, register_info
 
 if TYPE_CHECKING:
     from compress.codecs.base import BlockCodec, Codec
@@ -43,6 +43,10 @@ def get_codec(name: str) -> Codec:
 
         group = None if match[2] == "row" else int(match[2][1:])
         return UniformCodec(name, int(match[1]), group, match[3] is None)
+    if codec_info(name).kind == "sparse":
+        from compress.codecs.sparse import SparseCodec
+
+        return SparseCodec(name)
     if name.startswith("e8p"):
         return importlib.import_module("compress.codecs.e8p").E8P_CODECS[name]
     if name.startswith("trellis"):

@@ -2,8 +2,10 @@
 
 Kinds: `float` (values stored as they are), `ggml` (llama.cpp's block formats), `uniform` (intN with one scale and
 zero point per group of a row, as GPTQ checkpoints store them), `bnb` (bitsandbytes' 4-bit blocks) and `vector` (points
-of a lattice or a trellis in incoherent space, one scale a row, a sign for every row and column) and `block` (records of
-a fixed size like ggml's, from a codec registered by the user). Names are case-insensitive; the canonical form is lower
+of a lattice or a trellis in incoherent space, one scale a row, a sign for every row and column), `block` (records of
+a fixed size like ggml's, from a codec registered by the user), and two that a plan makes of others: `sparse` (a mask and the
+kept values in a float or uniform codec: `sparse-bf16`, `2:4-int4-g128`) and `factors` (two matrices whose product is the
+weight, each in a codec of its own: `factors(bf16,sparse-bf16)`). Names are case-insensitive; the canonical form is lower
 case. ggml sizes are those of ggml-common.h, fallbacks those of
 llama-quant.cpp.
 """
@@ -14,7 +16,11 @@ import difflib
 import re
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, prod
+from math import ceil, comb, prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compress.weights import Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,8 @@ class CodecInfo:
     A row of `columns` weights takes `row_bytes` of them; `block` columns share a record of `block_bytes`
     (float: one value; uniform: the group, 0 for the whole row; vector: columns coded together). `bits` is the width
     of one code, `symmetric` says that the zero point is fixed at 2^(bits-1), `rows` how many rows must be coded
-    together. `fallback_only` codecs cannot be asked for in a recipe.
+    together. `fallback_only` codecs cannot be asked for in a recipe. `parts` are the codecs that a sparse one (of its
+    values) or a factored one (dictionary, coefficients) is made of; `keep` of `of` columns stay in an n:m codec.
     """
 
     name: str
@@ -36,6 +43,17 @@ class CodecInfo:
     fallback: str | None = None
     fallback_only: bool = False
     rows: int = 1
+    parts: tuple[str, ...] = ()
+    keep: int = 0
+    of: int = 0
+
+    @property
+    def derived(self) -> bool:
+        """Whether a plan makes it of other codecs, so that a recipe cannot name it."""
+        return self.kind in DERIVED
+
+
+DERIVED = ("sparse", "factors")
 
 
 def _ggml(name: str, block: int, size: int, fallback: str | None = None, *, only: bool = False) -> CodecInfo:
@@ -79,6 +97,8 @@ _FIXED = {
     )
 }
 _UNIFORM = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
+_SPARSE = re.compile(r"(?:sparse|(\d+):(\d+))-(.+)")
+_FACTORS = re.compile(r"factors\(([^(),]+),([^(),]+)\)")
 
 FIXED_NAMES: tuple[str, ...] = tuple(name for name, info in _FIXED.items() if not info.fallback_only)
 """Codecs a recipe may name, except the uniform family `int{2,3,4,8}-{g32|g64|g128|row}[-asym]`."""
@@ -119,8 +139,29 @@ def codec_info(name: str) -> CodecInfo:
         bits, group, asymmetric = match.groups()
         block = 0 if group == "row" else int(group[1:])
         return CodecInfo(canonical, "uniform", block, bits=int(bits), symmetric=asymmetric is None)
+    if (match := _FACTORS.fullmatch(canonical)) and all(codec_info(part).kind != "factors" for part in match.groups()):
+        return CodecInfo(canonical, "factors", 1, parts=match.groups())
+    if (match := _SPARSE.fullmatch(canonical)) and (inner := codec_info(match[3])).kind in SPARSE_VALUES:
+        keep, of = int(match[1] or 0), int(match[2] or 0)
+        return CodecInfo(canonical, "sparse", inner.block, bits=inner.bits, symmetric=inner.symmetric,
+                         parts=(inner.name,), keep=keep, of=of)  # fmt: skip
     near = difflib.get_close_matches(canonical, (*FIXED_NAMES, *UNIFORM_NAMES, *_REGISTERED), n=2, cutoff=0.4)
     raise KeyError(f"unknown codec {name!r}; nearest: {', '.join(near) or ', '.join(FIXED_NAMES)}")
+
+
+SPARSE_VALUES = ("float", "uniform")
+"""Kinds of codec that hold a zero exactly, so that kept values can be stored beside a mask."""
+
+
+def sparse_name(values: str, pattern: Pattern) -> str:
+    """The codec that stores what `pattern` keeps in the codec `values`."""
+    return f"{pattern.keep}:{pattern.of}-{values}" if pattern.of else f"sparse-{values}"
+
+
+def mask_bits(codec: str) -> int:
+    """Bits of the mask of `of` columns of an n:m codec: enough to number its combinations."""
+    info = codec_info(codec)
+    return (comb(info.of, info.keep) - 1).bit_length()
 
 
 def block_columns(codec: str) -> int:
@@ -176,11 +217,36 @@ def stored_bytes(codec: str, shape: tuple[int, ...]) -> int:
     if info.kind == "vector":
         codes = rows * columns * info.bits // 8
         return prod(lead) * (codes + 2 * rows + ceil(rows / 8) + ceil(columns / 8))
+    if info.derived:
+        raise ValueError(f"what {info.name} takes depends on what is kept; use packed_bytes")
     groups = ceil(columns / info.block) if info.block else 1
     codes = ceil(columns * info.bits / 32) * rows * 4
     scales = groups * rows * 2
     zeros = groups * ceil(rows * info.bits / 32) * 4
     return prod(lead) * (codes + scales + zeros + columns * 4)
+
+
+def packed_bytes(codec: str, shape: tuple[int, ...], kept: int | None = None, atoms: int | None = None) -> int:
+    """Bytes of a tensor as our own container stores it, packed to its bits, signs of incoherence not counted.
+
+    kept: stored values of a sparse codec, or of the coefficients of a factored one, where they are sparse; atoms: rows
+    of its dictionary.
+    """
+    info, (rows, columns) = codec_info(codec), (1, *shape)[-2:]
+    if info.kind == "factors":
+        assert atoms is not None
+        return packed_bytes(info.parts[0], (atoms, columns)) + packed_bytes(info.parts[1], (rows, atoms), kept)
+    if info.kind == "vector":
+        return stored_bytes(info.name, shape) - ceil(rows / 8) - ceil(columns / 8)
+    if info.kind not in ("uniform", "sparse"):
+        return stored_bytes(info.name, shape)
+    groups = (ceil(columns / info.block) if info.block else 1) if info.bits else 0
+    scales = rows * (2 * groups + (0 if info.symmetric else ceil(groups * info.bits / 8)))
+    if info.kind == "uniform":
+        return scales + rows * ceil(columns * info.bits / 8)
+    assert kept is not None
+    mask = rows * ceil(columns // info.of * mask_bits(codec) / 8 if info.of else columns / 8)
+    return scales + mask + (ceil(kept * info.bits / 8) if info.bits else kept * codec_info(info.parts[0]).block_bytes)
 
 
 KIND_NAMES = {
@@ -190,6 +256,8 @@ KIND_NAMES = {
     "bnb": "nf4 and fp4",
     "vector": "e8p and trellis",
     "block": "registered codecs",
+    "sparse": "pruned weights without their zeros",
+    "factors": "factorised weights",
 }
 
 

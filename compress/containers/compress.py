@@ -2,7 +2,9 @@
 
 A folder of safetensors shards, config.json, the tokenizer and compress.json. A float tensor keeps its checkpoint name; a
 coded `X.weight` becomes `X.<part>` for every part of its `Packed` (`X.blocks`, `X.codes`, `X.scales`, `X.signs_in`, ...).
-intN codes and zero points are packed to their bits row by row (`pack_bits`); symmetric codecs store no zero points.
+intN codes and zero points are packed to their bits row by row (`pack_bits`); symmetric codecs store no zero points. A
+factored weight becomes the parts of two tensors, `X.dictionary.<part>` and `X.coefficients.<part>`; pruned ones are as
+codecs/sparse.py says.
 config.json says how to read that:
 
     "quantization_config": {
@@ -28,7 +30,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.codecs.names import codec_info, stored_bytes
+from compress.codecs.factors import join, split
+from compress.codecs.names import codec_info, packed_bytes
 from compress.containers._safetensors import Options, Slot, folder_of, write_checkpoint
 from compress.errors import CheckpointError, OutputError
 from compress.models.base import ModelSpec, TensorSpec
@@ -57,6 +60,10 @@ class PlannedTensor(Protocol):
     def incoherence(self) -> bool: ...
     @property
     def activations(self) -> str | None: ...
+    @property
+    def kept(self) -> int | None: ...
+    @property
+    def factors(self) -> tuple[int, int] | None: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -84,6 +91,8 @@ def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
             continue
         if len(tensor.shape) != 2 or tensor.role == "router":
             raise OutputError(f"{tensor.name}: container compress keeps {tensor.role} in float, not {info.name}")
+        if tensor.role == "embeddings" and info.derived:
+            raise OutputError(f"{tensor.name}: embeddings are looked up row by row and stay dense; drop them from the step")
         if tensor.role == "embeddings" and (planned.incoherence or info.kind == "vector"):
             raise OutputError(
                 f"{tensor.name}: embeddings are looked up row by row and cannot be coded between Hadamard transforms; "
@@ -93,15 +102,10 @@ def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
 
 def tensor_bytes(planned: PlannedTensor) -> int:
     """Bytes of one tensor in the file: intN codes packed to their bits row by row, zero points where they differ."""
-    info, shape = codec_info(planned.codec), planned.spec.shape
-    rows, columns = (1, *shape)[-2:]
-    signs = ceil(rows / 8) + ceil(columns / 8)
-    size = stored_bytes(info.name, shape) - (signs if info.kind == "vector" else 0)
-    if info.kind == "uniform":
-        groups = ceil(columns / info.block) if info.block else 1
-        zeros = 0 if info.symmetric else ceil(groups * info.bits / 8)
-        size = rows * (ceil(columns * info.bits / 8) + 2 * groups + zeros)
-    return size + (signs if planned.incoherence else 0)
+    rows, columns = (1, *planned.spec.shape)[-2:]
+    atoms = planned.factors[0] if planned.factors else None
+    size = packed_bytes(planned.codec, planned.spec.shape, planned.kept, atoms)
+    return size + (ceil(rows / 8) + ceil(columns / 8) if planned.incoherence else 0)
 
 
 # -- what config.json says ---------------------------------------------------------------------------------------------
@@ -191,9 +195,12 @@ def module_name(tensor: str) -> str:
 
 def stored_parts(packed: Packed) -> dict[str, Tensor]:
     """The parts of a coded tensor as they are stored: those of `packed`, intN codes and zero points packed to bits."""
-    from compress.containers._packing import pack_bits
+    from compress.codecs.packing import pack_bits
 
     info = codec_info(packed.codec)
+    if info.kind == "factors":
+        dictionary, coefficients = (stored_parts(f) for f in split(packed.codec, packed.shape, packed.parts))
+        return dict(join(packed.codec, packed.shape, dictionary, coefficients).parts)
     parts = {part: tensor.detach().cpu() for part, tensor in packed.parts.items()}
     if info.kind != "uniform":
         return parts
@@ -207,10 +214,13 @@ def packed_of(codec: str, shape: tuple[int, int], parts: Mapping[str, Tensor]) -
     """The inverse of `stored_parts`."""
     import torch
 
-    from compress.containers._packing import unpack_bits
+    from compress.codecs.packing import unpack_bits
     from compress.weights import Packed
 
     info = codec_info(codec)
+    if info.kind == "factors":
+        factors = (packed_of(f.codec, f.shape, f.parts) for f in split(codec, shape, parts))
+        return join(codec, shape, *(factor.parts for factor in factors))
     if info.kind != "uniform":
         return Packed(codec, shape, dict(parts))
     groups = parts["scales"].shape[1]
@@ -243,7 +253,7 @@ class _Layouts:
         tensor, info = planned.spec, codec_info(planned.codec)
         if info.kind == "float":
             return [Slot(tensor.name, info.name.upper(), tensor.shape)]
-        key = (info.name, tensor.shape, planned.incoherence)
+        key = (info.name, tensor.shape, planned.incoherence, planned.kept, planned.factors)
         if key not in self._known:
             parts = stored_parts(self._fetch(tensor.name))
             self._known[key] = [Slot(p, _DTYPES[str(v.dtype)[6:]], tuple(v.shape)) for p, v in parts.items()]

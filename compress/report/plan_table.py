@@ -11,16 +11,18 @@ from rich.text import Text
 
 from compress.codecs.names import CONTAINERS, codec_info
 from compress.report.table import human_bytes, human_seconds
-from compress.solvers.options import SolverOptions
 
 if TYPE_CHECKING:
-    from compress.plan import Plan, PlannedTensor
+    from compress.plan import Plan
+    from compress.planned import PlannedTensor
     from compress.rehearse import Rehearsal
 
 
 def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
     """Header, one row per role, codec and solver, totals, warnings; fits 100 columns."""
     parts: list[RenderableType] = [_header(plan), _role_table(plan), "", _totals(plan, estimate)]
+    if plan.savings:
+        parts += ["", _savings_table(plan)]
     if plan.fallbacks:
         count = len(plan.fallbacks)
         parts += ["", Text(f"Fallbacks: {count} tensors whose rows do not divide into the codec's blocks")]
@@ -57,7 +59,7 @@ def _role_table(plan: Plan) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     rows: dict[tuple[str, str, str], list[int]] = {}
     for t in plan.tensors:
-        row = rows.setdefault((t.spec.role, _codec(t), _solver(t.solver)), [0, 0, 0])
+        row = rows.setdefault((t.spec.role, _codec(t), t.label or "–"), [0, 0, 0])
         row[0] += 1
         row[1] += t.spec.parameters
         row[2] += t.bytes
@@ -88,13 +90,30 @@ def _role_table(plan: Plan) -> Table:
 
 
 def _codec(planned: PlannedTensor) -> str:
-    """`int8-row a8` where inputs are rounded to 8 bits, `int2-g128 had` between Hadamard transforms."""
+    """`int8-row a8` where inputs are rounded to 8 bits, `int2-g128 had` between Hadamard transforms, `bf16 x sparse-bf16`
+    for a dictionary and its coefficients."""
+    if planned.factors is not None:
+        return " x ".join(codec_info(planned.codec).parts)
     turned = planned.incoherence and codec_info(planned.codec).kind != "vector"  # those never are anything else
     return planned.codec + (" had" if turned else "") + (" a8" if planned.activations else "")
 
 
-def _solver(options: SolverOptions | None) -> str:
-    return "–" if options is None else options.name
+def _savings_table(plan: Plan) -> Table:
+    """One line a step and container: bytes of the weights it works on, before and after."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("saves", "in", "on disk", "at run time"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("how", overflow="fold")
+    for line in plan.savings:
+        disk = f"{human_bytes(line.before)} -> {human_bytes(line.after)}"
+        table.add_row(
+            line.step,
+            line.container,
+            "nothing" if line.nothing else disk,
+            "nothing" if line.nothing else human_bytes(line.memory),
+            f"{line.engine}: {line.note}",
+        )
+    return table
 
 
 def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:

@@ -15,7 +15,9 @@ from torch.nn import functional
 
 from compress.codecs import get_codec
 from compress.codecs.base import BlockCodec
-from compress.codecs.names import codec_info
+from compress.codecs.names import CodecInfo, codec_info, mask_bits
+from compress.codecs.packing import unpack_bits
+from compress.codecs.sparse import combinations_table
 from compress.weights import Packed
 
 _OF_WIDTH = {4: torch.float32, 8: torch.float64, 16: torch.complex128}
@@ -29,12 +31,17 @@ def decode_rows(
     """Values [k, n] of `dtype` and, where a codec has one scale a row, those scales float32 [k, 1], still to be
     multiplied.
 
-    shape: of the whole matrix; parts: as stored in the container (`stored_parts`), without the signs of incoherence.
+    shape: of the whole matrix; parts: as stored in the container (`stored_parts`), without the signs of incoherence; for
+    sparse codecs also "starts" (`codecs.sparse.row_starts`).
     """
     info = codec_info(codec)
     if info.kind == "uniform":
         values, scale = _uniform(info.bits, info.symmetric, shape[1], parts, rows)
         return values.to(dtype), scale
+    if info.kind == "float":
+        return parts["values"][rows].to(dtype), None
+    if info.kind == "sparse":
+        return _sparse(info, shape[1], parts, rows, dtype)
     if info.kind == "bnb":
         return _four_bit(codec, shape[1], parts, rows).to(dtype), None
     if codec in ("e8p", "e8p3", "e8p4"):
@@ -100,6 +107,66 @@ def _code_table(bits: int, middle: int, device: torch.device) -> Tensor:
     shifts = torch.arange(0, width, bits, device=device)
     codes = (torch.arange(1 << width, device=device)[:, None] >> shifts) & ((1 << bits) - 1)
     return (codes - middle).float()
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+def _sparse(
+    info: CodecInfo, columns: int, parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Every column looks up its value: where the values of its group of columns start, plus its place among those that
+    stay there; all that do not look at a zero in front."""
+    assert isinstance(rows, slice)
+    first, last = parts["starts"][[rows.start, rows.stop]].tolist()
+    if not info.bits:
+        values = parts["values"][first:last].to(dtype)
+    else:
+        start = first // 8 * 8  # eight codes fill whole bytes
+        run = parts["codes"][start * info.bits // 8 : -(-last * info.bits // 8)]
+        middle = 2 ** (info.bits - 1) if info.symmetric else 0
+        values = _codes(run[None], info.bits, last - start, middle)[0, first - start :]
+    index = _places(info, columns, parts["mask"][rows])
+    out = torch.cat((values.new_zeros(1), values)).index_select(0, index).reshape(-1, columns)
+    if not info.bits:
+        return out, None
+    scales = parts["scales"][rows].float()
+    grouped = out.reshape(*scales.shape, -1)
+    if not info.symmetric:
+        zeros = _codes(parts["zeros"][rows], info.bits, scales.shape[1])[..., None]
+        grouped.sub_(zeros * (index > 0).reshape(grouped.shape))
+    elif scales.shape[1] == 1:
+        return out.to(dtype), scales
+    return grouped.mul_(scales[..., None]).reshape(-1, columns).to(dtype), None
+
+
+def _places(info: CodecInfo, columns: int, mask: Tensor) -> Tensor:
+    """One more than each column's place among all kept values of some rows, 0 where nothing is kept; int32 [k * columns].
+
+    mask: their bytes.
+    """
+    count, table = _mask_table(info.keep, info.of, mask.device)
+    if info.of:
+        groups = unpack_bits(mask, mask_bits(info.name), columns // info.of).reshape(-1).int()
+        starts = torch.arange(len(groups), dtype=torch.int32, device=mask.device) * info.keep
+    else:
+        groups = mask.reshape(-1).int()
+        counts = count.index_select(0, groups)
+        starts = counts.cumsum(0, dtype=torch.int32) - counts
+    places = table.index_select(0, groups).add_(starts[:, None]).clamp_min_(0)
+    if not info.of and columns % 8:
+        places = places.reshape(len(mask), -1)[:, :columns]
+    return places.reshape(-1)
+
+
+@cache
+def _mask_table(keep: int, of: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """By the number of a group's mask: how many columns stay [m], and one more than the place of each among them, far
+    below zero for those that do not, [m, of]; a group is a byte's eight columns where `of` is 0. int32."""
+    if of:
+        kept = combinations_table(keep, of, device)
+    else:
+        kept = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1 > 0
+    places = kept.int().cumsum(1, dtype=torch.int32)
+    return kept.int().sum(1, dtype=torch.int32), torch.where(kept, places, torch.iinfo(torch.int32).min // 2)
 
 
 # -- bitsandbytes ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class PackedEmbedding(PackedWeight):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., width]."""
-        values, scale = self.values(tokens.reshape(-1), torch.float32)
+        values, scale = self.decoded(tokens.reshape(-1), torch.float32)
         values = values if scale is None else values * scale
         return values.to(self.dtype).reshape(*tokens.shape, self.embedding_dim)
 

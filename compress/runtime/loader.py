@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.checkpoint import Entry, read_header
+from compress.codecs.names import codec_info
 from compress.containers.compress import (
     FORMAT,
     METHOD,
@@ -126,7 +127,6 @@ def replace_modules(
     from torch import nn
 
     from compress.runtime.embedding import PackedEmbedding
-    from compress.runtime.linear import PackedLinear
 
     prefixes = _expert_prefixes(model, rules)
     for name, module in list(model.named_modules()):
@@ -140,10 +140,20 @@ def replace_modules(
         tensors = _meta_parts(name, part_names(parts, setting), entries)
         shape = tuple(module.weight.shape)
         if isinstance(module, nn.Linear):
-            model.set_submodule(name, PackedLinear(setting, shape, tensors, module.bias))
+            model.set_submodule(name, _packed_linear(setting, shape, tensors, module.bias))
         else:
             model.set_submodule(name, PackedEmbedding(setting, shape, tensors, module.weight.dtype))
     _tie_head(model)
+
+
+def _packed_linear(
+    setting: Setting, shape: tuple[int, int], parts: Mapping[str, torch.Tensor], bias: nn.Parameter | None = None
+) -> nn.Module:
+    from compress.runtime.factored import FactoredLinear
+    from compress.runtime.linear import PackedLinear
+
+    kind = FactoredLinear if codec_info(setting.codec).kind == "factors" else PackedLinear
+    return kind(setting, shape, parts, bias)
 
 
 def _tie_head(model: nn.Module) -> None:
@@ -202,7 +212,6 @@ def _packed_experts(
     from torch import nn
 
     from compress.runtime.experts import ExpertNames, PackedExperts
-    from compress.runtime.linear import PackedLinear
 
     moe = _moe_names(model)
     count, twice, width = fused.gate_up_proj.shape
@@ -218,7 +227,7 @@ def _packed_experts(
                 yield leaf, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
             else:
                 tensors = _meta_parts(name, part_names(parts, setting), entries)
-                yield leaf, PackedLinear(setting, shape, tensors)
+                yield leaf, _packed_linear(setting, shape, tensors)
 
     names = ExpertNames(moe.gate, moe.up, moe.down)
     return PackedExperts([dict(matrices(e)) for e in range(count)], names, fused.act_fn)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.codecs.names import codec_info
+from compress.codecs.sparse import row_starts
 from compress.containers.compress import SIGNS, Setting
 from compress.runtime.decode import decode_rows
 
@@ -28,6 +29,7 @@ class PackedWeight(nn.Module):
     def __init__(self, setting: Setting, shape: tuple[int, int], parts: Mapping[str, Tensor]):
         super().__init__()
         self.setting, self.shape = setting, shape
+        self._starts: Tensor | None = None
         self.part_names = tuple(parts)
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
@@ -35,9 +37,19 @@ class PackedWeight(nn.Module):
     @property
     def parts(self) -> dict[str, Tensor]:
         """What the codec reads: all parts but the signs of incoherence."""
-        return {name: getattr(self, name) for name in self.part_names if name not in SIGNS}
+        parts = {name: getattr(self, name) for name in self.part_names if name not in SIGNS}
+        if codec_info(self.setting.codec).kind == "sparse":
+            parts["starts"] = self._row_starts()
+        return parts
 
-    def values(self, rows: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def _row_starts(self) -> Tensor:
+        """Where the kept values of each row begin: not stored, it follows from the mask."""
+        mask = self.mask
+        if self._starts is None or self._starts.device != mask.device:
+            self._starts = row_starts(self.setting.codec, mask, self.shape[1])
+        return self._starts
+
+    def decoded(self, rows: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """See decode_rows."""
         return decode_rows(self.setting.codec, self.shape, self.parts, rows, dtype)
 
@@ -64,7 +76,7 @@ class PackedWeight(nn.Module):
         turned = x.to(dtype).T
         out = torch.empty(self.shape[0], len(x), dtype=dtype, device=x.device)
         for rows in self.chunks(2 if exact else 4):
-            values, scale = self.values(rows, dtype)
+            values, scale = self.decoded(rows, dtype)
             torch.mm(values, turned, out=out[rows])
             if scale is not None:
                 out[rows] *= scale
@@ -97,7 +109,7 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         weight, total = context.weight, None
         for rows in weight.chunks():
-            values, scale = weight.values(rows, gradient.dtype)
+            values, scale = weight.decoded(rows, gradient.dtype)
             part = gradient[:, rows] if scale is None else gradient[:, rows] * scale.to(gradient.dtype).T
             total = part @ values if total is None else total.addmm_(part, values)
         return total, None

@@ -18,7 +18,8 @@ class Solution:
     """Codes for one matrix and what it took to find them.
 
     units: float32 [R, n]; damping: fraction of the mean diagonal that was added to the gram (0 when unused);
-    retries: how often the damping had to be raised; error: tr((W-Q) G (W-Q)^T) / tr(W G W^T) on the undamped gram.
+    retries: how often the damping had to be raised; error: tr((W-Q) G (W-Q)^T) / tr(W G W^T) on the undamped gram;
+    mask: bool [R, n], True where a weight stays, or None; units are zero elsewhere and decode to zero.
     """
 
     units: Tensor
@@ -27,6 +28,7 @@ class Solution:
     damping: float
     retries: int
     error: float
+    mask: Tensor | None = None
 
     def decode(self) -> Tensor:
         return self.codec.decode(self.units, self.grid)
@@ -61,6 +63,18 @@ def damped_gram(gram: Tensor, damping: float, tries: int = 8) -> tuple[Tensor, f
             return damped, damping, retry
         damping = max(damping * 10, 1e-8)
     raise NumericalError(f"gram cannot be factorised even with damping {damping:g}; check the calibration data")
+
+
+def of_size_one(gram: Tensor) -> Tensor:
+    """`gram`, scaled in place by a power of four to a mean diagonal near one: its unit is arbitrary, and such a factor,
+    whose root is exact, changes no digit."""
+    return gram.mul_(4.0 ** -(frexp(float(gram.diagonal().mean()))[1] // 2))
+
+
+def check_prunable(codec: BlockCodec) -> None:
+    """Raises ValueError where a unit of zero is not coded by itself or does not decode to zero."""
+    if codec.kind != "uniform":
+        raise ValueError(f"{codec.name} cannot leave single weights out; use an intN codec")
 
 
 def inverse_factor(gram: Tensor) -> Tensor:

@@ -89,4 +89,88 @@ class RecoverOptions(BaseModel):
     survey: int = Field(32, ge=1, description="windows on which the original's sensitivity is measured")
 
 
+class PrunerOptions(BaseModel):
+    """Base of the options of what chooses the weights that stay; `name` is the method's name in YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    name: str
+    shrinkage: float = Field(
+        1.0, ge=0, description="as of the solvers: how far an expert's statistics lean on its block's pool"
+    )
+    drift: float = Field(0.0, ge=0, le=1)
+    residual: float = Field(0.0, ge=0, le=1)
+    drift_damping: float = Field(0.1, gt=0)
+
+
+class MagnitudeOptions(PrunerOptions):
+    """The smallest weights of every row go; a control, which looks at no activations."""
+
+    name: Literal["magnitude"] = "magnitude"
+
+
+class WandaOptions(PrunerOptions):
+    """The smallest products of a weight and the norm of its input go, row by row; the others stay as they are."""
+
+    name: Literal["wanda"] = "wanda"
+
+
+class SparseGptOptions(PrunerOptions):
+    """Weights go where the others can best make up for them, and do (SparseGPT), then descent on what stays."""
+
+    name: Literal["sparsegpt"] = "sparsegpt"
+    damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
+    block: int = Field(128, ge=1, description="columns whose mask is chosen at once, over all rows together")
+    sweeps: int = Field(4, ge=0, description="passes of coordinate descent over what stays, after the feedback")
+    exchange: bool = Field(True, description="let a kept and a pruned weight change places in these where that gains")
+    drift: float = Field(1.0, ge=0, le=1, description="how far to make up for what earlier pruning did to the inputs")
+    residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
+
+
+class FactorizerOptions(BaseModel):
+    """Base of the options of what writes a matrix as a product of two; `name` is the method's name in YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    name: str
+    shrinkage: float = Field(
+        1.0, ge=0, description="as of the solvers: how far an expert's statistics lean on its block's pool"
+    )
+    damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
+    drift: float = Field(0.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
+    residual: float = Field(0.0, ge=0, le=1, description="how far to repair the residual stream, too")
+    drift_damping: float = Field(0.1, gt=0)
+
+
+class SvdOptions(FactorizerOptions):
+    """Truncated singular value decomposition behind a whitening of the inputs (SVD-LLM); a control."""
+
+    name: Literal["svd"] = "svd"
+
+
+class CompotOptions(FactorizerOptions):
+    """An orthogonal dictionary and sparse coefficients, in turns (COMPOT)."""
+
+    name: Literal["compot"] = "compot"
+    iterations: int = Field(20, ge=0, description="turns of thresholding and Procrustes")
+    k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
+    rounds: int = Field(5, ge=0, description="rounds of least squares on either side after the last thresholding")
+    ridge: float = Field(1e-4, gt=0, description="of the dictionary's least squares, over the mean diagonal")
+
+
+class RocketOptions(FactorizerOptions):
+    """Eigenvectors as the dictionary, coefficients by importance, then both solved again (ROCKET)."""
+
+    name: Literal["rocket"] = "rocket"
+    k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
+    exponent: float = Field(0.5, ge=0, description="weight of an atom's size in the original space (lambda)")
+    reactivated: float = Field(0.005, ge=0, lt=1, description="share of coefficients chosen over the whole matrix")
+    rounds: int = Field(5, ge=1, description="rounds of least squares on either side; the first solves the dictionary")
+    ridge: float = Field(1e-4, gt=0, description="of the dictionary's least squares, over the mean diagonal")
+
+
 SOLVERS: dict[str, type[SolverOptions]] = {"rtn": RtnOptions, "gptq": GptqOptions}
+PRUNERS: dict[str, type[PrunerOptions]] = {
+    "sparsegpt": SparseGptOptions,
+    "wanda": WandaOptions,
+    "magnitude": MagnitudeOptions,
+}
+FACTORIZERS: dict[str, type[FactorizerOptions]] = {"compot": CompotOptions, "rocket": RocketOptions, "svd": SvdOptions}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs.base import BlockCodec, Grid
-from compress.solvers.base import Solution, relative_error
+from compress.solvers.base import Solution, check_prunable, relative_error
 from compress.solvers.options import RtnOptions
 
 NEEDS_GRAM = False
@@ -21,19 +21,28 @@ def _flat(values: Tensor, codec: BlockCodec) -> Tensor:
     return (steps.transpose(0, 1) if codec.rows > 1 else steps).reshape(-1, codec.step)
 
 
-def solve(weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOptions) -> Solution:
-    """weight: float32 [R, n]; gram: [n, n] or None (unweighted). The diagonal weighs the columns."""
+def solve(
+    weight: Tensor, gram: Tensor | None, codec: BlockCodec, options: RtnOptions, mask: Tensor | None = None
+) -> Solution:
+    """weight: float32 [R, n]; gram: [n, n] or None (unweighted). The diagonal weighs the columns.
+
+    mask: bool [R, n]: where it is False the result is zero, whatever the weight is there; ValueError for a codec that
+    has no zero.
+    """
     weight = weight.contiguous()
     n = weight.shape[1]
     importance = torch.ones(n, device=weight.device) if gram is None else gram.diagonal().float().clamp_min(0)
     if float(importance.sum()) == 0:
         importance = torch.ones_like(importance)
-    target = weight
+    if mask is not None:
+        check_prunable(codec)
+    kept = weight if mask is None else torch.where(mask, weight, 0.0)  # zero rounds to zero
+    target = kept
     if options.clip and gram is not None:
-        target = clip(weight, gram.float(), lambda w: codec.decode(*_round(w, importance, codec)), codec.span)
+        target = clip(kept, gram.float(), lambda w: codec.decode(*_round(w, importance, codec)), codec.span)
     units, grid = _round(target, importance, codec)
     reference = torch.diag(importance) if gram is None else gram.float()
-    return Solution(units, grid, codec, 0.0, 0, relative_error(weight, codec.decode(units, grid), reference))
+    return Solution(units, grid, codec, 0.0, 0, relative_error(weight, codec.decode(units, grid), reference), mask)
 
 
 def clip(weight: Tensor, gram: Tensor, rounded: Callable[[Tensor], Tensor], group: int) -> Tensor:

@@ -51,7 +51,9 @@ def small(recipe: str | Path, model: Path, output: Path, *overrides: str) -> Rec
 def cheap(name: str) -> tuple[str, ...]:
     """Overrides that leave out a bundled recipe's slow refinement, where its solver has one."""
     steps = load_recipe(name).steps
-    at = next(i for i, step in enumerate(steps) if step.kind == "quantize")
+    at = next((i for i, step in enumerate(steps) if step.kind == "quantize"), None)
+    if at is None:
+        return ()
     solver = f"steps[{at}].quantize.solver"
     return (f"{solver}.sweeps=0", f"{solver}.refits=0") if hasattr(steps[at].options.solver, "sweeps") else ()
 

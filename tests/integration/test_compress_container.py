@@ -23,7 +23,7 @@ from compress.containers import compress as container
 from compress.containers.compress import Setting, setting_of
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, load_spec
-from compress.plan import PlannedTensor
+from compress.planned import PlannedTensor
 from compress.runtime.embedding import PackedEmbedding, TiedHead
 from compress.runtime.linear import PackedLinear
 from compress.scoring.sources import TransformersSource

@@ -9,14 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from compress.errors import PlanError
-from compress.recipe import bundled_recipes
+from compress.plan import make_plan
+from compress.recipe import bundled_recipes, load_recipe
 from tests.integration.runs import carry_out, cheap, small
 from tests.tiny import FAMILIES, tiny_model
 
 RECIPES = sorted(bundled_recipes())
-EXPERTS_ONLY = {name for name, path in bundled_recipes().items() if "scheme: EXPERTS_" in path.read_text()}
+EXPERTS_ONLY = {
+    name
+    for name, path in bundled_recipes().items()
+    if "scheme: EXPERTS_" in path.read_text() or "prune_experts" in path.read_text()
+}
 WIDE = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -36,23 +42,29 @@ def config(family: str) -> dict[str, int]:
     return {key: value for key, value in WIDE.items() if key in known}
 
 
+def layers(name: str) -> int:
+    """Blocks of the model for a recipe: one can be dropped of two."""
+    return 2 if any(step.kind == "drop_layers" for step in load_recipe(name).steps) else 1
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model a family, made when first asked for."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """One model a family and depth, made when first asked for."""
     folder = tmp_path_factory.mktemp("families")
 
     class Made(dict):
-        def __missing__(self, family: str) -> Path:
-            self[family] = tiny_model(family, folder / family, **config(family))
-            return self[family]
+        def __missing__(self, key: tuple[str, int]) -> Path:
+            family, layers = key
+            self[key] = tiny_model(family, folder / f"{family}-{layers}", **config(family) | {"num_hidden_layers": layers})
+            return self[key]
 
     return Made()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_on_family(name: str, family: str, models: dict[str, Path], tmp_path: Path) -> None:
-    recipe = small(name, models[family], tmp_path / "out", "calibration.samples=2", *cheap(name))
+def test_recipe_on_family(name: str, family: str, models: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    recipe = small(name, models[family, layers(name)], tmp_path / "out", "calibration.samples=2", *cheap(name))
     dense = "moe" not in family and family != "mixtral"
     if dense and name in EXPERTS_ONLY:
         with pytest.raises(PlanError, match="experts"):
@@ -61,3 +73,9 @@ def test_recipe_on_family(name: str, family: str, models: dict[str, Path], tmp_p
     card = carry_out(recipe)
     assert card.gate.passed, card.gate
     assert len(card.artifacts) == len(recipe.export)
+    planned = make_plan(recipe)
+    for artifact in card.artifacts:
+        if artifact.container == "compress":
+            (file,) = (tmp_path / "out" / artifact.path).glob("*.safetensors")
+            stored = sum(t.numel() * t.element_size() for t in load_file(file).values())
+            assert stored == pytest.approx(planned.bytes, rel=0.01)

@@ -25,8 +25,19 @@ PURE_MAY_IMPORT = {
         "models.base",
         *VALUES,
     ),  # models.base: which tensors a block has, as types only
-    "solvers": ("solvers.base", "solvers.options", "codecs.base", *VALUES),
-    "codecs": ("codecs.base", "codecs.bits", "codecs.lattice", "codecs.names", *VALUES),
+    "solvers": (
+        "solvers.base",
+        "solvers.options",
+        "solvers.feedback",
+        "solvers.descent",
+        "solvers.quantize",
+        "solvers.masks",
+        "solvers.whitening",
+        "solvers.dictionary",
+        "codecs.base",
+        *VALUES,
+    ),
+    "codecs": ("codecs.base", "codecs.bits", "codecs.lattice", "codecs.names", "codecs.packing", *VALUES),
 }
 
 SAME_FORMAT = {
@@ -38,6 +49,7 @@ SAME_FORMAT = {
     ("compress.codecs.fp4", "compress.codecs.nf4"),  # the block
     ("compress.codecs", "compress.codecs.float"),  # the package's own look-up
     ("compress.codecs", "compress.codecs.uniform"),
+    ("compress.codecs", "compress.codecs.sparse"),
 }
 """Imports between two files of one folder that share a table, each with its reason."""
 

@@ -11,7 +11,7 @@ from compress import plugins
 from compress.errors import RecipeError
 from compress.legal import tensor_problems
 from compress.models.base import TensorSpec
-from compress.plan import PlannedTensor
+from compress.planned import PlannedTensor
 from compress.solvers.options import RtnOptions
 
 

@@ -10,7 +10,7 @@ import torch
 from compress import prepare
 from compress.journal import Activations
 from compress.models.decoder import forward_ffn
-from compress.plan import PlannedTensor
+from compress.planned import PlannedTensor
 from compress.solvers.options import RtnOptions
 from compress.stream import Streams
 from compress.transforms.options import AwqOptions, SmoothOptions

@@ -97,7 +97,7 @@ steps:
         - targets: mlp
           codec: q5_0
       ignore: [ruter]
-  - prune: {}
+  - distil: {}
   - quantize:
 export:
   - {container: guff}
@@ -122,7 +122,7 @@ seed: 4
         ("x.yaml:11: steps[0].quantize.rules[1].codec: container gptq (export[1]) cannot hold q8_0", "gguf"),
         ("x.yaml:13: steps[0].quantize.rules[2].codec: q5_0 exists only as", ""),
         ("x.yaml:14: steps[0].quantize.ignore[0]: unknown role 'ruter'; nearest: router", ""),
-        ("x.yaml:15: steps[1].prune: unknown key 'prune'", "quantize"),
+        ("x.yaml:15: steps[1].distil: unknown key 'distil'", "quantize"),
         ("x.yaml:16: steps[2]: this step says nothing", ""),
         ("x.yaml:18: export[0].container: unknown container 'guff'; nearest: gguf", ""),
         ("x.yaml:19: export[1].max_shard_size: expected a size like 5GB", ""),

@@ -12,7 +12,7 @@ import torch
 
 from compress.codecs import block_codec
 from compress.codecs.names import codec_info, stored_bytes
-from compress.containers._packing import pack_bits, packed_bytes, unpack_bits
+from compress.codecs.packing import pack_bits, packed_bytes, unpack_bits
 from compress.containers.compress import Setting, stored_parts
 from compress.runtime.decode import decode_rows
 from compress.runtime.embedding import PackedEmbedding

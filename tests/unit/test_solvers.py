@@ -415,3 +415,125 @@ def test_clipping_helps_a_codec_that_searches_its_own_scales(name: str) -> None:
 
     before, after = errors(plain), errors(clipped)
     assert after.sum() < 0.99 * before.sum() and bool((after <= before * 1.0001).all())
+
+
+# -- masks
+def _mask(rows: int, n: int, share: float = 0.5, seed: int = 30) -> Tensor:
+    """Exactly so many weights of every row stay, anywhere."""
+    return _randn(rows, n, seed=seed).argsort(1).argsort(1) < round(n * share)
+
+
+def _least_squares(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
+    """The best values under a mask, row by row from the normal equations in float64."""
+    out = torch.zeros(weight.shape, dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        out[row, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[row].double())
+    return out
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym"])
+def test_masked_gptq_feeds_back_what_the_mask_takes(name: str, act_order: bool) -> None:
+    """Textbook feedback in which a pruned column's value is zero, whatever has reached it by then."""
+    n = 256
+    weight, gram, mask = 0.05 * _randn(12, n, seed=3), _gram(n), _mask(12, n)
+    codec, hessian = block_codec(name, n), _damped(gram, 0.02)
+    weight = _least_squares(weight, mask, hessian).float()  # nothing is left to take over before rounding
+    solution = gptq.solve(weight, gram, codec, GptqOptions(damping=0.02, act_order=act_order, **PLAIN), mask)
+    w, inverse = weight.double(), torch.linalg.inv(hessian)
+    scale, zero = _columns(solution.grid.scale, codec), _columns(solution.grid.zero, codec)
+    units = torch.zeros_like(w)
+    for (j,) in _order(hessian, 1, act_order):
+        nearest = codec.nearest((w[:, j] / scale[:, j]).float()[:, None], torch.ones(1), None, zero[:, j].float())
+        units[:, j] = torch.where(mask[:, j], nearest[:, 0].double(), 0.0)
+        w -= ((w[:, j] - units[:, j] * scale[:, j]) / inverse[j, j])[:, None] * inverse[j]
+        inverse -= inverse[:, j, None] @ inverse[None, j] / inverse[j, j]
+    assert (solution.units.double() == units).all(1).sum() >= 11
+
+
+@pytest.mark.parametrize("name", ["int2-row", "int2-row-asym"])
+def test_masked_two_bit_rows_come_near_the_best_codes(name: str) -> None:
+    """Every one of the 4^5 codes of a row with five of eight weights kept, in the grid the solver ended with."""
+    rows, columns = 24, 8
+    weight, gram = _randn(rows, columns, seed=9), _gram(columns, tokens=64, seed=10)
+    mask, codec, hessian = _mask(rows, columns, 5 / 8), block_codec(name, columns), _damped(gram, DAMPING)
+    factor = torch.linalg.cholesky(hessian)
+    costs = {}
+    for sweeps in (0, 2, 8):
+        options = GptqOptions(damping=DAMPING, sweeps=sweeps, refits=min(sweeps, 2))
+        solution = gptq.solve(weight, gram, codec, options, mask)
+        assert solution.mask is mask or torch.equal(solution.mask, mask)
+        costs[sweeps] = (((weight - solution.decode()).double() @ factor) ** 2).sum(1)
+    scale, zero = solution.grid.scale[:, 0].double(), solution.grid.zero[:, 0].double()
+    best = torch.zeros(rows, dtype=torch.float64)
+    for row in range(rows):
+        levels = torch.arange(codec.low, codec.high + 1, dtype=torch.float64) - zero[row]
+        codes = torch.cartesian_prod(*[levels if kept else torch.zeros(1).double() for kept in mask[row]])
+        best[row] = (((weight[row].double() - codes * scale[row]) @ factor) ** 2).sum(1).min()
+    assert (costs[8] >= best * (1 - 1e-5)).all()
+    assert costs[8].sum() <= 1.1 * best.sum()
+    assert costs[8].sum() <= costs[2].sum() <= costs[0].sum()
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym", "int2-row"])
+def test_what_is_pruned_is_exactly_zero(name: str) -> None:
+    weight, gram, mask = 0.05 * _randn(16, 256, seed=23), _gram(256), _mask(16, 256)
+    codec = block_codec(name, 256)
+    for solution in (
+        gptq.solve(weight, gram, codec, GptqOptions(), mask),
+        rtn.solve(weight, gram, codec, RtnOptions(), mask),
+        rtn.solve(weight, gram, codec, RtnOptions(clip=True), mask),
+        rtn.solve(weight, None, codec, RtnOptions(), mask),
+    ):
+        assert torch.equal(solution.mask, mask)
+        assert not solution.units[~mask].any() and not solution.decode()[~mask].any()
+        assert torch.equal(codec.unpack(solution.pack()), solution.decode())
+        assert solution.decode()[mask].count_nonzero() > 0.5 * mask.sum()
+
+
+def test_a_mask_that_keeps_everything_changes_nothing() -> None:
+    weight, gram = 0.05 * _randn(16, 256, seed=24), _gram(256)
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    for name in ("int4-g128", "int3-g64-asym"):
+        codec = block_codec(name, 256)
+        plain, masked = (gptq.solve(weight, gram, codec, GptqOptions(), m) for m in (None, everything))
+        assert plain.mask is None and (plain.units == masked.units).float().mean() > 0.995
+        nearest = [rtn.solve(weight, gram, codec, RtnOptions(), m) for m in (None, everything)]
+        assert torch.equal(nearest[0].units, nearest[1].units)
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-asym"])
+def test_of_a_dense_target_the_kept_weights_take_over(name: str) -> None:
+    """As good as rounding the least-squares optimum under the mask, and far better than rounding the weights that stay."""
+    n = 256
+    weight, gram, mask = 0.05 * _randn(16, n, seed=25), _gram(n), _mask(16, n)
+    codec, hessian = block_codec(name, n), _damped(gram, DAMPING)
+    optimum = _least_squares(weight, mask, hessian).float()
+    targets = {"dense": weight, "optimum": optimum, "as they are": weight * mask}
+    costs = {
+        key: _objective(weight, gptq.solve(target, gram, codec, GptqOptions(damping=DAMPING), mask).decode(), hessian)
+        for key, target in targets.items()
+    }
+    floats = _objective(weight, optimum, hessian)
+    assert floats < costs["dense"] < 1.03 * costs["optimum"]
+    assert costs["dense"] - floats < 0.2 * (costs["as they are"] - floats)
+
+
+def test_masked_sweeps_lower_the_damped_objective() -> None:
+    weight, gram, mask = 0.05 * _randn(16, 256, seed=26), _gram(256, seed=8), _mask(16, 256)
+    codec, hessian = block_codec("int3-g64", 256), _damped(gram, DAMPING)
+    floats, costs = _objective(weight, _least_squares(weight, mask, hessian), hessian), []
+    for refits, sweeps in ((0, 0), (1, 0), (3, 0), (3, 1), (3, 3)):
+        options = GptqOptions(damping=DAMPING, refits=refits, sweeps=sweeps)
+        costs.append(_objective(weight, gptq.solve(weight, gram, codec, options, mask).decode(), hessian))
+    for before, after in itertools.pairwise(costs):
+        assert after <= before * (1 + 1e-5), costs
+    assert costs[-1] - floats < 0.9 * (costs[0] - floats)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "iq4_nl", "iq2_xxs", "e8p"])
+def test_codecs_without_single_zeros_take_no_mask(name: str) -> None:
+    weight = _randn(16, 256)
+    for solver, options in ((gptq, GptqOptions()), (rtn, RtnOptions())):
+        with pytest.raises(ValueError, match=name):
+            solver.solve(weight, torch.eye(256), block_codec(name, 256), options, torch.ones(16, 256).bool())

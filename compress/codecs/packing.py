@@ -37,6 +37,13 @@ def unpack_bits(data: Tensor, bits: int, n: int) -> Tensor:
     return codes.reshape(rows, -1)[:, :n]
 
 
+def unpack_run(data: Tensor, bits: int, first: int, last: int) -> Tensor:
+    """Codes first..last of one packed row, uint8 [bytes] -> uint8 [last - first]."""
+    start = first // 8 * 8  # eight codes fill whole bytes
+    chunk = data[start * bits // 8 : packed_bytes(last, bits)]
+    return unpack_bits(chunk[None], bits, last - start)[0, first - start :]
+
+
 def packed_bytes(n: int, bits: int) -> int:
     """Bytes of a row of n codes."""
     return -(-n * bits // 8)

@@ -1,0 +1,124 @@
+"""Error feedback: columns are fixed one after the other, and those still free make up for what each has lost.
+
+GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorithm 1) are the same recursion, which with
+several columns at a time is LDLQ (arXiv 2307.13304). They differ in the values that a column may take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import BlockCodec, Grid
+from compress.solvers.base import safe_divisor
+
+BLOCK = 128  # columns whose updates to the rest are batched into one product
+MICRO = 16  # columns whose updates to the rest of the block are batched
+
+Fix = Callable[[Tensor, slice, Tensor, Tensor | None], Tensor]
+"""(wanted values [step, R], columns, importance [step], metric [step, step] or None) -> the values they get."""
+
+
+class Columns:
+    """A grid laid out column by column, rows of this transposed layout being contiguous: [n, R].
+
+    order: [n], the column that comes first, second, ...; mask: bool [n, R] in that order, or None: where it is False,
+    unit and value are zero.
+    """
+
+    def __init__(self, codec: BlockCodec, grid: Grid, order: Tensor, mask: Tensor | None = None):
+        def expand(values: Tensor | None) -> Tensor | None:
+            return None if values is None else codec.columns(values).T[order].contiguous()
+
+        self.codec = codec
+        self.scale = expand(grid.scale)
+        self.inverse = expand(1.0 / safe_divisor(grid.scale))
+        self.offset = expand(grid.offset)
+        self.zero = expand(grid.zero)
+        self.mask = mask
+
+    def quantize(self, x: Tensor, at: slice, weight: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x: [step, R] wanted values -> units and the values they decode to, both [step, R]."""
+        target = x if self.offset is None else x + self.offset[at]
+        target = target * self.inverse[at]
+        zero = None if self.zero is None else self.zero[at].T.reshape(-1)
+        if self.codec.step == 1:
+            units = self.codec.nearest(target.T, weight, None, zero).T
+        else:
+            if self.codec.rows > 1:
+                weight = weight * self.scale[at].T.square()  # rows of one tile may differ in scale
+            units = self.codec.nearest(target.T.contiguous(), weight, metric).T
+        if self.mask is not None:
+            units = torch.where(self.mask[at], units, 0.0)
+        value = units * self.scale[at]
+        return units, value if self.offset is None else value - self.offset[at]
+
+    def nearest(self, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        """The same for scalar codecs without offsets, any number of columns at once, each by itself, and no mask."""
+        target = (x * self.inverse[at]).T.reshape(-1, 1)
+        zero = None if self.zero is None else self.zero[at].T.reshape(-1)
+        units = self.codec.nearest(target, torch.ones_like(target[0]), None, zero).reshape(x.T.shape).T
+        return units, units * self.scale[at]
+
+
+def feedback(
+    x: Tensor,
+    upper: Tensor,
+    fix: Fix,
+    *,
+    step: int = 1,
+    reach: Callable[[slice], None] | None = None,
+    every: int = 1,
+    block: int = BLOCK,
+    micro: int = MICRO,
+) -> None:
+    """Fix `step` columns at a time, from the first to the last; U_bb^-T (x - q) U_b,rest is taken off the rest.
+
+    x: float32 [n, R], overwritten with what is left to make up for; upper: U with U^T U = H^-1, [n, n], in the same
+    order. `reach(columns)` is called before the first of every `every` columns is fixed, when x has those columns as
+    all earlier ones left them: `every` is the block, or divides `micro`.
+    """
+    n = x.shape[0]
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        errors = torch.empty_like(x[start:stop])
+        for low in range(start, stop, micro):
+            high = min(low + micro, stop)
+            for i in range(low, high, step):
+                if reach is not None and i % every == 0:
+                    reach(slice(i, min(i + every, n)))
+                at = slice(i, i + step)
+                pivot = upper[at, at]
+                if step == 1:
+                    error = (x[at] - fix(x[at], at, pivot[0], None)) / pivot
+                else:
+                    inverse = torch.linalg.inv_ex(pivot)[0]
+                    metric = inverse @ inverse.T  # (U_bb^T U_bb)^-1
+                    error = inverse.T @ (x[at] - fix(x[at], at, metric.diagonal(), metric))
+                errors[i - start : i - start + step] = error
+                if i + step < high:
+                    x[i + step : high].addmm_(upper[at, i + step : high].T, error, alpha=-1)
+            if high < stop:
+                x[high:stop].addmm_(upper[low:high, high:stop].T, errors[low - start : high - start], alpha=-1)
+        if stop < n:
+            x[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+
+
+def energy_order(hessian: Tensor, step: int) -> Tensor:
+    """Columns in the order they are best rounded: steps by falling mean diagonal (act-order of GPTQ's authors)."""
+    steps = hessian.diagonal().reshape(-1, step).mean(1).argsort(descending=True, stable=True)
+    return torch.arange(len(hessian), device=hessian.device).reshape(-1, step)[steps].reshape(-1)
+
+
+def round_columns(x: Tensor, upper: Tensor, columns: Columns) -> Tensor:
+    """Feedback that rounds to a grid. x: [n, R], overwritten; returns units [n, R] in the same order."""
+    units = torch.empty_like(x)
+
+    def fix(wanted: Tensor, at: slice, importance: Tensor, metric: Tensor | None) -> Tensor:
+        units[at], value = columns.quantize(wanted, at, importance, metric)
+        return value
+
+    feedback(x, upper, fix, step=columns.codec.step)
+    return units
