@@ -9,16 +9,10 @@ same calibration windows and are scored on the same windows of WikiText-2, on wh
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from _cases import Case, Row, measure, scratch_suite
 
 
 def experts(codec: str, solver: str = "gptq") -> tuple[str, ...]:
@@ -27,16 +21,6 @@ def experts(codec: str, solver: str = "gptq") -> tuple[str, ...]:
 
 
 LATTICE, TRELLIS = "{name: gptq, sweeps: 4}", "{name: gptq, sweeps: 1}"  # as their recipes have it
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: its group in the table, its label, the recipe and what differs from it."""
-
-    group: str
-    label: str
-    recipe: str
-    overrides: tuple[str, ...] = ()
 
 
 TWO, THREE, FOUR, EIGHT = "2 bits, routed experts", "3 bits, routed experts", "4 bits", "8 bits"
@@ -90,59 +74,6 @@ CASES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one case measured. kl: mean and the ends of its interval, nats a token; ratio: of perplexities."""
-
-    case: Case
-    bits: float
-    expert_bits: float
-    bytes: int
-    kl: tuple[float, float, float]
-    perplexity: float
-    ratio: float
-    top1: float
-    seconds: float
-
-
-def measure(case: Case, samples: int, suite: Path, folder: Path) -> Row:
-    """Run one case and read its scorecard."""
-    settings = [*case.overrides, f"calibration.samples={samples}", f"score.suite={suite}"]
-    output = folder / re.sub(r"\W+", "-", case.label)
-    command = [sys.executable, "-m", "compress.cli"]
-    sets = [part for setting in settings for part in ("--set", setting)]
-    plan = subprocess.run(
-        [*command, "plan", case.recipe, *sets, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    tensors = [t for t in json.loads(plan.stdout)["tensors"] if t["role"].startswith(("routed_experts", "mlp"))]
-    weights = sum(t["shape"][0] * t["shape"][1] for t in tensors)
-    started = time.perf_counter()
-    run = subprocess.run(
-        [*command, "run", case.recipe, *sets, "--output", str(output), "--quiet"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seconds = time.perf_counter() - started
-    if run.returncode:
-        raise SystemExit(f"{case.label}: {run.stderr.strip() or run.stdout.strip()}")
-    card = json.loads((output / "scorecard.json").read_text())
-    artifact = card["artifacts"][0]
-    scores = artifact["scores"]
-    return Row(
-        case,
-        artifact["bits_per_weight"],
-        8 * sum(t["bytes"] for t in tensors) / weights,
-        artifact["bytes"],
-        (scores["kld"]["mean"], scores["kld"]["low"], scores["kld"]["high"]),
-        scores["perplexity"]["value"],
-        scores["perplexity_ratio"]["value"],
-        scores["top1_agreement"]["value"],
-        seconds,
-    )
-
-
 def table(rows: list[Row]) -> str:
     """Markdown, one block a group, the closest model last."""
     lines = []
@@ -171,15 +102,11 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="also write the table here, after every case")
     options = parser.parse_args()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="compress-methods-") as scratch:
-        suite = Path(scratch) / "methods.yaml"
-        suite.write_text(
-            f"name: methods\ndescription: benchmark\ntext: {options.text}\nwindows: {options.windows}\nlength: 512\n"
-        )
+    with scratch_suite(options.text, options.windows) as (scratch, suite):
         for case in CASES:
             if not re.search(options.only, case.label):
                 continue
-            rows.append(measure(case, options.samples, suite, Path(scratch)))
+            rows.append(measure(case, options.samples, suite, scratch))
             print(f"{case.label}: KL {rows[-1].kl[0]:.5f}, {rows[-1].seconds:.0f} s", flush=True)
             if options.markdown:
                 options.markdown.write_text(table(rows))

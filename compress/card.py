@@ -13,6 +13,37 @@ from compress.journal import Journal
 from compress.plan import Plan
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
+from compress.settle import STRUCTURE
+
+
+def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
+    """What went of a model that changed its shape, and what the repair was worth."""
+    if STRUCTURE not in journal:
+        return ()
+    report, whole, left, notes = journal.units[STRUCTURE]["structure"], plan.turned, plan.spec, []
+    if report["dropped_layers"]:
+        gone = ", ".join(f"{n} (influence {report['influence'][n]:.3f})" for n in report["dropped_layers"])
+        notes.append(f"layers of the original that were dropped: {gone}")
+    if left.experts < whole.experts:
+        each = "; ".join(
+            f"layer {entry['layer']}: {', '.join(str(e) for e in range(whole.experts) if e not in entry['experts'])}"
+            for entry in report["layers"]
+            if "experts" in entry
+        )
+        notes.append(f"experts of the original that went: {each}")
+    if plan.recipe.step("prune_structured") is not None:
+        widths = [
+            (f"{what} {before:,} -> {after:,}")
+            for what, before, after in (
+                ("key-value heads", whole.kv_heads, left.kv_heads),
+                ("feed-forward channels", whole.intermediate_size, left.intermediate_size),
+                ("channels of an expert", whole.moe_intermediate_size, left.moe_intermediate_size),
+                ("channels of the shared expert", whole.shared_intermediate_size, left.shared_intermediate_size),
+            )
+            if before != after
+        ]
+        notes.append(f"every layer keeps: {', '.join(widths)}")
+    return tuple(notes)
 
 
 def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Reporter) -> Scorecard:
@@ -56,6 +87,16 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
                 reason=whole["reason"],
             )
         )
+    fallbacks += [
+        Fallback(
+            subject=t.name,
+            wanted="factors",
+            used=f"dense {t.codec}",
+            reason="its share of the budget is the whole matrix, or no factors of its size are smaller",
+        )
+        for t in plan.tensors
+        if t.unfactored
+    ]
     experts = []
     for layer in range(plan.spec.layers):
         tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()
@@ -82,8 +123,8 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
     fallbacks += results.fallbacks
     base = Base(
         bytes=plan.source_bytes,
-        bits_per_weight=8 * plan.source_bytes / plan.parameters,
-        parameters=plan.parameters,
+        bits_per_weight=8 * plan.source_bytes / plan.original_parameters,
+        parameters=plan.original_parameters,
         scores=results.base_scores,
         tasks=results.base_tasks,
     )
@@ -100,5 +141,5 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         calibration=plan.recipe.calibration.model_dump() if plan.needs_calibration else {},
         versions={"compress": __version__, "torch": torch.__version__},
-        notes=tuple(plan.warnings),
+        notes=tuple(plan.warnings) + structure_notes(plan, journal),
     )

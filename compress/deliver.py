@@ -250,7 +250,7 @@ def describe(plan: Plan, export: Export, files: Sequence[Path], staging: Path) -
         container=export.container,
         path=roots[0].name,
         bytes=size,
-        bits_per_weight=round(8 * weight_bytes / plan.parameters, 4),
+        bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
         ratio=weight_bytes / plan.source_bytes,
     )
 

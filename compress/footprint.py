@@ -26,6 +26,8 @@ def disk_bytes(plan: Plan) -> int:
     every artifact."""
     work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in plan.tensors)
     out = sum(2 * plan.parameters if e.container == "safetensors" else plan.bytes for e in plan.recipe.export)
+    if plan.structural:  # matrices that are no mere selections of the original's
+        work += sum(2 * t.spec.parameters for t in plan.tensors if t.spec.role.endswith((".o", ".down")))
     return work + out + 6 * plan.activation_bytes + _recovery_disk_bytes(plan)
 
 
@@ -66,6 +68,9 @@ def peak_memory_bytes(plan: Plan) -> int:
         (t.spec.parameters for t in plan.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None), default=0
     )
     solve = widest * 4 * 12
+    if plan.structural:  # the original's blocks are surveyed whole; two streams and new values beside each while it is repaired
+        whole = [sum(t.parameters for t in plan.turned.block_tensors(n)) * 4 for n in range(plan.turned.layers)]
+        blocks.append(max(whole) * 3 // 2)
     batch = BATCH_TOKENS * 4 * (6 * spec.hidden_size + 4 * max(spec.intermediate_size, spec.moe_intermediate_size))
     head = spec.vocab_size * spec.hidden_size * 4 * 3
     largest, recovery = max(blocks, default=0), 0

@@ -7,12 +7,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compress.codecs.names import CONTAINERS, FIXED_NAMES, UNIFORM_NAMES, codec_info, stored_bytes
+from compress.recipe import Factorize, Prune
 from compress.schemes import SCHEMES
-from compress.solvers.options import SOLVERS, RecoverOptions
+from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS, RecoverOptions
+from compress.structure.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 from compress.transforms.options import AwqOptions, RotateOptions, SmoothOptions
 
 REFERENCE = (4096, 4096)  # the matrix whose bits per weight are listed; scales of rows weigh more in smaller ones
-STEPS = {"rotate": RotateOptions, "awq": AwqOptions, "smooth": SmoothOptions, "recover": RecoverOptions}
+STEPS = {
+    "rotate": RotateOptions,
+    "drop_layers": DropLayersOptions,
+    "prune_experts": PruneExpertsOptions,
+    "prune_structured": PruneStructuredOptions,
+    "awq": AwqOptions,
+    "smooth": SmoothOptions,
+    "prune": Prune,
+    "factorize": Factorize,
+    "recover": RecoverOptions,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,16 @@ def _about(options: type) -> str:
 def solvers() -> tuple[Method, ...]:
     """The solvers, simplest first."""
     return tuple(Method(name, _about(options)) for name, options in SOLVERS.items())
+
+
+def pruners() -> tuple[Method, ...]:
+    """What chooses the weights that stay."""
+    return tuple(Method(name, _about(options)) for name, options in PRUNERS.items())
+
+
+def factorizers() -> tuple[Method, ...]:
+    """What writes a matrix as a product of two."""
+    return tuple(Method(name, _about(options)) for name, options in FACTORIZERS.items())
 
 
 def steps() -> tuple[Method, ...]:
@@ -73,6 +95,8 @@ def as_dict() -> Mapping[str, Any]:
     return {
         "steps": [asdict(m) for m in steps()],
         "solvers": [asdict(m) for m in solvers()],
+        "pruners": [asdict(m) for m in pruners()],
+        "factorizers": [asdict(m) for m in factorizers()],
         "codecs": [asdict(c) for c in codecs()],
         "containers": {name: info.engines for name, info in CONTAINERS.items()},
         "schemes": list(SCHEMES),

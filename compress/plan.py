@@ -29,7 +29,7 @@ from compress.planned import PlannedTensor, Rules, factored, planned_tensor, pru
 from compress.recipe import Recipe
 from compress.savings import STRUCTURAL, Saving, container_bytes, container_module, shrinking, structural
 from compress.solvers.options import RecoverOptions
-from compress.structure.shapes import plan_reduction, reduced
+from compress.structure.shapes import channels_only, plan_reduction, reduced
 from compress.transforms.options import RotateOptions, TransformOptions
 from compress.weights import Pattern
 
@@ -89,6 +89,10 @@ class Plan:
     def parameters(self) -> int:
         return sum(t.spec.parameters for t in self.tensors)
 
+    @cached_property
+    def original_parameters(self) -> int:
+        return sum(t.parameters for t in self.original.tensors())
+
     @property
     def bytes(self) -> int:
         """Bytes of all tensors in the first container that stores codes, which adds its header and tokenizer."""
@@ -96,7 +100,8 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8.0 * self.bytes / self.parameters
+        """Bits stored for every weight of the original."""
+        return 8.0 * self.bytes / self.original_parameters
 
     def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
         """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""
@@ -234,8 +239,8 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     turned = original.untied() if recipe.step("rotate") else original
     problems = step_problems(recipe, turned) + text_problems(recipe, original)
     if spec is None and not problems:
-        cuts = [recipe.step(kind) for kind in STRUCTURAL]
-        spec = reduced(turned, plan_reduction(turned, *cuts)) if any(cuts) else turned
+        steps = cuts(recipe, turned).values()
+        spec = reduced(turned, plan_reduction(turned, *steps)) if any(steps) else turned
     problems += container_problems(recipe, spec or turned)
     if problems or spec is None:
         raise PlanError(problems)
@@ -258,7 +263,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     savings = _structural_savings(recipe, turned, checkpoint, own)
     savings += shrinking(tensors, (e.container for e in recipe.export), own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in unused]
-    warnings += _warnings(spec, original, tensors, kinds, own) + [str(line) for line in savings if line.nothing]
+    warnings += _warnings(recipe, spec, original, tensors, kinds, own) + [str(line) for line in savings if line.nothing]
     warnings += narrow_calibration(recipe)
     source = sum(2 * t.parameters for t in original.tensors())
     if checkpoint.entries:
@@ -267,6 +272,20 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
     )
     return Plan(recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp, savings)
+
+
+def cuts(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
+    """The options of the steps that change the shape of `spec`, by kind, None for those the recipe does not have."""
+    steps = {kind: recipe.step(kind) for kind in STRUCTURAL}
+    if steps["prune_structured"] is not None and _heads_stay(recipe, spec):
+        steps["prune_structured"] = channels_only(spec, *steps.values())
+    return steps
+
+
+def _heads_stay(recipe: Recipe, spec: ModelSpec) -> bool:
+    from compress.containers.gguf import heads_fill_width
+
+    return any(e.container == "gguf" for e in recipe.export) and heads_fill_width(spec)
 
 
 def _plan_tensors(
@@ -292,8 +311,8 @@ def _structural_savings(recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint,
     """What the steps save that leave a model of another shape, in the codecs of the recipe."""
     steps: dict[str, Any] = dict.fromkeys(STRUCTURAL)
     chain = [("", spec)]
-    for kind in STRUCTURAL:
-        if (options := recipe.step(kind)) is not None:
+    for kind, options in cuts(recipe, spec).items():
+        if options is not None:
             steps[kind] = options
             chain.append((kind, reduced(spec, plan_reduction(spec, *steps.values()))))
 
@@ -311,7 +330,7 @@ def _bytes(planned: PlannedTensor, recipe: Recipe) -> int:
 
 
 def _warnings(
-    spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], kinds: set[str], own: str
+    recipe: Recipe, spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], kinds: set[str], own: str
 ) -> list[str]:
     """What users should know before they start."""
     warnings = []
@@ -319,6 +338,12 @@ def _warnings(
         from compress.containers.gguf import caveats
 
         warnings += caveats(spec)
+    structured = recipe.step("prune_structured")
+    if structured is not None and structured.ratio is not None and _heads_stay(recipe, spec):
+        warnings.append(
+            f"llama.cpp's {spec.family.gguf_arch} takes no fewer heads than fill the hidden size: heads stay, channels alone make "
+            f"up the {structured.ratio:.0%} of prune_structured"
+        )
     if original.tied and not spec.tied:
         warnings.append("rotate unties the head from the embeddings: both are stored")
     if "safetensors" in kinds and any(codec_info(t.codec).kind != "float" for t in tensors):

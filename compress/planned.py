@@ -38,6 +38,8 @@ class PlannedTensor:
     factorizer: FactorizerOptions | None = None
     factors: tuple[int, int] | None = None
     """Atoms of the dictionary and coefficients an output keeps; with `factorizer`."""
+    unfactored: bool = False
+    """Whether a step would factorise it, but not into anything smaller."""
 
     @property
     def name(self) -> str:
@@ -122,7 +124,7 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
     sparse = options.name != "svd"
     sizes = factor_sizes(rows, columns, share, getattr(options, "k_over_s", 1.0), sparse) if share < 1 else None
     if sizes is None:
-        return replace(planned, codec=planned.values, factorizer=None, factors=None)
+        return replace(planned, codec=planned.values, factorizer=None, factors=None, unfactored=True)
     info = codec_info(planned.values)
     second = f"int{info.bits}-row" if info.kind == "uniform" else planned.values
     codec = f"factors({planned.values},{f'sparse-{second}' if sparse else second})"

@@ -64,12 +64,12 @@ def container_bytes(container: str, planned: PlannedTensor, own: str) -> int:
 
 def shrinking(tensors: Iterable[PlannedTensor], containers: Iterable[str], own: str) -> tuple[Saving, ...]:
     """What prune and factorize save."""
-    tensors, lines = tuple(tensors), []
+    tensors, containers, lines = tuple(tensors), tuple(dict.fromkeys(containers)), []
     for step, chosen in (
         ("prune", [t for t in tensors if t.pattern is not None]),
         ("factorize", [t for t in tensors if t.factors is not None]),
     ):
-        for container in dict.fromkeys(containers) if chosen else ():
+        for container in containers if chosen else ():
             before = sum(container_bytes(container, t.plain, own) for t in chosen)
             after = sum(container_bytes(container, t, own) for t in chosen)
             note = DENSE_WHY[container] if after >= before and container in DENSE_WHY else _how(chosen)
@@ -94,9 +94,9 @@ def structural(
 ) -> tuple[Saving, ...]:
     """What a chain of steps saves. specs: "" and the whole model, then every step and the model it leaves; size:
     (container, model) to bytes."""
-    lines = []
+    containers, lines = tuple(dict.fromkeys(containers)), []
     for (_, whole), (step, left) in pairwise(specs):
-        for container in dict.fromkeys(containers):
+        for container in containers:
             before, after = size(container, whole), size(container, left)
             note = "a stock model of the same architecture, smaller and faster in proportion"
             if after >= before:

@@ -18,11 +18,10 @@ from compress.allocate import factor_bytes, factor_sizes, knapsack, outlier_weig
 from compress.checkpoint import Checkpoint
 from compress.errors import PlanError, ResumeError
 from compress.journal import Activations, Journal, write_synced
-from compress.plan import Plan, make_plan
+from compress.plan import Plan, cuts, make_plan
 from compress.planned import PlannedTensor
 from compress.recipe import Factorize, Prune
 from compress.report.progress import Reporter
-from compress.savings import STRUCTURAL
 from compress.source import Loader, working_model
 from compress.stream import STAGES_OF, Streams, advance, collect, embed, stage_groups, statistics_of
 from compress.structure.restructure import Restructured, restructure
@@ -50,8 +49,8 @@ def settle(plan: Plan, checkpoint: Checkpoint, journal: Journal, ids: np.ndarray
         assert ids is not None
         with reporter.stage("structure") as progress:
             if STRUCTURE not in journal:
-                cuts = [plan.recipe.step(kind) for kind in STRUCTURAL]
-                made = restructure(plan.turned, *cuts, load, ids, scratch, progress)
+                steps = cuts(plan.recipe, plan.turned).values()
+                made = restructure(plan.turned, *steps, load, ids, scratch, progress)
                 _save(_state_file(journal), *made.state())
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
             cut = Restructured.restore(plan.turned, *_read(_state_file(journal)))

@@ -19,7 +19,7 @@ from compress.codecs.factors import join, split
 from compress.codecs.names import codec_info
 from compress.errors import CheckpointError
 from compress.solvers.base import Solution, damped_gram, relative_error
-from compress.solvers.options import SolverOptions
+from compress.solvers.options import GptqOptions, SolverOptions
 from compress.weights import Factors, Packed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def prune_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk
         mask, inner, solved = masked.mask, _as_floats(planned.name, planned.values, masked.values), None
     else:
         codec = block_codec(planned.values, target.shape[1])
-        if planned.joint and hasattr(pruner, "prune_and_quantize"):
+        if planned.joint and isinstance(solver, GptqOptions) and hasattr(pruner, "prune_and_quantize"):
             solved = pruner.prune_and_quantize(target, gram, codec, options, solver, pattern)
         else:
             masked = pruner.prune(target, gram, pattern, options)

@@ -76,7 +76,7 @@ def check_representable(spec: ModelSpec) -> list[str]:
         reasons.append(f"llama.cpp's {arch} wants experts in every layer; layer {dense} is dense")
     if spec.experts > _MAX_EXPERTS:
         reasons.append(f"llama.cpp holds at most {_MAX_EXPERTS} experts; this model has {spec.experts}")
-    if arch in ("qwen2", "qwen2moe") and spec.heads * spec.head_dim != spec.hidden_size:
+    if heads_fill_width(spec) and spec.heads * spec.head_dim != spec.hidden_size:
         reasons.append(
             f"llama.cpp's {arch} wants heads x head_dim = hidden_size; {spec.heads} x {spec.head_dim} is not"
         )
@@ -94,6 +94,11 @@ def check_representable(spec: ModelSpec) -> list[str]:
         reasons.append(f"llama.cpp's {arch} computes silu, not {spec.config['hidden_act']}")
     reasons.extend(_rope_problems(spec))
     return reasons
+
+
+def heads_fill_width(spec: ModelSpec) -> bool:
+    """Whether llama.cpp wants heads x head_dim to be the hidden size, so that no head can go."""
+    return spec.family.gguf_arch in ("qwen2", "qwen2moe")
 
 
 def tensor_bytes(planned: PlannedTensor) -> int:

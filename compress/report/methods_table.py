@@ -15,9 +15,14 @@ from compress.schemes import SCHEMES
 
 
 def methods_table() -> RenderableType:
-    """Steps, solvers, codecs by size, containers with their engines."""
+    """Steps, their solvers, codecs by size, containers with their engines."""
     parts: list[RenderableType] = []
-    for title, rows in (("steps beside quantize", methods.steps()), ("solvers", methods.solvers())):
+    for title, rows in (
+        ("steps beside quantize", methods.steps()),
+        ("solvers of quantize", methods.solvers()),
+        ("solvers of prune", methods.pruners()),
+        ("solvers of factorize", methods.factorizers()),
+    ):
         table = _table(title, "what it does")
         for row in rows:
             table.add_row(row.name, row.about)

@@ -82,7 +82,7 @@ def _role_table(plan: Plan) -> Table:
         f"{len(plan.tensors):,}",
         f"{plan.parameters:,}",
         human_bytes(plan.bytes),
-        f"{plan.bits_per_weight:.2f}",
+        f"{8 * plan.bytes / plan.parameters:.2f}",
         "100%",
         style="bold",
     )
@@ -121,12 +121,13 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     share = plan.bytes / plan.source_bytes
-    original = f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.parameters:.2f} bits a weight"
+    original = f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.original_parameters:.2f} bits a weight"
     table.add_row("original", original)
     table.add_row(
         "compressed",
         Text(
-            f"{human_bytes(plan.bytes)} at {plan.bits_per_weight:.2f} bits a weight: "
+            f"{human_bytes(plan.bytes)} at {plan.bits_per_weight:.2f} bits a weight"
+            f"{' of the original' if plan.structural else ''}: "
             f"{100 * share:.1f}% of the original (1/{1 / share:.1f})",
             style="bold",
         ),
@@ -140,6 +141,13 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
         table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.dataset}")
     else:
         table.add_row("calibration", "none needed")
+    if plan.open:
+        what = {
+            "structure": "which layers, experts, heads and channels go",
+            "sparsity": "how sparse each layer becomes",
+            "factors": "how large each matrix's factors are (shown: the same share for all)",
+        }
+        table.add_row("decided by", f"a survey of the model: {'; '.join(what[o] for o in plan.open)}; the sum is as shown")
     table.add_row("peak memory", f"about {human_bytes(plan.peak_memory_bytes)}, whatever the number of layers")
     table.add_row("disk", f"about {human_bytes(plan.disk_bytes)} while it runs")
     if estimate is not None:

@@ -84,9 +84,9 @@ def prune_and_quantize(
     gain most as codes. The damping is the pruner's: what goes is a larger error than rounding. Raises as `prune` does,
     and ValueError for a codec that cannot store single zeros.
 
-    Against codes for the mask of `prune`, fixed, that takes 3, 2 % (int4-g128, 50 % and 2:4) and 6, 2 % (int3-g64-asym)
-    off the error of linears of the demo model on tokens not used. A mask chosen in the feedback itself, by what pruning
-    costs beyond rounding, ends 16 % (int4-g128, 50 %) above that of floats, which many sweeps have improved.
+    Against codes for the mask of `prune`, fixed, that takes 3 and 2 % (int4-g128, 50 % and 2:4) or 6 and 2 %
+    (int3-g64-asym) off the error of linears of the demo model on tokens not used. Choosing the mask in the feedback, by
+    what pruning costs beyond rounding, adds 16 % (int4-g128, 50 %): it then lacks what sweeps over floats find.
     """
     sparse = prune(weight, gram, pattern, options)
     exchanges = CODE_EXCHANGES if options.exchange else 0

@@ -30,7 +30,8 @@ from compress.stream import Half, advance, embed
 from compress.structure.view import StructureView
 
 HALVES: tuple[Half, Half] = ("attention", "ffn")
-JUDGES = 8  # every eighth window is held out
+HELD_OUT = 8  # every eighth window
+ROUNDING = 1e-12  # squared distances below it, over the squared norm, are float32 sums in another order
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +62,8 @@ def repair_model(
     deleted when done. Returns new tensors by name, in the float type of those they replace, and what happened, one
     entry a layer. One block of each model is in memory at a time. Raises NumericalError for activations that are not finite.
     """
-    original = _Stream.begin(view.original, load, ids, scratch, "original")
-    reduced = _Stream.begin(view.spec, load, ids, scratch, "reduced")
+    original = _Stream(view.original, load, ids, scratch, "original")
+    reduced = _Stream(view.spec, load, ids, scratch, "reduced")
     tensors: dict[str, Tensor] = {}
     repairs: list[dict[Half, Repair]] = []
     ends = [kept.layer for kept in view.kept[1:]] + [view.original.layers]
@@ -87,27 +88,22 @@ def repair_model(
 
 
 class _Stream:
-    """The activations of one model, which move on by half a block; only the file at their place is kept."""
+    """The activations of one model, from its embeddings on; they move by half a block, and only the last file is kept."""
 
-    def __init__(self, spec: ModelSpec, scratch: Callable[[str], Activations], name: str, batch: int):
-        self.spec, self.scratch, self.name, self.batch = spec, scratch, name, batch
-        self.at, self.steps = scratch(f"{name}-{0:05d}"), 0
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         spec: ModelSpec,
         load: Callable[[str], Tensor],
         ids: np.ndarray,
         scratch: Callable[[str], Activations],
         name: str,
-    ) -> _Stream:
-        """At the embeddings."""
-        stream = cls(spec, scratch, name, max(1, BATCH_TOKENS // ids.shape[1]))
-        embed(load("model.embed_tokens.weight"), ids, stream.at, stream.batch)
-        return stream
+    ):
+        self.spec, self.scratch, self.name, self.steps = spec, scratch, name, 0
+        self.at, self.batch = scratch(f"{name}-{0:05d}"), max(1, BATCH_TOKENS // ids.shape[1])
+        embed(load("model.embed_tokens.weight"), ids, self.at, self.batch)
 
     def advance(self, layer: int, half: Half, load: Callable[[str], Tensor]) -> None:
+        """Pass half a block, whose tensors `load` gives."""
         weights = {t.name: load(t.name).float() for t in self.spec.block_tensors(layer) if t.half == half}
         self.steps += 1
         target = self.scratch(f"{self.name}-{self.steps:05d}")
@@ -155,7 +151,7 @@ def repair_half(
     names = repairable(spec, layer, half)
     before = after = _distance(spec, layer, half, weights, source, target)
     updated: dict[str, Tensor] = {}
-    if names and before:
+    if names and before > ROUNDING:
         for group in _groups(spec, weights, names):
             for name, update in _updates(spec, layer, half, weights, source, target, damping, group).items():
                 values = (weights[name] + update).to((dtypes or {}).get(name)).float()
@@ -235,7 +231,7 @@ def _distance(
 
 def _is_held_out(window: int, stream: Activations) -> bool:
     """Every eighth window, the last of fewer, none of one."""
-    every = min(JUDGES, stream.shape[0])
+    every = min(HELD_OUT, stream.shape[0])
     return every > 1 and window % every == every - 1
 
 

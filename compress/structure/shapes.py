@@ -37,12 +37,12 @@ def plan_reduction(
 ) -> Reduction:
     """What is left of `spec` once all three steps, as far as given, are done.
 
-    kv_heads: how many key-value heads a ratio leaves, once scores have told; None: before that, about the ratio's share.
-    Meaningful only where `reduction_problems` finds nothing.
+    kv_heads: how many key-value heads a ratio leaves, once scores have told, KeyError unless one of `candidates` does;
+    None: before that, about the ratio's share. Meaningful only where `reduction_problems` finds nothing.
     """
     shapes = candidates(spec, drop, experts, structured)
     if kv_heads is not None:
-        return next(shape for shape in shapes if shape.kv_heads == kv_heads)
+        return {shape.kv_heads: shape for shape in shapes}[kv_heads]
     wanted = spec.kv_heads * (1.0 - ((structured.ratio if structured else None) or 0.0))
     return min(shapes, key=lambda shape: abs(shape.kv_heads - wanted), default=_whole(spec, drop, experts))
 
@@ -121,6 +121,20 @@ def reduction_problems(
     return problems + _structured_problems(spec, *before, structured)
 
 
+def channels_only(
+    spec: ModelSpec,
+    drop: DropLayersOptions | None,
+    experts: PruneExpertsOptions | None,
+    structured: PruneStructuredOptions,
+) -> PruneStructuredOptions:
+    """The step with the same budget, paid for by channels alone, for engines that take no other number of heads."""
+    if structured.ratio is None:
+        return structured
+    group, ffn = _matrix_parameters(spec, _whole(spec, drop, experts))
+    share = min(structured.ratio * (group * spec.kv_heads + ffn) / ffn, 0.99)
+    return structured.model_copy(update={"ratio": None, "heads": 0.0, "channels": share})
+
+
 def multiple_for(width: int, structured: PruneStructuredOptions) -> int:
     """The number whose multiples a feed-forward of `width` channels may keep."""
     if structured.multiple_of is not None:
@@ -153,12 +167,8 @@ def _narrowed(
     spec: ModelSpec, before: Reduction, kv_heads: int, share: float, structured: PruneStructuredOptions
 ) -> Reduction:
     """`before` with so many key-value heads and less by a share of all channels."""
-    used = _widths(spec)
-    return replace(
-        before,
-        kv_heads=kv_heads,
-        **{name: _kept(getattr(before, name), share, structured) for name in used},
-    )
+    widths = {name: _kept(width, share, structured) for name, width in _widths(spec).items()}
+    return replace(before, kv_heads=kv_heads, **widths)
 
 
 def _widths(spec: ModelSpec) -> dict[str, int]:

@@ -125,16 +125,17 @@ class _Scorer:
     def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, Tensor]):
         self.spec = spec
         self.readers = {t.input: weights[t.name] for t in spec.block_tensors(layer) if _reads_inner(t.input)}
-        self.router = next((weights[t.name] for t in spec.block_tensors(layer) if t.input == "router"), None)
+        moe = spec.family.moe if spec.is_sparse(layer) else None
+        self.router = weights[f"model.layers.{layer}.{moe.router}"] if moe else None
         self.fluctuations = {key: Fluctuation.zeros(weight.shape[1]) for key, weight in self.readers.items()}
-        experts = spec.experts if spec.is_sparse(layer) else 0
+        experts = spec.experts if moe else 0
         self.gains = torch.zeros(experts, dtype=torch.float64)
         self.counts = torch.zeros(experts, dtype=torch.float64)
         self.logits = torch.zeros(experts, experts, dtype=torch.float64)
         self.turn, self.tokens = 0.0, 0
 
     def see(self, key: str, x: Tensor, gate: Tensor | None) -> None:
-        if key == "router":
+        if key == "router" and self.router is not None:
             logits = (x @ self.router.T).double()
             self.logits += logits.T @ logits
         if key not in self.fluctuations:

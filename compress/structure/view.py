@@ -82,22 +82,19 @@ class StructureView:
 
     def _index(self, tensor: TensorSpec, kept: KeptLayer) -> Tensor | None:
         """What is left of the inner side of a matrix, that which is not the residual stream, or of its bias."""
-        leaf = tensor.name.split(".")[-2]
+        leaf, moe = tensor.name.split(".")[-2], self.spec.family.moe
         if tensor.role == "norms" or (tensor.role == "biases" and leaf in ("o_proj", "down_proj")):
             return None
-        if tensor.role == "router":
-            return torch.tensor(kept.experts) if tensor.input == "router" and not self._is_gate(tensor) else None
+        if tensor.role == "router":  # the gate of a shared expert is one, too
+            return torch.tensor(kept.experts) if moe is not None and tensor.name.endswith(moe.router) else None
         if ".self_attn." in tensor.name:
+            if len(kept.kv_heads) == self.original.kv_heads:
+                return None
             queries = self.original.heads // self.original.kv_heads if leaf in ("q_proj", "o_proj") else 1
             return runs(kept.kv_heads, queries * self.original.head_dim)
         if tensor.expert is not None:
             return kept.channels.get(f"experts.{kept.experts[tensor.expert]}")
         return kept.channels.get("shared" if tensor.role.startswith("shared_experts") else "mlp")
-
-    def _is_gate(self, tensor: TensorSpec) -> bool:
-        """The gate of a shared expert is a router without a choice."""
-        moe = self.spec.family.moe
-        return moe is not None and moe.shared_router is not None and tensor.name.endswith(moe.shared_router)
 
 
 def runs(picks: Sequence[int], length: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.codecs import block_codec
 from compress.errors import NumericalError
 from compress.solvers import gptq, magnitude, sparsegpt, wanda
+from compress.solvers.descent import _exchange
 from compress.solvers.masks import lowest
 from compress.solvers.options import GptqOptions, MagnitudeOptions, SparseGptOptions, WandaOptions
 from compress.weights import Masked, Pattern
@@ -265,6 +266,43 @@ def test_sweeps_end_where_dropping_the_cheapest_and_reviving_another_costs_more(
         pull = hessian @ (weight[row].double() - values)
         for revive in (j for j in columns if not masked.mask[row, j]):
             assert cost(drop) - pull[revive] ** 2 / hessian[revive, revive] >= base[row] * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("grid", [0.0, 0.5], ids=["floats", "codes"])
+def test_an_exchange_is_the_best_revival_for_the_cheapest_drop_or_nothing(grid: float) -> None:
+    """Every row against all its pairs, by the objective itself, from a point that is no optimum."""
+    n, rows = 10, 200
+    weight, gram = _randn(rows, n, seed=26), _gram(n, seed=28)
+    start, hessian = sparsegpt.prune(weight, gram, Pattern(0.4), SparseGptOptions(**PUBLISHED)), _damped(gram)
+    values = (start.values / grid).round() * grid if grid else start.values
+    mask = start.mask
+
+    def settle(wanted: Tensor, at: slice) -> Tensor:
+        return (wanted / grid).round() * grid if grid else wanted
+
+    pull = hessian.float() @ (weight - values).T
+    kept = mask.T.contiguous()
+    step = _exchange(values.T.contiguous(), pull, kept, hessian.float(), settle, slice(0, n)).T
+    change = _costs(weight, values + step, hessian) - _costs(weight, values, hessian)
+    moved = 0
+    for row in range(rows):
+        base, dropped = _costs(weight[row : row + 1], values[row : row + 1], hessian), []
+        for i in mask[row].nonzero()[:, 0].tolist():
+            without = values[row].double().clone()
+            without[i] = 0.0
+            dropped.append((float(_costs(weight[row : row + 1], without[None], hessian) - base), i, without))
+        _, cheapest, without = min(dropped, key=lambda entry: entry[0])
+        best = torch.inf
+        for j in (~mask[row]).nonzero()[:, 0].tolist():
+            trial, wanted = without.clone(), hessian[j] @ (weight[row].double() - without) / hessian[j, j]
+            trial[j] = settle(wanted, slice(j, j + 1))
+            best = min(best, float(_costs(weight[row : row + 1], trial[None], hessian) - base))
+        assert float(change[row]) == pytest.approx(min(best, 0.0), rel=1e-3, abs=1e-4)
+        flipped = (kept[:, row] != mask[row]).nonzero()[:, 0].tolist()
+        assert len(flipped) == (2 if step[row].any() else 0) and kept[:, row].sum() == mask[row].sum()
+        assert not flipped or cheapest in flipped
+        moved += bool(flipped)
+    assert 0.1 * rows < moved < 0.9 * rows
 
 
 @pytest.mark.parametrize("seed", [20, 40, 60])

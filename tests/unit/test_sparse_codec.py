@@ -59,7 +59,7 @@ def bits_of(octets: np.ndarray) -> np.ndarray:
 def read_by_description(codec: str, stored: Packed) -> np.ndarray:
     """The matrix, number by number, as the module's docstring describes the bytes."""
     info, (rows, columns) = codec_info(codec), stored.shape
-    parts = {name: part for name, part in stored.parts.items()}
+    parts = stored.parts
     out, at = np.zeros((rows, columns), np.float32), 0
     for row in range(rows):
         bits = bits_of(parts["mask"][row].numpy())

@@ -1,0 +1,91 @@
+"""What benchmarks over recipes share: a case, how it is run, what is read from its scorecard."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: its group in the table, its label, the recipe and what differs from it."""
+
+    group: str
+    label: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case measured. kl: mean and the ends of its interval, nats a token; ratio: of perplexities;
+    folder: the artifact."""
+
+    case: Case
+    bits: float
+    expert_bits: float
+    bytes: int
+    kl: tuple[float, float, float]
+    perplexity: float
+    ratio: float
+    top1: float
+    seconds: float
+    folder: Path
+
+
+def measure(case: Case, samples: int, suite: Path, folder: Path) -> Row:
+    """Run one case and read its scorecard."""
+    settings = [*case.overrides, f"calibration.samples={samples}", f"score.suite={suite}"]
+    output = folder / re.sub(r"\W+", "-", f"{case.group} {case.label}")
+    command = [sys.executable, "-m", "compress.cli"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    plan = subprocess.run(
+        [*command, "plan", case.recipe, *sets, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    tensors = [t for t in json.loads(plan.stdout)["tensors"] if t["role"].startswith(("routed_experts", "mlp"))]
+    weights = sum(t["shape"][0] * t["shape"][1] for t in tensors)
+    started = time.perf_counter()
+    run = subprocess.run(
+        [*command, "run", case.recipe, *sets, "--output", str(output), "--quiet"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    if run.returncode:
+        raise SystemExit(f"{case.label}: {run.stderr.strip() or run.stdout.strip()}")
+    card = json.loads((output / "scorecard.json").read_text())
+    artifact = card["artifacts"][0]
+    scores = artifact["scores"]
+    return Row(
+        case,
+        artifact["bits_per_weight"],
+        8 * sum(t["bytes"] for t in tensors) / weights,
+        artifact["bytes"],
+        (scores["kld"]["mean"], scores["kld"]["low"], scores["kld"]["high"]),
+        scores["perplexity"]["value"],
+        scores["perplexity_ratio"]["value"],
+        scores["top1_agreement"]["value"],
+        seconds,
+        output / artifact["path"],
+    )
+
+
+@contextmanager
+def scratch_suite(text: str, windows: int) -> Iterator[tuple[Path, Path]]:
+    """A folder for outputs and the file of a suite that scores so many windows of 512 tokens, no tasks."""
+    with TemporaryDirectory(prefix="compress-benchmark-") as scratch:
+        suite = Path(scratch) / "suite.yaml"
+        suite.write_text(f"name: benchmark\ndescription: benchmark\ntext: {text}\nwindows: {windows}\nlength: 512\n")
+        yield Path(scratch), suite
