@@ -16,19 +16,57 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from compress.codecs import block_codec
-from compress.codecs.names import codec_info, stored_bytes
+from compress.allocate import factor_sizes
+from compress.codecs import block_codec, get_codec
+from compress.codecs.factors import join
+from compress.codecs.names import codec_info
 from compress.containers.compress import Setting, stored_parts
+from compress.runtime.factored import FactoredLinear
 from compress.runtime.linear import PackedLinear
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
 from compress.transforms.incoherence import Incoherence, pack_signs
+from compress.weights import Packed
 
+DEFAULT = ("e8p", "trellis2", "nf4", "int4-g128", "q4_k", "sparse-bf16", "2:4-bf16", "sparse-int4-g128",
+           "factors(bf16,sparse-bf16)")  # fmt: skip
 CODED_ROWS = 32
+FACTOR_SHARE = 0.8  # of the 16-bit bytes, masks counted
 
 
-def packed_linear(codec: str, size: int) -> PackedLinear:
+def masked(codec: str, inner: Packed) -> Packed:
+    """Random values of [rows, n] under a random mask of the codec."""
+    info, (rows, n) = codec_info(codec), inner.shape
+    groups = torch.rand(rows, n // (info.of or n), info.of or n, generator=torch.Generator().manual_seed(1))
+    mask = groups.argsort(2).argsort(2) < (info.keep or n // 2)
+    return get_codec(codec).pack(inner, mask.reshape(rows, n))
+
+
+def shrunk_linear(codec: str, size: int) -> nn.Module:
+    """A square layer with half of its weights pruned, or a fifth smaller as a dictionary with two atoms a coefficient."""
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    if codec_info(codec).kind == "factors":
+        sizes = factor_sizes(size, size, FACTOR_SHARE, 2.0, True)
+        assert sizes is not None
+        atoms, kept = sizes
+        mask = torch.rand(size, atoms).argsort(1).argsort(1) < kept
+        coefficients = get_codec("sparse-bf16").pack(get_codec("bf16").encode(weight[:, :atoms]), mask)
+        packed = join(codec, (size, size), get_codec("bf16").encode(weight[:atoms]).parts, coefficients.parts)
+        return FactoredLinear(Setting(codec), (size, size), packed.parts)
+    values = codec_info(codec).parts[0]
+    if codec_info(values).kind == "float":
+        inner = get_codec(values).encode(weight)
+    else:
+        few = rtn.solve(weight[:CODED_ROWS], None, block_codec(values, size), RtnOptions()).pack()
+        tall = {name: part.repeat(size // CODED_ROWS, 1) for name, part in few.parts.items()}
+        inner = Packed(values, (size, size), tall)
+    return PackedLinear(Setting(codec), (size, size), masked(codec, inner).parts)
+
+
+def packed_linear(codec: str, size: int) -> nn.Module:
     """A square layer of `codec` with bytes as a solver would write them."""
+    if codec_info(codec).derived:
+        return shrunk_linear(codec, size)
     weight = torch.randn(CODED_ROWS, size, generator=torch.Generator().manual_seed(0))
     parts = stored_parts(rtn.solve(weight, None, block_codec(codec, size), RtnOptions()).pack())
     tall = {name: part.repeat(size // CODED_ROWS, *[1] * (part.dim() - 1)) for name, part in parts.items()}
@@ -55,7 +93,7 @@ def median_seconds(calls: Mapping[str, Callable[[], Tensor]], rounds: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--codecs", nargs="*", default=["e8p", "trellis2", "nf4", "int4-g128", "q4_k"])
+    parser.add_argument("--codecs", nargs="*", default=DEFAULT)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=9)
@@ -73,8 +111,8 @@ def main() -> None:
             x = torch.randn(tokens, args.size).bfloat16()
             calls = {name: (lambda layer=layer, x=x: layer(x)) for name, layer in layers.items()}
             seconds[tokens] = median_seconds(calls, args.rounds)
-    for name in layers:
-        bits = 8 * stored_bytes(name, (args.size, args.size)) / args.size**2
+    for name, layer in layers.items():
+        bits = 8 * sum(t.numel() * t.element_size() for t in (*layer.buffers(), *layer.parameters())) / args.size**2
         cells = "".join(f" {1e3 * s[name]:.1f} | {s[name] / s['bf16']:.1f}x |" for s in seconds.values())
         print(f"| {name} | {bits:.2f} |{cells}")
 

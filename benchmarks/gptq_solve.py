@@ -15,8 +15,9 @@ import time
 import torch
 
 from compress.codecs import block_codec
-from compress.solvers import gptq
-from compress.solvers.options import GptqOptions
+from compress.solvers import gptq, sparsegpt
+from compress.solvers.options import GptqOptions, SparseGptOptions
+from compress.weights import Pattern
 
 
 def gemm_rate(n: int = 2048, seconds: float = 2.0) -> float:
@@ -56,6 +57,27 @@ def main() -> None:
                     f"| {operations / seconds / rate:.0%} |",
                     flush=True,
                 )
+        pruning(weight, gram)
+
+
+def pruning(weight: torch.Tensor, gram: torch.Tensor, rounds: int = 3) -> None:
+    """SparseGPT beside GPTQ of int4-g128, both with their defaults, on one matrix, in turns."""
+    codec = block_codec("int4-g128", weight.shape[1])
+    calls = {
+        "gptq int4-g128": lambda: gptq.solve(weight, gram, codec, GptqOptions()),
+        "sparsegpt 50 %": lambda: sparsegpt.prune(weight, gram, Pattern(0.5), SparseGptOptions()),
+        "sparsegpt 2:4": lambda: sparsegpt.prune(weight, gram, Pattern.n_of_m(2, 4), SparseGptOptions()),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, call in calls.items():
+                started = time.monotonic()
+                call()
+                seconds[name].append(time.monotonic() - started)
+    best = {name: min(times) for name, times in seconds.items()}
+    for name in list(calls)[1:]:
+        print(f"{name}, {len(weight)} x {weight.shape[1]}: {best[name]:.2f} s, {best[name] / best['gptq int4-g128']:.2f} of GPTQ's")
 
 
 if __name__ == "__main__":

@@ -63,15 +63,17 @@ def factors(ratio: int) -> tuple[Case, ...]:
     )
 
 
+PUBLISHED = "steps[0].prune.solver={name: sparsegpt, sweeps: 0, drift: 0, residual: 0}"
 KEEP = "export=[{container: safetensors}]"
 REAP = "{prune_experts: {ratio: 0.25}}, "
 CASES = (
     *sparse(HALF, "0.5"),
-    Case(HALF, "sparsegpt as published", "sparsegpt-50", ("steps[0].prune.solver={name: sparsegpt, sweeps: 0, drift: 0, residual: 0}",)),
+    Case(HALF, "sparsegpt as published", "sparsegpt-50", (PUBLISHED,)),
     Case(HALF, "sparsegpt, more where layers have fewer outliers", "sparsegpt-50", ("steps[0].prune.allocation=outliers",)),
     *sparse(TWO_FOUR, "2:4"),
     *sparse(FOUR_EIGHT, "4:8"),
     Case(CODES, "wanda 50 %, then int4-g128", "sparsegpt-50-int4", ("steps[0].prune.solver=wanda", "steps[0].prune.joint=false")),
+    Case(CODES, "sparsegpt as published, then int4-g128", "sparsegpt-50-int4", (PUBLISHED, "steps[0].prune.joint=false")),
     Case(CODES, "sparsegpt 50 %, then int4-g128", "sparsegpt-50-int4", ("steps[0].prune.joint=false",)),
     Case(CODES, "sparsegpt 50 % with int4-g128", "sparsegpt-50-int4"),
     Case(CODES, "int3-g128, nothing pruned", "sparsegpt-50-int4", (quantized("int3-g128"),)),
@@ -115,6 +117,9 @@ def decode_ratio(artifact: Path, dense: Callable[[], Path]) -> float:
             return median_ratio(*(lambda model=model: model.generate("The city of London", 16) for model in (one, other)))
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     import compress  # noqa: F401  (registers its container)
 
@@ -174,7 +179,7 @@ def main() -> None:
             print(f"{case.group}: {case.label}: {weights(row.folder):,} bytes, KL {row.kl[0]:.5f}, {rows[-1][1]:.2f}x", flush=True)
             if options.markdown:
                 options.markdown.write_text(table(rows, whole))
-    print(table(rows, whole))
+        print(table(rows, whole))
 
 
 if __name__ == "__main__":

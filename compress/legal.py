@@ -9,8 +9,6 @@ from compress.codecs.names import CONTAINERS, SPARSE_VALUES, activation_problem,
 from compress.errors import CheckpointError
 from compress.models.base import ModelSpec
 from compress.recipe import STEP_KINDS, Recipe
-from compress.savings import STRUCTURAL
-from compress.structure.shapes import reduction_problems
 from compress.text import find_data, load_definition, load_suite
 
 if TYPE_CHECKING:
@@ -57,8 +55,8 @@ def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
     return problems
 
 
-def step_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
-    """Steps that are there twice, in the wrong order, or without what they work on; cuts that this model does not bear."""
+def step_problems(recipe: Recipe) -> list[str]:
+    """Steps that are there twice, in the wrong order, or without what they work on."""
     kinds = [step.kind for step in recipe.steps]
     problems = []
     if kinds.count("quantize") > 1:
@@ -82,7 +80,7 @@ def step_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
             for e in recipe.export
             if "factors" not in CONTAINERS[e.container].kinds
         ]
-    return problems + reduction_problems(spec, *(recipe.step(kind) for kind in STRUCTURAL))
+    return problems
 
 
 def narrow_calibration(recipe: Recipe) -> list[str]:

@@ -29,7 +29,7 @@ from compress.planned import PlannedTensor, Rules, factored, planned_tensor, pru
 from compress.recipe import Recipe
 from compress.savings import STRUCTURAL, Saving, container_bytes, container_module, shrinking, structural
 from compress.solvers.options import RecoverOptions
-from compress.structure.shapes import channels_only, plan_reduction, reduced
+from compress.structure.shapes import channels_only, plan_reduction, reduced, reduction_problems
 from compress.transforms.options import RotateOptions, TransformOptions
 from compress.weights import Pattern
 
@@ -237,7 +237,8 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     if method is not None:
         raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
     turned = original.untied() if recipe.step("rotate") else original
-    problems = step_problems(recipe, turned) + text_problems(recipe, original)
+    problems = step_problems(recipe) + text_problems(recipe, original)
+    problems += reduction_problems(turned, *cuts(recipe, turned).values())
     if spec is None and not problems:
         steps = cuts(recipe, turned).values()
         spec = reduced(turned, plan_reduction(turned, *steps)) if any(steps) else turned

@@ -28,6 +28,7 @@ from compress.plan import Plan
 from compress.planned import PlannedTensor
 from compress.recover import recover_block
 from compress.scoring.divergence import token_stats
+from compress.settle import stand_in
 from compress.solve import Outcome, decode, solve_tensor
 from compress.source import Loader, working_model
 from compress.statistics import Statistics
@@ -110,7 +111,7 @@ def rehearse(plan: Plan) -> Rehearsal:
 
 
 def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal:
-    spec, settings, clock, load = plan.spec, plan.recipe.calibration, _Clock(), working_model(plan, checkpoint)
+    spec, settings, clock, load = plan.spec, plan.recipe.calibration, _Clock(), stand_in(plan, working_model(plan, checkpoint))
     torch.ones(512, 512) @ torch.ones(512, 512)  # the first product of a process starts its threads
     with clock("text"):
         tokenizer = load_tokenizer(plan.source)
@@ -138,11 +139,17 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
     if plan.recipe.score is not None:
         score = artifacts * _score(spec, load_suite(plan.recipe.score.suite), tokenizer, blocks)
     return Rehearsal(
-        forward=clock["text"] + sum(settings.samples * b.window + b.load for b in blocks),
+        forward=clock["text"]
+        + sum(settings.samples * (b.window + _survey_passes(plan) * settings.length * b.token) + b.load for b in blocks),
         solve=outer + sum(b.solve + _recovery_windows(plan) * b.epoch for b in blocks),
         write=store + artifacts * (store + check),
         score=score,
     )
+
+
+def _survey_passes(plan: Plan) -> int:
+    """Plain forward passes over the text before the first block: scores, and for a new shape both streams of its repair."""
+    return ("sparsity" in plan.open) + (6 if plan.structural else 0)
 
 
 class _Clock:

@@ -26,6 +26,7 @@ from compress.source import Loader, working_model
 from compress.stream import STAGES_OF, Streams, advance, collect, embed, stage_groups, statistics_of
 from compress.structure.restructure import Restructured, restructure
 from compress.structure.survey import outlier_ratios
+from compress.structure.view import KeptLayer, StructureView
 from compress.weights import Pattern
 
 STRUCTURE, SPARSITY, FACTORS = "structure", "sparsity", "factors"
@@ -69,6 +70,25 @@ def settle(plan: Plan, checkpoint: Checkpoint, journal: Journal, ids: np.ndarray
                 journal.finish(FACTORS, {}, {"shares": _shares(plan, load, ids, journal, progress)})
         plan = plan.settled({}, journal.units[FACTORS]["shares"])
     return plan, load
+
+
+def stand_in(plan: Plan, load: Loader) -> Loader:
+    """A model of the plan's shape without a survey, for a rehearsal: the first of everything that some of stays."""
+    if not plan.structural:
+        return load
+    whole, left = plan.turned, plan.spec
+
+    def kept(layer: int) -> KeptLayer:
+        experts = tuple(range(left.experts)) if whole.is_sparse(layer) else ()
+        channels = {f"experts.{e}": torch.arange(left.moe_intermediate_size) for e in experts}
+        channels |= {
+            "mlp": torch.arange(left.intermediate_size),
+            "shared": torch.arange(left.shared_intermediate_size),
+        }
+        return KeptLayer(layer, experts, tuple(range(left.kv_heads)), channels)
+
+    view = StructureView(tuple(kept(n) for n in range(left.layers)), {}, whole, left)
+    return partial(view.load, load=load)
 
 
 # -- sparsity ----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ def _places(info: CodecInfo, columns: int, mask: Tensor) -> Tensor:
     """
     count, table = _mask_table(info.keep, info.of, mask.device)
     if info.of:
-        groups = unpack_bits(mask, mask_bits(info.name), columns // info.of).reshape(-1).int()
+        bits, many = mask_bits(info.name), columns // info.of
+        numbers = _codes(mask, bits, many) if bits in (2, 3, 4, 8) else unpack_bits(mask, bits, many)
+        groups = numbers.reshape(-1).int()
         starts = torch.arange(len(groups), dtype=torch.int32, device=mask.device) * info.keep
     else:
         groups = mask.reshape(-1).int()

@@ -97,9 +97,9 @@ class PrunerOptions(BaseModel):
     shrinkage: float = Field(
         1.0, ge=0, description="as of the solvers: how far an expert's statistics lean on its block's pool"
     )
-    drift: float = Field(0.0, ge=0, le=1)
-    residual: float = Field(0.0, ge=0, le=1)
-    drift_damping: float = Field(0.1, gt=0)
+    drift: float = Field(0.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
+    residual: float = Field(0.0, ge=0, le=1, description="how far to repair the residual stream, too")
+    drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
 
 
 class MagnitudeOptions(PrunerOptions):
@@ -137,7 +137,7 @@ class FactorizerOptions(BaseModel):
     damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
     drift: float = Field(0.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
     residual: float = Field(0.0, ge=0, le=1, description="how far to repair the residual stream, too")
-    drift_damping: float = Field(0.1, gt=0)
+    drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
 
 
 class SvdOptions(FactorizerOptions):

@@ -25,6 +25,8 @@ from compress.structure.shapes import Reduction, reduced
 from compress.structure.survey import LayerScores, Loader, Scratch, survey
 from compress.structure.view import KeptLayer, StructureView
 
+_CHANNELS = "channels."  # before the keys of a state's index lists
+
 
 @dataclass(frozen=True, eq=False)
 class Restructured:
@@ -76,9 +78,6 @@ class Restructured:
         )
         others = {name: values for name, values in tensors.items() if not name.startswith(_CHANNELS)}
         return cls(original, Reduction(**facts["reduction"]), kept, others, facts["report"])
-
-
-_CHANNELS = "channels."
 
 
 def restructure(

@@ -65,7 +65,8 @@ SILENCES = {"scoring/tasks.py": {"logging"}}
 TORCH_FREE = (
     "compress", "compress.recipe", "compress.plan", "compress.targets", "compress.schemes", "compress.codecs",
     "compress.codecs.names", "compress.solvers.options", "compress.models", "compress.models.base",
-    "compress.text", "compress.checkpoint", "compress.errors", "compress.weights", "compress.cli",
+    "compress.document", "compress.planned", "compress.savings", "compress.footprint", "compress.allocate",
+    "compress.structure.options", "compress.structure.shapes", "compress.text", "compress.checkpoint", "compress.errors", "compress.weights", "compress.cli",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from compress.structure.options import DropLayersOptions, PruneExpertsOptions, P
 from compress.structure.repair import least_squares_update, repair_half, repair_model, repairable
 from compress.structure.restructure import Restructured, merged_experts, restructure
 from compress.structure.scores import Fluctuation, adopters, best, block_influence, cosines, merged, reap_terms
-from compress.structure.shapes import Reduction, candidates, plan_reduction, reduced, reduction_problems
+from compress.structure.shapes import Reduction, candidates, channels_only, plan_reduction, reduced, reduction_problems
 from compress.structure.survey import LayerScores, outlier_ratios, survey
 from compress.structure.view import KeptLayer, StructureView
 from tests.tiny import FAMILIES, demo_model
@@ -178,6 +178,15 @@ def test_the_guess_before_scores_is_proportional_and_scores_overrule_it() -> Non
     assert plan_reduction(spec, structured=options, kv_heads=8).kv_heads == 8
     few = plan_reduction(spec, structured=options, kv_heads=2)
     assert few.intermediate > plan_reduction(spec, structured=options, kv_heads=8).intermediate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_channels_alone_pay_for_the_same_budget_with_all_heads_left(family: str) -> None:
+    spec, options = load_spec(_config(family)), PruneStructuredOptions(ratio=0.3)
+    experts = PruneExpertsOptions(ratio=0.5) if spec.experts else None
+    alone = channels_only(spec, None, experts, options)
+    assert candidates(spec, None, experts, alone) == (plan_reduction(spec, None, experts, options, spec.kv_heads),)
+    assert channels_only(spec, None, experts, alone) == alone
 
 
 @pytest.mark.parametrize(("width", "multiple"), [(14336, 256), (768, 32), (256, 16), (96, 4), (100, 4), (11008, 256)])
@@ -579,6 +588,20 @@ def test_what_only_fits_by_chance_is_left_alone(tmp_path: Path) -> None:
     assert repair.tensors == {} and repair.after == repair.before > 0
 
 
+def test_what_rounding_would_undo_is_left_alone(tmp_path: Path) -> None:
+    """The stream misses less than bfloat16 loses of the weight."""
+    spec = load_spec(DENSE)
+    weights = {t.name: _weights(spec)[t.name] for t in spec.block_tensors(0) if t.half == "ffn"}
+    hidden = _randn(6, 12, 16, seed=5)
+    seen, out, _ = _seen(spec, "ffn", weights, hidden)
+    wanted = out + 1e-4 * (_repairable_wish(hidden, out, seen["mlp.act"][0], 6) - out)
+    streams = _written(tmp_path / "a", hidden), _written(tmp_path / "b", wanted)
+    dtypes = dict.fromkeys(weights, torch.bfloat16)
+    assert repair_half(spec, 0, "ffn", weights, *streams, 0.2).tensors
+    coarse = repair_half(spec, 0, "ffn", weights, *streams, 0.2, dtypes)
+    assert coarse.tensors == {} and coarse.after == coarse.before > 0
+
+
 def test_an_update_of_nothing_is_zero() -> None:
     empty, some = Moments.zeros(4, residual=3), Moments.zeros(4, residual=3)
     some.add(_randn(9, 4), lag=_randn(9, 3, seed=1))
@@ -624,24 +647,30 @@ def test_a_stream_that_misses_nothing_is_not_touched(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_new_values_are_rounded_before_they_are_judged(tmp_path: Path) -> None:
+def _final_states(spec: ModelSpec, load: Callable[[str], Tensor], ids: np.ndarray) -> Tensor:
+    hidden = load("model.embed_tokens.weight")[torch.from_numpy(ids)].float()
+    for layer in range(spec.layers):
+        weights = {t.name: load(t.name).float() for t in spec.block_tensors(layer)}
+        hidden = forward_ffn(spec, layer, weights, forward_attention(spec, layer, weights, hidden))
+    return hidden.double()
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (0, 2), (0, 1), (1,)])
+def test_errors_are_those_of_the_finished_model_wherever_layers_went(layers: tuple[int, ...], tmp_path: Path) -> None:
+    """The last half's error on the held-out window, from both models run from end to end, with values in bfloat16."""
     spec = load_spec(DENSE)
     weights = {n: w.bfloat16() for n, w in _weights(spec).items()}
-    steps = (DropLayersOptions(count=1), None, PruneStructuredOptions(channels=0.5))
-    result = restructure(spec, *steps, weights.__getitem__, IDS, _scratch(tmp_path, spec))
-    assert result.tensors and {values.dtype for values in result.tensors.values()} == {torch.bfloat16}
-    loaded = {t.name: result.view.load(t.name, weights.__getitem__) for t in result.spec.tensors()}
-    assert {values.dtype for values in loaded.values()} == {torch.bfloat16}
-    # the last half's error on the held-out window, from the finished model and the original run side by side
-    states = []
-    for model, values in ((spec, weights), (result.spec, loaded)):
-        hidden = values["model.embed_tokens.weight"][torch.from_numpy(IDS[-1:])].float()
-        for layer in range(model.layers):
-            wide = {t.name: values[t.name].float() for t in model.block_tensors(layer)}
-            hidden = forward_ffn(model, layer, wide, forward_attention(model, layer, wide, hidden))
-        states.append(hidden.double())
-    missed = float((states[0] - states[1]).square().sum() / states[0].square().sum())
-    assert result.report["layers"][-1]["repair"]["ffn"]["after"] == pytest.approx(missed, rel=1e-4)
+    small = reduced(spec, Reduction(3 - len(layers), 0, 2, 24, 24, 0))
+    kept = tuple(KeptLayer(n, (), (0, 1), {"mlp": torch.arange(24)}) for n in layers)
+    view = StructureView(kept, {}, spec, small)
+    tensors, repairs = repair_model(view, weights.__getitem__, IDS, _scratch(tmp_path, spec), 0.1)
+    assert tensors and {values.dtype for values in tensors.values()} == {torch.bfloat16}
+    view = StructureView(kept, tensors, spec, small)
+    wanted = _final_states(spec, weights.__getitem__, IDS[-1:])
+    found = _final_states(small, lambda name: view.load(name, weights.__getitem__), IDS[-1:])
+    missed = float((wanted - found).square().sum() / wanted.square().sum())
+    assert repairs[-1]["ffn"].after == pytest.approx(missed, rel=1e-4)
+    assert any(repair.tensors for halves in repairs for repair in halves.values())
 
 
 # -- the whole
@@ -675,6 +704,24 @@ def test_a_restructured_model_survives_being_written_and_is_the_same_again(
             mine = result.view.load(t.name, weights.__getitem__)
             assert mine.shape == t.shape and torch.isfinite(mine).all()
             assert torch.equal(mine, same.view.load(t.name, weights.__getitem__)), t.name
+
+
+def test_steps_share_one_repair_with_the_largest_damping_that_is_asked_for(tmp_path: Path) -> None:
+    spec = load_spec(DENSE)
+    weights = _weights(spec)
+
+    def repaired(drop: dict[str, Any], cut: dict[str, Any]) -> dict[str, Tensor]:
+        steps = (DropLayersOptions(count=1, **drop), None, PruneStructuredOptions(channels=0.5, **cut))
+        return dict(restructure(spec, *steps, weights.__getitem__, IDS, _scratch(tmp_path, spec)).tensors)
+
+    def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+    strong = repaired({"damping": 0.5}, {"damping": 0.5})
+    assert strong and same(strong, repaired({"damping": 0.5}, {"damping": 0.1}))
+    assert same(strong, repaired({"damping": 0.5}, {"damping": 0.9, "repair": False}))
+    assert not same(strong, repaired({"damping": 0.1}, {"damping": 0.1}))
+    assert not repaired({"repair": False}, {"repair": False})
 
 
 def test_experts_that_go_are_averaged_into_the_likest_and_then_cut() -> None:
