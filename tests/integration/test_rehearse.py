@@ -17,7 +17,7 @@ RECIPE = """
 model: m
 steps:
 {steps}
-  - quantize: {{solver: {{name: gptq, sweeps: 0, refits: 0}}, scheme: Q8_0}}
+  - quantize: {{solver: {{name: gptq, sweeps: 0, refits: 0}}, scheme: {scheme}}}
 {recover}
 export: [{{container: gguf}}]
 """
@@ -28,11 +28,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("qwen3_moe", tmp_path_factory.mktemp("model") / "model")
 
 
-def seconds(model: Path, where: Path, steps: str, recover: str = "", *overrides: str) -> dict[str, float]:
+def seconds(
+    model: Path, where: Path, steps: str, recover: str = "", *overrides: str, scheme: str = "Q8_0"
+) -> dict[str, float]:
     file = where / "r.yaml"
-    file.write_text(RECIPE.format(steps=steps, recover=recover))
+    file.write_text(RECIPE.format(steps=steps, recover=recover, scheme=scheme))
     sets = ("calibration.samples=24", *overrides)
     return dict(rehearse(make_plan(small(file, model, where / "out", *sets), weights=True)).parts)
+
+
+SHRINKING = (
+    "  - drop_layers: {count: 1}\n  - prune_experts",
+    "  - rotate\n  - prune_structured: {heads: 0.5, channels: 0.25}",
+    "  - prune: {sparsity: 0.5}",
+    "  - prune: {sparsity: 0.5, allocation: outliers}",
+    "  - factorize: {ratio: 0.2}",
+)
+
+
+@pytest.mark.parametrize("steps", SHRINKING)
+def test_what_makes_a_model_smaller_can_be_rehearsed(model: Path, tmp_path: Path, steps: str) -> None:
+    found = seconds(model, tmp_path, steps, "", "export=[{container: compress}]", scheme="W8A16")
+    assert all(found[part] > 0 for part in ("forward", "solve", "write"))
 
 
 @pytest.mark.parametrize("steps", ["  - awq", "  - smooth", "  - rotate", "  - rotate\n  - awq: {grid: 2}"])
