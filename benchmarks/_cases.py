@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,17 @@ def measure(case: Case, samples: int, suite: Path, folder: Path) -> Row:
         seconds,
         output / artifact["path"],
     )
+
+
+def arguments(description: str) -> ArgumentParser:
+    """What every benchmark over recipes can be told."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=60, help="scored windows of 512 tokens")
+    parser.add_argument("--text", default="wikitext2")
+    parser.add_argument("--only", default="", help="regular expression of labels")
+    parser.add_argument("--markdown", type=Path, help="also write the table here, after every case")
+    return parser
 
 
 @contextmanager

@@ -8,11 +8,9 @@ same calibration windows and are scored on the same windows of WikiText-2, on wh
 
 from __future__ import annotations
 
-import argparse
 import re
-from pathlib import Path
 
-from _cases import Case, Row, measure, scratch_suite
+from _cases import Case, Row, arguments, measure, scratch_suite
 
 
 def experts(codec: str, solver: str = "gptq") -> tuple[str, ...]:
@@ -94,13 +92,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512 tokens")
-    parser.add_argument("--windows", type=int, default=60, help="scored windows of 512 tokens")
-    parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--only", default="", help="regular expression of labels")
-    parser.add_argument("--markdown", type=Path, help="also write the table here, after every case")
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     rows: list[Row] = []
     with scratch_suite(options.text, options.windows) as (scratch, suite):
         for case in CASES:

@@ -10,20 +10,23 @@ turns, in bfloat16; GGUF files in llama.cpp against the original as a bfloat16 G
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _cases import ROOT, Case, Row, measure, scratch_suite
+from _cases import ROOT, Case, Row, arguments, measure, scratch_suite
 
 ORIGINAL = ROOT / "models" / "tiny-qwen3-moe"
 HALF, TWO_FOUR, FOUR_EIGHT = "50 % of the weights, 16-bit values", "2:4, 16-bit values", "4:8, 16-bit values"
 CODES = "3.125 bits a weight (experts and attention)"
 FACTORS = {ratio: f"factors, {ratio} % smaller, masks counted" for ratio in (20, 30, 40)}
-STRUCTURE, EXPERTS_2, EXPERTS_SMALL = "about a quarter smaller, stock models", "experts at about 2.3 bits", "experts below 1.8 bits"
+STRUCTURE, EXPERTS_2, EXPERTS_SMALL = (
+    "about a quarter smaller, stock models",
+    "experts at about 2.3 bits",
+    "experts below 1.8 bits",
+)
 PLAIN = "plain quantization, for scale"
 
 
@@ -53,13 +56,24 @@ def sparse(group: str, sparsity: str) -> tuple[Case, ...]:
 
 def factors(ratio: int) -> tuple[Case, ...]:
     def case(label: str, options: str) -> Case:
-        return Case(FACTORS[ratio], label, "compot-20", (f"steps=[{{factorize: {{ratio: {ratio / 100}, {options}}}}}]",))
+        return Case(
+            FACTORS[ratio], label, "compot-20", (f"steps=[{{factorize: {{ratio: {ratio / 100}, {options}}}}}]",)
+        )
 
-    return (
+    cases = (
         case("svd (SVD-LLM)", "solver: svd"),
-        case("compot as published", "solver: {name: compot, rounds: 0}"),
+        case("compot as published", "solver: {name: compot, rounds: 0, drift: 0, residual: 0}"),
         case("compot", "solver: compot"),
         case("rocket", "solver: rocket, allocation: knapsack"),
+    )
+    return (
+        cases
+        if ratio != 20
+        else (
+            *cases,
+            case("svd, our targets, knapsack", "solver: {name: svd, drift: 1, residual: 1}, allocation: knapsack"),
+            case("compot, knapsack", "solver: compot, allocation: knapsack"),
+        )
     )
 
 
@@ -114,7 +128,9 @@ def decode_ratio(artifact: Path, dense: Callable[[], Path]) -> float:
         from compress.scoring.llama_cpp import LlamaCpp
 
         with LlamaCpp(artifact) as one, LlamaCpp(dense()) as other:
-            return median_ratio(*(lambda model=model: model.generate("The city of London", 16) for model in (one, other)))
+            return median_ratio(
+                *(lambda model=model: model.generate("The city of London", 16) for model in (one, other))
+            )
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -153,13 +169,7 @@ def table(rows: list[tuple[Row, float]], whole: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
-    parser.add_argument("--windows", type=int, default=60, help="scored windows of 512 tokens")
-    parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--only", default="", help="regular expression of 'group: label'")
-    parser.add_argument("--markdown", type=Path, help="also write the table here, after every case")
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     rows: list[tuple[Row, float]] = []
     whole = weights(ORIGINAL)
     with scratch_suite(options.text, options.windows) as (scratch, suite):
@@ -176,7 +186,10 @@ def main() -> None:
                 continue
             row = measure(case, options.samples, suite, scratch)
             rows.append((row, decode_ratio(row.folder, dense)))
-            print(f"{case.group}: {case.label}: {weights(row.folder):,} bytes, KL {row.kl[0]:.5f}, {rows[-1][1]:.2f}x", flush=True)
+            print(
+                f"{case.group}: {case.label}: {weights(row.folder):,} bytes, KL {row.kl[0]:.5f}, {rows[-1][1]:.2f}x",
+                flush=True,
+            )
             if options.markdown:
                 options.markdown.write_text(table(rows, whole))
         print(table(rows, whole))

@@ -12,6 +12,7 @@ from math import ceil, isfinite, log
 import numpy as np
 
 RATIO_SLACK = 0.1  # how far k / s may stray from the wanted ratio to use a budget up
+KNAPSACK_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of a matrix's bytes to choose from, beside all of them
 CELLS = 20_000  # of the knapsack's grid
 
 
@@ -92,22 +93,18 @@ def _normalised(spectrum: Sequence[float]) -> np.ndarray:
     return values / norm if norm > 0 else values
 
 
-def knapsack(
-    costs: Sequence[Sequence[float]], bytes: Sequence[Sequence[int]], budget: int, cap: float | None = None
-) -> list[int]:
+def knapsack(costs: Sequence[Sequence[float]], bytes: Sequence[Sequence[int]], budget: int) -> list[int]:
     """One choice for every matrix, of least total cost within `budget` bytes: indices (ROCKET, arXiv 2602.11008: a
     multiple-choice knapsack by dynamic programming).
 
-    costs, bytes: of every choice of every matrix; cap: choices that cost more are left out (ROCKET: a multiple of the
-    mean error). Bytes above each matrix's smallest choice are counted in cells of a grid, rounded up, so the budget
-    holds; exact where all of them fit the grid as they are. What rounding left over buys the upgrades that save most
-    for each byte. Raises ValueError when no combination fits.
+    costs, bytes: of every choice of every matrix; one whose cost is not finite is never taken. Bytes above each matrix's
+    smallest choice are counted in cells of a grid, rounded up, so the budget holds; exact where all of them fit the grid
+    as they are. What rounding left over buys the upgrades that save most for each byte. Raises ValueError when no
+    combination fits.
     """
-    choices = [_frontier(c, b, cap) for c, b in zip(costs, bytes, strict=True)]
+    choices = [_frontier(c, b) for c, b in zip(costs, bytes, strict=True)]
     if not all(choices):
-        raise ValueError(
-            f"matrix {choices.index([])} has no choice of finite cost" + (f" up to {cap:g}" if cap else "")
-        )
+        raise ValueError(f"matrix {choices.index([])} has no choice of finite cost")
     spare = budget - sum(options[0][0] for options in choices)
     if spare < 0:
         raise ValueError(f"the smallest choices need {budget - spare} bytes of {budget}")
@@ -134,11 +131,11 @@ def knapsack(
     return [options[i][2] for options, i in zip(choices, picked, strict=True)]
 
 
-def _frontier(costs: Sequence[float], sizes: Sequence[int], cap: float | None) -> list[tuple[int, float, int]]:
+def _frontier(costs: Sequence[float], sizes: Sequence[int]) -> list[tuple[int, float, int]]:
     """(bytes, cost, index) of the choices that no smaller one beats, by rising bytes and falling cost."""
     frontier: list[tuple[int, float, int]] = []
     for size, cost, index in sorted(zip(sizes, costs, range(len(costs)), strict=True)):
-        if isfinite(cost) and (cap is None or cost <= cap) and (not frontier or cost < frontier[-1][1]):
+        if isfinite(cost) and (not frontier or cost < frontier[-1][1]):
             frontier.append((size, cost, index))
     return frontier
 

@@ -14,6 +14,13 @@ from compress.plan import Plan
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
 from compress.settle import STRUCTURE
+from compress.structure.shapes import widths_of
+
+CHANNELS = {
+    "intermediate": "feed-forward channels",
+    "moe_intermediate": "channels of an expert",
+    "shared_intermediate": "channels of the shared expert",
+}
 
 
 def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
@@ -32,17 +39,10 @@ def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
         )
         notes.append(f"experts of the original that went: {each}")
     if plan.recipe.step("prune_structured") is not None:
-        widths = [
-            (f"{what} {before:,} -> {after:,}")
-            for what, before, after in (
-                ("key-value heads", whole.kv_heads, left.kv_heads),
-                ("feed-forward channels", whole.intermediate_size, left.intermediate_size),
-                ("channels of an expert", whole.moe_intermediate_size, left.moe_intermediate_size),
-                ("channels of the shared expert", whole.shared_intermediate_size, left.shared_intermediate_size),
-            )
-            if before != after
-        ]
-        notes.append(f"every layer keeps: {', '.join(widths)}")
+        sizes = [("key-value heads", whole.kv_heads, left.kv_heads)]
+        sizes += [(CHANNELS[field], width, widths_of(left)[field]) for field, width in widths_of(whole).items()]
+        kept = [f"{what} {before:,} -> {after:,}" for what, before, after in sizes if before != after]
+        notes.append(f"every layer keeps: {', '.join(kept)}")
     return tuple(notes)
 
 

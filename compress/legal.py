@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compress.allocate import KNAPSACK_SHARES
 from compress.checkpoint import Checkpoint
 from compress.codecs.names import CONTAINERS, SPARSE_VALUES, activation_problem, codec_info, incoherence_problem
 from compress.errors import CheckpointError
 from compress.models.base import ModelSpec
-from compress.recipe import STEP_KINDS, Recipe
+from compress.recipe import STEP_KINDS, Factorize, Prune, Recipe
 from compress.text import find_data, load_definition, load_suite
 
 if TYPE_CHECKING:
@@ -80,6 +81,38 @@ def step_problems(recipe: Recipe) -> list[str]:
             for e in recipe.export
             if "factors" not in CONTAINERS[e.container].kinds
         ]
+    return problems + prune_problems(recipe.step("prune")) + factorize_problems(recipe.step("factorize"))
+
+
+def prune_problems(prune: Prune | None) -> list[str]:
+    """What the options of a prune step say against each other."""
+    if prune is None:
+        return []
+    problems = []
+    grouped = [p for p in (prune.sparsity, *(rule.sparsity for rule in prune.rules)) if p is not None and p.of]
+    if prune.allocation == "outliers" and grouped:
+        problems.append(f"prune: allocation: outliers moves shares, and {grouped[0]} is fixed; give shares or drop allocation")
+    if prune.allocation == "uniform" and prune.spread != Prune.model_fields["spread"].default:
+        problems.append("prune: spread goes with allocation: outliers")
+    return problems
+
+
+def factorize_problems(factorize: Factorize | None) -> list[str]:
+    """What the options of a factorize step say against each other; budgets that no allocation can meet."""
+    if factorize is None:
+        return []
+    problems, fields = [], Factorize.model_fields
+    guarded = factorize.allocation == "pooled"
+    if not guarded and (factorize.low, factorize.high) != (fields["low"].default, fields["high"].default):
+        problems.append("factorize: low and high are guards of allocation: pooled")
+    least = {"pooled": factorize.low, "knapsack": min(KNAPSACK_SHARES)}.get(factorize.allocation, 0.0)
+    for ratio in dict.fromkeys(r for r in (factorize.ratio, *(rule.ratio for rule in factorize.rules)) if r is not None):
+        if 1 - ratio < least - 1e-9 or (guarded and 1 - ratio > factorize.high):
+            bounds = f"{least:g} to {factorize.high:g}" if guarded else f"{least:g} or more"
+            problems.append(
+                f"factorize: ratio {ratio:g} keeps {1 - ratio:.3g} of the bytes, allocation: {factorize.allocation} gives a "
+                f"matrix {bounds}; change the ratio{', low or high' if guarded else ' or the allocation'}"
+            )
     return problems
 
 
@@ -130,9 +163,11 @@ def shrinking_problems(planned: PlannedTensor) -> list[str]:
         problems.append(f"{step}: embeddings are looked up and have no inputs to weigh them by; take them off the targets")
     if codec_info(values).kind not in SPARSE_VALUES:
         problems.append(
-            f"{step}: {role} is to be {values}, which goes with neither masks nor factors; use an intN codec or a float, or "
+            f"{step}: {planned.wanted or values} goes with neither masks nor factors; use an intN codec or a float, or "
             "make the model smaller with prune_experts, prune_structured or drop_layers, which go with every codec"
         )
+    if planned.factorizer is not None and planned.activations:
+        problems.append(f"{step}: inputs of factors are not rounded; drop activations for {role}")
     if planned.incoherence:
         problems.append(f"{step}: incoherence mixes the columns of {role}, where masks have no meaning; drop it")
     if planned.pattern is not None and planned.pattern.of and planned.spec.shape[-1] % planned.pattern.of:

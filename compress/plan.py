@@ -29,7 +29,7 @@ from compress.planned import PlannedTensor, Rules, factored, planned_tensor, pru
 from compress.recipe import Recipe
 from compress.savings import STRUCTURAL, Saving, container_bytes, container_module, shrinking, structural
 from compress.solvers.options import RecoverOptions
-from compress.structure.shapes import channels_only, plan_reduction, reduced, reduction_problems
+from compress.structure.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
 from compress.transforms.options import RotateOptions, TransformOptions
 from compress.weights import Pattern
 
@@ -38,7 +38,7 @@ MATCHING = ("quantize", "prune", "factorize")  # steps whose rules decide tensor
 class Plan:
     """Everything a run will do, before it does anything.
 
-    `spec` is the model that is compressed: the original, or what a rotation makes of it.
+    `spec` is the model that is compressed: the original, or what rotations and steps that change its shape make of it.
     """
 
     recipe: Recipe
@@ -54,6 +54,8 @@ class Plan:
     """Name, size and modification time of the weight files, so that a changed checkpoint does not resume."""
     savings: tuple[Saving, ...] = ()
     """What steps that make the model smaller save, in every container."""
+    shapes: tuple[Reduction, ...] = ()
+    """Where steps change the model's shape: those that a survey may choose, all of about the same size."""
 
     @property
     def turned(self) -> ModelSpec:
@@ -209,7 +211,7 @@ class Plan:
                     "shape": list(t.spec.shape),
                     "role": t.spec.role,
                     "layer": t.spec.layer,
-                    "steps": [step.kind for step in self.recipe.steps] if t.method else [],
+                    "steps": [s.kind for s in self.recipe.steps if _works_on(s.kind, t)],
                     "solver": t.label,
                     "codec": t.codec,
                     "wanted": t.wanted,
@@ -238,28 +240,21 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
     turned = original.untied() if recipe.step("rotate") else original
     problems = step_problems(recipe) + text_problems(recipe, original)
-    problems += reduction_problems(turned, *cuts(recipe, turned).values())
-    if spec is None and not problems:
-        steps = cuts(recipe, turned).values()
-        spec = reduced(turned, plan_reduction(turned, *steps)) if any(steps) else turned
-    problems += container_problems(recipe, spec or turned)
-    if problems or spec is None:
+    steps = cuts(recipe, turned).values()
+    problems += reduction_problems(turned, *steps) if any(steps) else container_problems(recipe, turned)
+    if problems:
         raise PlanError(problems)
-
     kinds = {e.container for e in recipe.export}
     own = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
+    shapes: tuple[Reduction, ...] = ()
+    if spec is None:
+        spec, shapes = _shape(recipe, turned, checkpoint, own)
     tensors, unused, problems = _plan_tensors(recipe, spec, checkpoint, own)
     if weights:
         problems += checkpoint_problems(original, checkpoint)
+    problems += _storage_problems(recipe, spec, tensors)
     if problems := list(dict.fromkeys(problems)):
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-    for kind in sorted(kinds - {"safetensors"}):
-        try:
-            container_module(kind).check_plan(spec, tensors)
-        except OutputError as error:
-            problems.append(f"{kind}: {error}")
-    if problems:
-        raise PlanError(problems)
     tensors = [replace(t, bytes=_bytes(t, recipe)) for t in tensors]
     savings = _structural_savings(recipe, turned, checkpoint, own)
     savings += shrinking(tensors, (e.container for e in recipe.export), own)
@@ -272,7 +267,43 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     stamp = tuple(
         sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
     )
-    return Plan(recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp, savings)
+    return Plan(recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp, savings, shapes)
+
+
+def _shape(
+    recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint, own: str
+) -> tuple[ModelSpec, tuple[Reduction, ...]]:
+    """The model that steps leave of `spec`, as far as that is known, and every shape of it that can be stored: a survey
+    chooses among these. Where none can, the likeliest, for its problems to be told."""
+    steps = cuts(recipe, spec)
+    if not any(steps.values()):
+        return spec, ()
+
+    def legal(shape: Reduction) -> bool:
+        left = reduced(spec, shape)
+        tensors, _, problems = _plan_tensors(recipe, left, checkpoint, own)
+        return not problems and not _storage_problems(recipe, left, tensors)
+
+    found = candidates(spec, *steps.values())
+    shapes = tuple(shape for shape in found if legal(shape)) if len(found) > 1 else found
+    return reduced(spec, likeliest(spec, shapes or found, steps["prune_structured"])), shapes
+
+
+def _storage_problems(recipe: Recipe, spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[str]:
+    """Why a container cannot hold a model or its tensors as planned."""
+    problems = container_problems(recipe, spec)
+    for kind in sorted({e.container for e in recipe.export} - {"safetensors"}):
+        try:
+            container_module(kind).check_plan(spec, tensors)
+        except OutputError as error:
+            problems.append(f"{kind}: {error}")
+    return problems
+
+
+def _works_on(step: str, planned: PlannedTensor) -> bool:
+    """Whether a kind of step changes this tensor's values."""
+    own = {"prune": planned.pattern, "factorize": planned.factors}
+    return planned.method is not None and (step not in own or own[step] is not None)
 
 
 def cuts(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
@@ -315,7 +346,8 @@ def _structural_savings(recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint,
     for kind, options in cuts(recipe, spec).items():
         if options is not None:
             steps[kind] = options
-            chain.append((kind, reduced(spec, plan_reduction(spec, *steps.values()))))
+            found = candidates(spec, *steps.values())
+            chain.append((kind, reduced(spec, likeliest(spec, found, steps["prune_structured"]))))
 
     def size(container: str, model: ModelSpec) -> int:
         return sum(container_bytes(container, t, own) for t in _plan_tensors(recipe, model, checkpoint, own)[0])

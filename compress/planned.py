@@ -9,7 +9,7 @@ from compress.allocate import factor_sizes
 from compress.codecs.names import CONTAINERS, codec_info, ggml_fallback, sparse_name, stored_bytes
 from compress.models.base import ModelSpec, TensorSpec
 from compress.recipe import Factorize, Prune, Quantize
-from compress.solvers.options import FactorizerOptions, PrunerOptions, RtnOptions, SolverOptions
+from compress.solvers.options import FactorizerOptions, GptqOptions, PrunerOptions, RtnOptions, SolverOptions
 from compress.targets import FactorizeRule, PruneRule, Rule
 from compress.weights import Pattern
 
@@ -34,7 +34,7 @@ class PlannedTensor:
     pattern: Pattern | None = None
     """Which weights may stay; with `pruner`."""
     joint: bool = False
-    """Whether codes are chosen together with the mask, or to make up for it; else they are those of the pruned weight."""
+    """Whether codes may be chosen together with the mask, or to make up for it."""
     factorizer: FactorizerOptions | None = None
     factors: tuple[int, int] | None = None
     """Atoms of the dictionary and coefficients an output keeps; with `factorizer`."""
@@ -50,9 +50,15 @@ class PlannedTensor:
         """Whose statistics are collected: what approximates the weight first."""
         if self.factorizer is not None:
             return self.factorizer
-        if self.pruner is not None and (self.solver is None or not self.joint or self.pruner.name == "sparsegpt"):
+        if self.pruner is not None and (not self.compensates or self.pruner.name == "sparsegpt"):
             return self.pruner
         return self.solver
+
+    @property
+    def compensates(self) -> bool:
+        """Whether codes make up for the mask, as only error feedback can: then they approximate the weight, else what the
+        pruner left of it."""
+        return self.joint and isinstance(self.solver, GptqOptions)
 
     @property
     def label(self) -> str | None:
@@ -121,14 +127,18 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
     """As the largest factors that take `share` of the bytes of the 16-bit matrix; dense where none are smaller."""
     (rows, columns), options = planned.spec.shape, planned.factorizer
     assert options is not None
-    sparse = options.name != "svd"
-    sizes = factor_sizes(rows, columns, share, getattr(options, "k_over_s", 1.0), sparse) if share < 1 else None
+    sparse, sizes = options.name != "svd", sizes_at((rows, columns), options, share)
     if sizes is None:
         return replace(planned, codec=planned.values, factorizer=None, factors=None, unfactored=True)
     info = codec_info(planned.values)
     second = f"int{info.bits}-row" if info.kind == "uniform" else planned.values
     codec = f"factors({planned.values},{f'sparse-{second}' if sparse else second})"
     return replace(planned, codec=codec, factors=sizes)
+
+
+def sizes_at(shape: tuple[int, int], options: FactorizerOptions, share: float) -> tuple[int, int] | None:
+    """Atoms and coefficients an output that take `share` of the bytes of a 16-bit matrix; None where nothing fits."""
+    return factor_sizes(*shape, share, getattr(options, "k_over_s", 1.0), options.name != "svd")
 
 
 def holds_zero(codec: str) -> bool:

@@ -147,7 +147,8 @@ class Prune(Section):
     spread: float = Field(0.08, ge=0, lt=0.5)
     """With `outliers`: how far a layer's sparsity may lie from the mean."""
     joint: bool = True
-    """Whether sparsegpt chooses mask and codes together where a quantize step follows."""
+    """Whether codes that gptq chooses make up for the mask (sparsegpt: are found together with it), or are those of the
+    pruned weight."""
 
     def matcher(self, model: ModelSpec) -> RuleMatcher:
         rest = (PruneRule(targets=LINEARS, sparsity=self.sparsity),) if self.sparsity else ()
@@ -163,7 +164,7 @@ class Factorize(Section):
     rules: Annotated[tuple[FactorizeRule, ...], BeforeValidator(_tuple)] = ()
     ignore: Ignored = ()
     allocation: Literal["uniform", "pooled", "knapsack"] = "pooled"
-    low: float = Field(0.3, ge=0, le=1)
+    low: float = Field(0.3, gt=0, le=1)
     """The least share of a matrix's bytes that may stay when the budget is shared out."""
     high: float = Field(1.0, gt=0, le=1)
     """The largest share that a factorised matrix may keep; one that would need all of them stays dense."""
@@ -201,7 +202,8 @@ class Step(Section):
         if isinstance(value, dict) and "quantize" in value and not value["quantize"]:
             raise problem("this step says nothing; give it at least a scheme or rules")
         for kind, key in (("prune", "sparsity"), ("factorize", "ratio")):
-            if isinstance(value, dict) and kind in value and not {key, "rules"} & set(value[kind] or ()):
+            options = value.get(kind) if isinstance(value, dict) and kind in value else {key: None}
+            if isinstance(options, dict | None) and not {key, "rules"} & set(options or ()):
                 raise problem(f"this step says nothing; give it at least a {key} or rules")
         if isinstance(value, dict):
             return {kind: {} if options is None else options for kind, options in value.items()}

@@ -180,7 +180,7 @@ def _recovery_windows(plan: Plan) -> int:
 
 def _kind(plan: Plan, layer: int) -> Any:
     """What makes two blocks take the same time: shapes, codecs and solvers of all their tensors."""
-    facts = Counter((t.spec.role, t.spec.shape, t.codec, t.method, t.incoherence) for t in plan.block(layer))
+    facts = Counter((t.spec.role, t.spec.shape, t.codec, t.solver, t.pruner, t.factorizer, t.incoherence) for t in plan.block(layer))
     return frozenset(facts.items())
 
 

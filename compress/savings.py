@@ -8,12 +8,14 @@ from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
 
-from compress.codecs.names import CONTAINERS, stored_bytes
+from compress.codecs.names import CONTAINERS, codec_info, stored_bytes
 from compress.models.base import ModelSpec
 from compress.planned import PlannedTensor
 
 STRUCTURAL = ("drop_layers", "prune_experts", "prune_structured")
 """Steps that leave a stock model with fewer tensors or smaller ones, which every container holds."""
+
+START_BYTES = 8  # of a row of a masked matrix at run time: where its values begin
 
 DENSE_WHY = {
     "gguf": "GGUF has no sparse types: zeros take as many bits as other weights",
@@ -72,9 +74,18 @@ def shrinking(tensors: Iterable[PlannedTensor], containers: Iterable[str], own: 
         for container in containers if chosen else ():
             before = sum(container_bytes(container, t.plain, own) for t in chosen)
             after = sum(container_bytes(container, t, own) for t in chosen)
-            note = DENSE_WHY[container] if after >= before and container in DENSE_WHY else _how(chosen)
-            lines.append(Saving(step, container, before, after, after, CONTAINERS[container].engines, note))
+            starts = sum(START_BYTES * (t.spec.shape[0] + 1) for t in chosen if container == "compress" and _has_mask(t))
+            note = DENSE_WHY.get(container, "a mask takes as many bits as what goes") if after >= before else _how(chosen)
+            if after >= before and container == "compress" and not any(_has_mask(t) for t in chosen):
+                note = "another container of this recipe has no masks, so zeros are stored like other weights in all of them"
+            lines.append(Saving(step, container, before, after, after + starts, CONTAINERS[container].engines, note))
     return tuple(lines)
+
+
+def _has_mask(planned: PlannedTensor) -> bool:
+    """Whether masks are stored, which an engine also keeps the starts of rows for."""
+    info = codec_info(planned.codec)
+    return info.kind == "sparse" or any(codec_info(part).kind == "sparse" for part in info.parts if info.kind == "factors")
 
 
 def _how(tensors: list[PlannedTensor]) -> str:
@@ -83,9 +94,6 @@ def _how(tensors: list[PlannedTensor]) -> str:
         dense = sum(t.spec.parameters for t in tensors)
         used = sum((t.factors or (0, 0))[0] * t.spec.shape[1] + (t.kept or 0) for t in tensors)
         return f"two products instead of one, {used / dense:.0%} of the multiplications"
-    worth = [t for t in tensors if "sparse" in t.codec or ":" in t.codec]
-    if not worth:
-        return "another container of this recipe has no masks, so that zeros are stored like other weights in all of them"
     return "masks and values stay packed, rows are expanded a MiB at a time; no faster than dense"
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.allocate import factor_bytes, factor_sizes, knapsack, outlier_weighted, pooled_shares
+from compress.allocate import KNAPSACK_SHARES, factor_bytes, knapsack, outlier_weighted, pooled_shares
 from compress.checkpoint import Checkpoint
 from compress.errors import PlanError, ResumeError
 from compress.journal import Activations, Journal, write_synced
 from compress.plan import Plan, cuts, make_plan
-from compress.planned import PlannedTensor
+from compress.planned import PlannedTensor, sizes_at
 from compress.recipe import Factorize, Prune
 from compress.report.progress import Reporter
 from compress.source import Loader, working_model
@@ -30,7 +30,6 @@ from compress.structure.view import KeptLayer, StructureView
 from compress.weights import Pattern
 
 STRUCTURE, SPARSITY, FACTORS = "structure", "sparsity", "factors"
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of a matrix's bytes that the knapsack chooses from, beside all of them
 MOST_SPARSE = 0.95
 
 
@@ -51,7 +50,7 @@ def settle(plan: Plan, checkpoint: Checkpoint, journal: Journal, ids: np.ndarray
         with reporter.stage("structure") as progress:
             if STRUCTURE not in journal:
                 steps = cuts(plan.recipe, plan.turned).values()
-                made = restructure(plan.turned, *steps, load, ids, scratch, progress)
+                made = restructure(plan.turned, *steps, load, ids, scratch, progress, shapes=plan.shapes)
                 _save(_state_file(journal), *made.state())
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
             cut = Restructured.restore(plan.turned, *_read(_state_file(journal)))
@@ -97,6 +96,8 @@ def _sparsities(plan: Plan, load: Loader, ids: np.ndarray, scratch: Callable[[st
     step: Prune = plan.recipe.step("prune")
     pruned = [[t for t in block if t.pattern is not None] for block in plan.blocks]
     sizes = [sum(t.spec.parameters for t in block) for block in pruned]
+    if not any(sizes):
+        return {}
     total = sum(t.spec.parameters * t.pattern.sparsity for block in pruned for t in block) / max(sum(sizes), 1)
     layers = outlier_weighted(outlier_ratios(plan.spec, load, ids, scratch), sizes, total, step.spread)
     return {
@@ -123,6 +124,9 @@ def _shares(
         errors = _errors(plan, load, ids, journal, progress)
     shares: dict[str, float] = {}
     for ratio, group in groups.items():
+        if step.allocation == "knapsack":  # the head's inputs come after all blocks: it takes its own share
+            shares |= {t.name: 1 - ratio for t in group if t.name not in errors}
+            group = [t for t in group if t.name in errors]
         shapes = [(t.spec.shape[0], t.spec.shape[1]) for t in group]
         if step.allocation == "knapsack":
             found = _packed_shares(group, shapes, errors, 1 - ratio)
@@ -144,26 +148,26 @@ def _packed_shares(
     group: list[PlannedTensor], shapes: list[tuple[int, int]], errors: Mapping[str, list[float]], share: float
 ) -> list[float]:
     """Choices of least total error within the budget; the last choice of each matrix is to stay dense."""
-    sizes = [[_bytes_at(t, shape, s) for s in SHARES] + [2 * shape[0] * shape[1]] for t, shape in zip(group, shapes, strict=True)]
+    sizes = [[_bytes_at(t, shape, s) for s in KNAPSACK_SHARES] + [2 * shape[0] * shape[1]] for t, shape in zip(group, shapes, strict=True)]
     budget = int(share * sum(2 * m * n for m, n in shapes))
     try:
         picked = knapsack([[*errors[t.name], 0.0] for t in group], sizes, budget)
     except ValueError as error:
         raise PlanError(f"factorize: {error}; lower the ratio") from None
-    return [(*SHARES, 1.0)[choice] for choice in picked]
+    return [(*KNAPSACK_SHARES, 1.0)[choice] for choice in picked]
 
 
 def _bytes_at(planned: PlannedTensor, shape: tuple[int, int], share: float) -> int:
     options = planned.factorizer
-    sparse = getattr(options, "name", "") != "svd"
-    sizes = factor_sizes(*shape, share, getattr(options, "k_over_s", 1.0), sparse)
-    return 2 * shape[0] * shape[1] if sizes is None else factor_bytes(*shape, *sizes, sparse)
+    assert options is not None
+    sizes = sizes_at(shape, options, share)
+    return 2 * shape[0] * shape[1] if sizes is None else factor_bytes(*shape, *sizes, options.name != "svd")
 
 
 def _errors(
     plan: Plan, load: Loader, ids: np.ndarray, journal: Journal, progress: Callable[[float], None]
 ) -> dict[str, list[float]]:
-    """Of every factorised tensor of a block, what factors of each of SHARES lose of it: relative, squared, in the
+    """Of every factorised tensor of a block, what factors of each of KNAPSACK_SHARES lose of it: relative, squared, in the
     original's own space (ROCKET, arXiv 2602.11008), and under the inputs that the original gives it."""
     spec, out = plan.spec, {}
     places = [Activations(journal.folder / f"allocation-{i}.f32", (*ids.shape, spec.hidden_size)) for i in (0, 1)]
@@ -197,8 +201,8 @@ def _losses(planned: PlannedTensor, weight: Tensor, gram: Tensor) -> list[float]
     assert options is not None
     module = import_module(f"compress.solvers.{options.name}")
     losses = []
-    for share in SHARES:
-        sizes = factor_sizes(*weight.shape, share, getattr(options, "k_over_s", 1.0), options.name != "svd")
+    for share in KNAPSACK_SHARES:
+        sizes = sizes_at((weight.shape[0], weight.shape[1]), options, share)
         if sizes is None:
             losses.append(float("inf"))
             continue
@@ -222,7 +226,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        # recovery meets these with autograd
+        with torch.inference_mode(False), safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ResumeError(f"{path} is missing or damaged ({error}); start over with --fresh") from None

@@ -49,21 +49,20 @@ def prune_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk
     pruner = import_module(f"compress.solvers.{options.name}")
     if solver is None:
         masked = pruner.prune(target, gram, pattern, options)
-        mask, inner, solved = masked.mask, _as_floats(planned.name, planned.values, masked.values), None
+        mask, inner, solved = masked.mask, _as_floats(planned.name, planned.values, masked.values), masked
     else:
         codec = block_codec(planned.values, target.shape[1])
-        if planned.joint and isinstance(solver, GptqOptions) and hasattr(pruner, "prune_and_quantize"):
+        if planned.compensates and hasattr(pruner, "prune_and_quantize"):
             solved = pruner.prune_and_quantize(target, gram, codec, options, solver, pattern)
         else:
             masked = pruner.prune(target, gram, pattern, options)
-            wanted = target if planned.joint else masked.values
+            wanted = target if planned.compensates else masked.values
             solved = _solve(wanted, gram, planned.values, solver, masked.mask)
         mask, inner = solved.mask, solved.pack()
     info = codec_info(planned.codec)
     packed = get_codec(planned.codec).pack(inner, mask) if info.kind == "sparse" else inner
     dense = get_codec(packed.codec).unpack(packed)
-    damping, retries = (solved.damping, solved.retries) if solved is not None else (0.0, 0)
-    return Shrunk(packed, dense, damping, retries, relative_error(target, dense, gram.float()))
+    return Shrunk(packed, dense, solved.damping, solved.retries, relative_error(target, dense, gram.float()))
 
 
 def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk:
@@ -72,7 +71,7 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
     assert options is not None and sizes is not None
     factors = import_module(f"compress.solvers.{options.name}").factorize(target, gram, *sizes, options)
     first, second = codec_info(planned.codec).parts
-    damping, retries = 0.0, 0
+    damping, retries = factors.damping, factors.retries
     if planned.solver is None:
         dictionary = _as_floats(planned.name, first, factors.dictionary)
         coefficients = _stored(planned.name, second, factors.coefficients, factors.mask)
@@ -81,7 +80,8 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
         dictionary, coefficients = atoms.pack(), rows.pack()
         if rows.mask is not None:
             coefficients = get_codec(second).pack(coefficients, rows.mask)
-        damping, retries = max(atoms.damping, rows.damping), max(atoms.retries, rows.retries)
+        damping = max(damping, atoms.damping, rows.damping)
+        retries = max(retries, atoms.retries, rows.retries)
     packed = join(planned.codec, tuple(target.shape), dictionary.parts, coefficients.parts)
     dense = product(packed)
     return Shrunk(packed, dense, damping, retries, relative_error(target, dense, gram.float()))
@@ -105,17 +105,22 @@ def _solve_factors(
     target: Tensor, gram: Tensor, factors: Factors, first: str, second: str, options: SolverOptions
 ) -> tuple[Solution, Solution]:
     """Codes of the dictionary and of the coefficients, in turns, each solved for the other as it is rounded; the best of
-    ROUNDS."""
+    ROUNDS. A solver without error feedback cannot make up for the mask: there the factors' own coefficients compete."""
     inner = codec_info(second).parts[0] if factors.mask is not None else second
     wanted, best = factors.dictionary, None
     for _ in range(ROUNDS):
         atoms = _solve(wanted, gram, first, options)
-        rows = _solve(*_for_atoms(target, atoms.decode(), gram), inner, options, factors.mask)
-        lost = relative_error(target, rows.decode() @ atoms.decode(), gram.float())
-        if best is not None and lost >= best[0]:
+        dense, seen = _for_atoms(target, atoms.decode(), gram)
+        tries = [dense] if isinstance(options, GptqOptions) or best is not None else [dense, factors.coefficients]
+        found = []
+        for coefficients in tries:
+            rows = _solve(coefficients, seen, inner, options, factors.mask)
+            found.append((relative_error(target, rows.decode() @ atoms.decode(), gram.float()), atoms, rows))
+        lost = min(found, key=lambda f: f[0])
+        if best is not None and lost[0] >= best[0]:
             break
-        best = (lost, atoms, rows)
-        wanted = _for_rows(target, rows.decode())
+        best = lost
+        wanted = _for_rows(target, best[2].decode())
     assert best is not None
     return best[1], best[2]
 

@@ -73,12 +73,11 @@ class Shipped:
     """A pruned or factorised tensor, which nothing tunes any more."""
 
     packed: Packed
-    values: Tensor
     report: Solved
 
     def dense(self) -> Tensor:
         """What an engine computes with: float32 [m, n]."""
-        return self.values
+        return decode(self.packed)
 
     def pack(self) -> Packed:
         """The bytes that ship."""
@@ -123,7 +122,7 @@ def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | Non
     gram = torch.eye(weight.shape[1]) if statistics is None else statistics.gram
     target = weight if statistics is None else _corrected(weight, statistics, planned.method)
     shrunk = (prune_tensor if planned.pattern is not None else factorize_tensor)(planned, target, gram)
-    return Shipped(shrunk.packed, shrunk.dense, _report(planned, shrunk, statistics))
+    return Shipped(shrunk.packed, _report(planned, shrunk, statistics))
 
 
 def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Statistics | None) -> Solved:

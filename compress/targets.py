@@ -153,12 +153,15 @@ def _pattern(value: Any) -> Any:
     if match is None:
         raise problem(f"expected a share between 0 and 1 of what goes, or n:m of what stays (2:4), got {value!r}")
     keep, of = int(match[1]), int(match[2])
-    if not 0 < keep < of or comb(of, keep) > MOST_COMBINATIONS:
-        raise problem(f"{value} keeps {keep} of every {of} columns; n:m needs 0 < n < m, with m up to 8 (5:10 at most)")
+    if not 0 < keep < of or of > WIDEST_GROUP or comb(of, keep) > MOST_COMBINATIONS:
+        raise problem(
+            f"{value} keeps {keep} of every {of} columns; n:m needs 0 < n < m <= {WIDEST_GROUP}, with no more than "
+            f"{MOST_COMBINATIONS} ways to choose (any n up to m = 8)"
+        )
     return Pattern.n_of_m(keep, of)
 
 
-MOST_COMBINATIONS = 256  # of kept columns in a group of n:m, so that a byte numbers them
+WIDEST_GROUP, MOST_COMBINATIONS = 16, 256  # of n:m, so that a byte numbers what is kept
 
 
 def _listed(value: Any) -> Any:

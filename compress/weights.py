@@ -40,22 +40,31 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Masked:
-    """A pruned matrix: values float32 [R, n], zero where mask (bool [R, n], True where a weight stays) is False."""
+    """A pruned matrix: values float32 [R, n], zero where mask (bool [R, n], True where a weight stays) is False.
+
+    damping: fraction of the mean diagonal that was added to the gram (0 when unused); retries: how often it had to be
+    raised.
+    """
 
     values: Tensor
     mask: Tensor
+    damping: float = 0.0
+    retries: int = 0
 
 
 @dataclass(frozen=True)
 class Factors:
     """A matrix [m, n] as coefficients [m, k] @ dictionary [k, n], both float32.
 
-    mask: bool [m, k], the coefficients that are stored; None when all are.
+    mask: bool [m, k], the coefficients that are stored; None when all are. damping: fraction of the mean diagonal that
+    was added to the gram (0 when unused); retries: how often it had to be raised.
     """
 
     dictionary: Tensor
     coefficients: Tensor
     mask: Tensor | None = None
+    damping: float = 0.0
+    retries: int = 0
 
     def dense(self) -> Tensor:
         return self.coefficients @ self.dictionary

@@ -16,8 +16,8 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class SolverOptions(BaseModel):
-    """Base of all option classes; `name` is the solver's name in YAML."""
+class MethodOptions(BaseModel):
+    """Base of all option classes; `name` is the method's name in YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     name: str
@@ -27,6 +27,18 @@ class SolverOptions(BaseModel):
         description="an expert's statistics are shrunk towards its block's pool as if the pool had seen "
         "this many tokens per input column",
     )
+
+
+class SolverOptions(MethodOptions):
+    """Base of the options of what chooses codes."""
+
+
+class ShrinkingOptions(MethodOptions):
+    """Base of the options of what leaves weights out: its target may make up for what came before."""
+
+    drift: float = Field(0.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
+    residual: float = Field(0.0, ge=0, le=1, description="how far to repair the residual stream, too")
+    drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
 
 
 class RtnOptions(SolverOptions):
@@ -89,17 +101,8 @@ class RecoverOptions(BaseModel):
     survey: int = Field(32, ge=1, description="windows on which the original's sensitivity is measured")
 
 
-class PrunerOptions(BaseModel):
-    """Base of the options of what chooses the weights that stay; `name` is the method's name in YAML."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    name: str
-    shrinkage: float = Field(
-        1.0, ge=0, description="as of the solvers: how far an expert's statistics lean on its block's pool"
-    )
-    drift: float = Field(0.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
-    residual: float = Field(0.0, ge=0, le=1, description="how far to repair the residual stream, too")
-    drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
+class PrunerOptions(ShrinkingOptions):
+    """Base of the options of what chooses the weights that stay."""
 
 
 class MagnitudeOptions(PrunerOptions):
@@ -126,18 +129,10 @@ class SparseGptOptions(PrunerOptions):
     residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
 
 
-class FactorizerOptions(BaseModel):
-    """Base of the options of what writes a matrix as a product of two; `name` is the method's name in YAML."""
+class FactorizerOptions(ShrinkingOptions):
+    """Base of the options of what writes a matrix as a product of two."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    name: str
-    shrinkage: float = Field(
-        1.0, ge=0, description="as of the solvers: how far an expert's statistics lean on its block's pool"
-    )
     damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
-    drift: float = Field(0.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
-    residual: float = Field(0.0, ge=0, le=1, description="how far to repair the residual stream, too")
-    drift_damping: float = Field(0.1, gt=0, description="ridge of that correction, as a fraction of the mean diagonal")
 
 
 class SvdOptions(FactorizerOptions):
@@ -150,6 +145,8 @@ class CompotOptions(FactorizerOptions):
     """An orthogonal dictionary and sparse coefficients, in turns (COMPOT)."""
 
     name: Literal["compot"] = "compot"
+    drift: float = Field(1.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
+    residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
     iterations: int = Field(20, ge=0, description="turns of thresholding and Procrustes")
     k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
     rounds: int = Field(5, ge=0, description="rounds of least squares on either side after the last thresholding")
@@ -160,6 +157,8 @@ class RocketOptions(FactorizerOptions):
     """Eigenvectors as the dictionary, coefficients by importance, then both solved again (ROCKET)."""
 
     name: Literal["rocket"] = "rocket"
+    drift: float = Field(1.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
+    residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
     k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
     exponent: float = Field(0.5, ge=0, description="weight of an atom's size in the original space (lambda)")
     reactivated: float = Field(0.005, ge=0, lt=1, description="share of coefficients chosen over the whole matrix")

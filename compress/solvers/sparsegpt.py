@@ -36,14 +36,15 @@ def prune(weight: Tensor, gram: Tensor, pattern: Pattern, options: SparseGptOpti
     cannot be factorised, ValueError when groups of an n:m pattern do not fill the row.
     """
     check_groups(weight.shape[1], pattern)
-    damped = of_size_one(damped_gram(gram, options.damping)[0])
+    damped, damping, retries = damped_gram(gram, options.damping)
+    damped = of_size_one(damped)
     upper, hessian = inverse_factor(damped).float(), damped.float()
     del damped
     dense = weight.T.contiguous()
     values, mask = _feedback(dense, upper, pattern, options.block)
     for _ in range(options.sweeps):
         sweep_kept(dense, values, mask, hessian, group=pattern.of or BLOCK, exchanges=int(options.exchange))
-    return Masked(values.T.contiguous(), mask.T.contiguous())
+    return Masked(values.T.contiguous(), mask.T.contiguous(), damping, retries)
 
 
 def _feedback(weight: Tensor, upper: Tensor, pattern: Pattern, block: int) -> tuple[Tensor, Tensor]:

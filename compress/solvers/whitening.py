@@ -17,10 +17,13 @@ from compress.weights import Factors
 
 @dataclass(frozen=True)
 class Whitened:
-    """target: float64 [m, n], the weight in the basis of white inputs; root: float64 [n, n], lower triangular."""
+    """target: float64 [m, n], the weight in the basis of white inputs; root: float64 [n, n], lower triangular; damping,
+    retries: what was added to the gram, as a fraction of its mean diagonal, and how often it had to be raised."""
 
     target: Tensor
     root: Tensor
+    damping: float
+    retries: int
 
     def unwhitened(self, dictionary: Tensor) -> Tensor:
         """Atoms [k, n] of the white basis in the basis of the weight: `dictionary root^-1`."""
@@ -29,7 +32,8 @@ class Whitened:
     def factors(self, dictionary: Tensor, coefficients: Tensor, mask: Tensor | None) -> Factors:
         """The factors that are stored, float32, of a dictionary [k, n] of the white basis and coefficients [m, k]."""
         dictionary, coefficients = balanced(self.unwhitened(dictionary), coefficients, mask)
-        return Factors(dictionary.float().contiguous(), coefficients.float().contiguous(), mask)
+        dictionary, coefficients = dictionary.float().contiguous(), coefficients.float().contiguous()
+        return Factors(dictionary, coefficients, mask, self.damping, self.retries)
 
 
 def whiten(weight: Tensor, gram: Tensor, damping: float) -> Whitened:
@@ -37,9 +41,9 @@ def whiten(weight: Tensor, gram: Tensor, damping: float) -> Whitened:
 
     Raises NumericalError when no damping makes the gram definite.
     """
-    damped = damped_gram(gram, damping)[0]
+    damped, damping, retries = damped_gram(gram, damping)
     root = torch.linalg.cholesky(damped / damped.diagonal().mean())
-    return Whitened(weight.double() @ root, root)
+    return Whitened(weight.double() @ root, root, damping, retries)
 
 
 def balanced(dictionary: Tensor, coefficients: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from compress.codecs.base import TINY
 from compress.models.base import ModelSpec
 from compress.structure.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 from compress.structure.scores import best
-from compress.structure.shapes import Reduction, candidates, plan_reduction
+from compress.structure.shapes import Reduction, candidates
 from compress.structure.survey import LayerScores
 from compress.structure.view import KeptLayer
 
@@ -22,9 +22,12 @@ def decide(
     drop: DropLayersOptions | None,
     experts: PruneExpertsOptions | None,
     structured: PruneStructuredOptions | None,
+    shapes: Sequence[Reduction] = (),
 ) -> tuple[Reduction, tuple[KeptLayer, ...]]:
-    """The shape that is left and what each of its layers keeps. scores: one a layer of `spec`, the original."""
-    reduction = plan_reduction(spec, drop, experts, structured)
+    """The shape that is left, one of `shapes`, and what each of its layers keeps. scores: one a layer of `spec`, the original;
+    shapes: some of the `candidates` of the steps, by default all."""
+    shapes = shapes or candidates(spec, drop, experts, structured)
+    reduction = shapes[0]  # all drop as many layers and experts
     influence = torch.tensor([s.influence for s in scores], dtype=torch.float64)
     layers = best(influence, spec.layers - reduction.dropped)
     chosen = [_experts(spec, n, scores[n], experts, reduction) for n in layers]
@@ -32,7 +35,6 @@ def decide(
         groups = tuple(range(spec.kv_heads))
         return reduction, tuple(KeptLayer(n, kept, groups) for n, kept in zip(layers, chosen, strict=True))
     left = [scores[n] for n in layers]
-    shapes = candidates(spec, drop, experts, structured)
     reduction = min(shapes, key=lambda shape: split_loss(left, chosen, shape))
     return reduction, tuple(
         KeptLayer(

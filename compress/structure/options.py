@@ -72,8 +72,8 @@ class PruneStructuredOptions(StructureOptions):
     multiple_of: int | None = Field(
         None,
         ge=1,
-        description="keep a multiple of so many channels; by default the largest power of two up to 256 and a "
-        "sixteenth of the width that divides it",
+        description="keep a multiple of so many channels; by default the largest power of two that divides "
+        "the width, up to 256 and a 64th of it, 8 at least",
     )
 
     @model_validator(mode="before")

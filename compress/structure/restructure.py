@@ -89,19 +89,21 @@ def restructure(
     ids: np.ndarray,
     scratch: Scratch,
     progress: Callable[[float], None] = lambda fraction: None,
+    *,
+    shapes: Sequence[Reduction] = (),
 ) -> Restructured:
     """Carry out all steps that are given, together.
 
     load(name) gives a tensor of `original`; ids: [windows, length], calibration text; scratch(name): activation files of
     the ids' shape, deleted when done. Everything is scored on the original in one pass; a second one repairs if any step
-    asks for it, with the largest damping asked for. Deterministic. Raises NumericalError for activations that
+    asks for it, with the largest damping asked for. shapes: what may be left, by default any of `candidates`. Deterministic. Raises NumericalError for activations that
     are not finite.
     """
     asked = [step for step in (drop, experts, structured) if step is not None]
     damping = max((step.damping for step in asked if step.repair), default=None)
     part = 1.0 if damping is None else 0.5
     scores = survey(original, load, ids, scratch, lambda fraction: progress(part * fraction))
-    reduction, kept = decide(original, scores, drop, experts, structured)
+    reduction, kept = decide(original, scores, drop, experts, structured, shapes)
     view = StructureView(kept, {}, original, reduced(original, reduction))
     tensors: dict[str, Tensor] = {}
     if experts is not None and experts.method == "merge":

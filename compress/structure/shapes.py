@@ -6,13 +6,16 @@ numbers; which heads, channels and experts those are is for the survey to say.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compress.models.base import ModelSpec, load_spec
 from compress.structure.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 
 MULTIPLE_AT_MOST = 256  # no format here has longer blocks
-MULTIPLES_AT_LEAST = 16  # steps in which a width shrinks, so that a ratio can be met
+MULTIPLES_AT_LEAST = 64  # steps in which a wide feed-forward shrinks, so that a ratio is met to a percent
+MULTIPLE_AT_LEAST = 8  # channels: rows of experts must be multiples of 16 bytes for grouped products
+BUDGET_SLACK = 0.005  # of the matrices: shapes that miss a ratio by no more are as good as each other
 HEADS_DIVIDE_WIDTH = ("llama",)  # transformers refuses other configurations, head_dim or not
 
 
@@ -28,23 +31,12 @@ class Reduction:
     shared_intermediate: int
 
 
-def plan_reduction(
-    spec: ModelSpec,
-    drop: DropLayersOptions | None = None,
-    experts: PruneExpertsOptions | None = None,
-    structured: PruneStructuredOptions | None = None,
-    kv_heads: int | None = None,
+def likeliest(
+    spec: ModelSpec, shapes: Sequence[Reduction], structured: PruneStructuredOptions | None = None
 ) -> Reduction:
-    """What is left of `spec` once all three steps, as far as given, are done.
-
-    kv_heads: how many key-value heads a ratio leaves, once scores have told, KeyError unless one of `candidates` does;
-    None: before that, about the ratio's share. Meaningful only where `reduction_problems` finds nothing.
-    """
-    shapes = candidates(spec, drop, experts, structured)
-    if kv_heads is not None:
-        return {shape.kv_heads: shape for shape in shapes}[kv_heads]
+    """The shape of `candidates` that a plan counts with before scores are known: heads go in proportion, if at all."""
     wanted = spec.kv_heads * (1.0 - ((structured.ratio if structured else None) or 0.0))
-    return min(shapes, key=lambda shape: abs(shape.kv_heads - wanted), default=_whole(spec, drop, experts))
+    return min(shapes, key=lambda shape: (abs(shape.kv_heads - wanted), -shape.kv_heads))
 
 
 def candidates(
@@ -56,8 +48,9 @@ def candidates(
     """Every shape that the steps may leave, fewest heads first; scores say which.
 
     More than one only where `structured` has a ratio: of the parameters of the matrices in the layers and experts that
-    the other steps leave. What a number of heads does not take of it, channels do. None where the ratio takes less
-    than one step, or more than there is.
+    the other steps leave. What a number of heads does not take of it, channels do, as far as their multiples allow; of
+    the shapes that come out, those within BUDGET_SLACK of the ratio, else the nearest, so that all have about the same size.
+    None where the ratio takes less than one step, or more than there is.
     """
     before = _whole(spec, drop, experts)
     if structured is None:
@@ -69,13 +62,21 @@ def candidates(
         group, ffn = _matrix_parameters(spec, before)
         budget = structured.ratio * (group * spec.kv_heads + ffn)
         shares = {n: (budget - group * (spec.kv_heads - n)) / ffn for n in range(1, spec.kv_heads + 1)}
-    most = min(1 - multiple_for(width, structured) / width for width in _widths(spec).values())
+    most = min(1 - multiple_for(width, structured) / width for width in widths_of(spec).values())
     shapes = (
         _narrowed(spec, before, n, share, structured)
         for n, share in shares.items()
         if n > 0 and _loads(spec, n) and -1e-9 < share < most + 1e-9
     )
-    return tuple(shape for shape in shapes if shape != before)
+    shapes = tuple(shape for shape in shapes if shape != before)
+    if structured.ratio is None or not shapes:
+        return shapes
+
+    def missed(shape: Reduction) -> float:
+        return abs(_share_gone(spec, before, shape) - structured.ratio)
+
+    near = tuple(shape for shape in shapes if missed(shape) <= BUDGET_SLACK)
+    return near or (min(shapes, key=lambda shape: (missed(shape), -shape.kv_heads)),)
 
 
 def reduced(spec: ModelSpec, reduction: Reduction) -> ModelSpec:
@@ -128,9 +129,9 @@ def channels_only(
     structured: PruneStructuredOptions,
 ) -> PruneStructuredOptions:
     """The step with the same budget, paid for by channels alone, for engines that take no other number of heads."""
-    if structured.ratio is None:
-        return structured
     group, ffn = _matrix_parameters(spec, _whole(spec, drop, experts))
+    if structured.ratio is None or ffn <= 0:
+        return structured
     share = min(structured.ratio * (group * spec.kv_heads + ffn) / ffn, 0.99)
     return structured.model_copy(update={"ratio": None, "heads": 0.0, "channels": share})
 
@@ -140,7 +141,8 @@ def multiple_for(width: int, structured: PruneStructuredOptions) -> int:
     if structured.multiple_of is not None:
         return structured.multiple_of
     multiple = 1
-    while 2 * multiple <= min(MULTIPLE_AT_MOST, width // MULTIPLES_AT_LEAST) and width % (2 * multiple) == 0:
+    most = max(MULTIPLE_AT_LEAST, min(MULTIPLE_AT_MOST, width // MULTIPLES_AT_LEAST))
+    while 2 * multiple <= most and width % (2 * multiple) == 0:
         multiple *= 2
     return multiple
 
@@ -167,11 +169,11 @@ def _narrowed(
     spec: ModelSpec, before: Reduction, kv_heads: int, share: float, structured: PruneStructuredOptions
 ) -> Reduction:
     """`before` with so many key-value heads and less by a share of all channels."""
-    widths = {name: _kept(width, share, structured) for name, width in _widths(spec).items()}
+    widths = {name: _kept(width, share, structured) for name, width in widths_of(spec).items()}
     return replace(before, kv_heads=kv_heads, **widths)
 
 
-def _widths(spec: ModelSpec) -> dict[str, int]:
+def widths_of(spec: ModelSpec) -> dict[str, int]:
     """The widths of the model's feed-forwards, by the fields of Reduction."""
     widths = {}
     if len(spec.sparse_layers) < spec.layers or not _has_own_expert_width(spec):
@@ -191,6 +193,21 @@ def _matrix_parameters(spec: ModelSpec, before: Reduction) -> tuple[int, int]:
     group = layers * spec.hidden_size * spec.head_dim * (2 * (spec.heads // spec.kv_heads) + 2)
     routed = before.experts * spec.moe_intermediate_size + spec.shared_intermediate_size
     return group, 3 * spec.hidden_size * ((layers - sparse) * spec.intermediate_size + sparse * routed)
+
+
+def _share_gone(spec: ModelSpec, before: Reduction, after: Reduction) -> float:
+    """Share of the matrices' parameters that goes from one shape to the other."""
+    left = []
+    for shape in (before, after):
+        widths = replace(
+            spec,
+            intermediate_size=shape.intermediate,
+            moe_intermediate_size=shape.moe_intermediate,
+            shared_intermediate_size=shape.shared_intermediate,
+        )
+        group, ffn = _matrix_parameters(widths, shape)
+        left.append(group * shape.kv_heads + ffn)
+    return 1 - left[1] / left[0]
 
 
 def _kept(width: int, share: float, structured: PruneStructuredOptions) -> int:
@@ -267,7 +284,7 @@ def _structured_problems(
     experts: PruneExpertsOptions | None,
     structured: PruneStructuredOptions,
 ) -> list[str]:
-    widths = _widths(spec).values()
+    widths = widths_of(spec).values()
     if structured.multiple_of is not None and structured.multiple_of > min(widths):
         return [
             f"prune_structured: a feed-forward of this model has {min(widths)} channels, fewer than multiple_of: "
@@ -276,7 +293,12 @@ def _structured_problems(
     if problems := _head_problems(spec, structured):
         return problems
     shapes = candidates(spec, drop, experts, structured)
-    narrowed = any(getattr(shape, name) < width for shape in shapes for name, width in _widths(spec).items())
+    if spec.sparse_layers and (odd := [s.moe_intermediate for s in shapes if s.moe_intermediate % MULTIPLE_AT_LEAST]):
+        return [
+            f"prune_structured: experts of {odd[0]} channels are left, and transformers multiplies those in multiples of "
+            f"{MULTIPLE_AT_LEAST} only; use another ratio, or multiple_of: {MULTIPLE_AT_LEAST}"
+        ]
+    narrowed = any(getattr(shape, name) < width for shape in shapes for name, width in widths_of(spec).items())
     if narrowed or (shapes and not structured.channels):
         return []
     asked = f"channels: {structured.channels or 0:g}" if structured.ratio is None else f"ratio: {structured.ratio:g}"

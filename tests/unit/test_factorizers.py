@@ -13,6 +13,7 @@ from torch import Tensor
 from compress.allocate import factor_bytes, factor_sizes
 from compress.errors import NumericalError
 from compress.solvers import compot, rocket, svd
+from compress.solvers.base import damped_gram
 from compress.solvers.compot import procrustes, threshold
 from compress.solvers.dictionary import alternate, solve_coefficients, solve_dictionary, squared_error, strongest
 from compress.solvers.options import FACTORIZERS, CompotOptions, FactorizerOptions, RocketOptions, SvdOptions
@@ -321,6 +322,25 @@ def test_units_do_not_matter(name: str) -> None:
     torch.testing.assert_close(_dense(name, weight, gram * 2.0**40, 14, 5), product, rtol=1e-5, atol=1e-7)
     for unit in (2.0**-60, 2.0**60):
         torch.testing.assert_close(_dense(name, weight * unit, gram, 14, 5) / unit, product, rtol=1e-5, atol=1e-7)
+
+
+@every_method
+def test_damping_that_had_to_be_raised_is_reported(name: str) -> None:
+    """Eight tokens for 32 columns: rounding leaves negative eigenvalues, which the damping must exceed."""
+    weight, gram = _randn(40, 32), _gram(32, tokens=8)
+    _, damping, retries = damped_gram(gram, 1e-12)
+    lowest = float(np.linalg.eigvalsh(gram.double().numpy())[0] / np.trace(gram.double().numpy()) * 32)
+    assert retries > 1 and damping / 10 < -lowest < damping
+    factors = _factorize(name, weight, gram, 12, 5, damping=1e-12)
+    assert (factors.damping, factors.retries) == (damping, retries)
+
+
+@every_method
+def test_a_healthy_gram_gets_the_damping_that_was_asked_for(name: str) -> None:
+    weight, gram = _randn(40, 32), _gram(32)
+    for damping in (0.01, 0.3):
+        factors = _factorize(name, weight, gram, 12, 5, damping=damping)
+        assert (factors.damping, factors.retries) == (damping, 0)
 
 
 def _degenerate() -> dict[str, tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.codecs import block_codec
 from compress.errors import NumericalError
 from compress.solvers import gptq, magnitude, sparsegpt, wanda
+from compress.solvers.base import damped_gram
 from compress.solvers.descent import _exchange
 from compress.solvers.masks import lowest
 from compress.solvers.options import GptqOptions, MagnitudeOptions, SparseGptOptions, WandaOptions
@@ -377,6 +378,33 @@ def test_scales_are_not_spent_on_what_goes() -> None:
     lean = codec.fit(lean, gram.diagonal()).scale
     torch.testing.assert_close(solution.grid.scale, lean, rtol=0.3, atol=0.0)
     assert (codec.fit(weight, gram.diagonal()).scale > 2 * lean).all()
+
+
+# -- the damping that was needed
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+def test_damping_that_had_to_be_raised_is_reported(pattern: Pattern) -> None:
+    """Eight tokens for 64 columns: rounding leaves negative eigenvalues, which the damping must exceed."""
+    weight, gram, codec = _randn(4, 64, seed=31), _gram(64, tokens=8, seed=32), block_codec("int4-g64", 64)
+    _, damping, retries = damped_gram(gram, 1e-12)
+    lowest_eigenvalue = float(torch.linalg.eigvalsh(gram.double())[0] / gram.double().diagonal().mean())
+    assert retries > 1 and damping / 10 < -lowest_eigenvalue < damping
+    options = SparseGptOptions(damping=1e-12)
+    masked = sparsegpt.prune(weight, gram, pattern, options)
+    together = sparsegpt.prune_and_quantize(weight, gram, codec, options, GptqOptions(), pattern)
+    for solved in (masked, together):
+        assert (solved.damping, solved.retries) == (damping, retries)
+
+
+def test_a_healthy_gram_gets_the_damping_that_was_asked_for() -> None:
+    weight, gram = _randn(4, 64, seed=31), _gram(64, seed=32)
+    for damping in (0.01, 0.3):
+        masked = sparsegpt.prune(weight, gram, HALF, SparseGptOptions(damping=damping))
+        assert (masked.damping, masked.retries) == (damping, 0)
+    for masked in (
+        magnitude.prune(weight, None, HALF, MagnitudeOptions()),
+        wanda.prune(weight, gram, HALF, WandaOptions()),
+    ):
+        assert (masked.damping, masked.retries) == (0.0, 0)
 
 
 # -- what cannot be done
