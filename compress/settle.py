@@ -127,6 +127,8 @@ def _shares(
         if step.allocation == "knapsack":  # the head's inputs come after all blocks: it takes its own share
             shares |= {t.name: 1 - ratio for t in group if t.name not in errors}
             group = [t for t in group if t.name in errors]
+            if not group:
+                continue
         shapes = [(t.spec.shape[0], t.spec.shape[1]) for t in group]
         if step.allocation == "knapsack":
             found = _packed_shares(group, shapes, errors, 1 - ratio)

@@ -37,6 +37,9 @@ CHAINS = {
     "rotate and prune": "[{rotate: {}}, {prune: {sparsity: 0.5}}]",
     "compot": "[{factorize: {solver: compot, ratio: 0.2}}]",
     "rocket": "[{factorize: {solver: rocket, ratio: 0.3, allocation: knapsack}}]",
+    "rocket with the head": "[{factorize: {solver: rocket, allocation: knapsack, ratio: 0.2, rules: [{targets: lm_head, ratio: 0.3}]}}]",
+    "prune the head by outliers": "[{prune: {allocation: outliers, rules: [{targets: lm_head, sparsity: 0.5}]}}]",
+    "dropped, then recovered": "[{drop_layers: {count: 1}}, {quantize: {scheme: W8A16}}, {recover: {end_to_end: 1, epochs: 1}}]",
     "svd": "[{factorize: {solver: svd, ratio: 0.4, allocation: uniform}}]",
     "compot and quantize": "[{factorize: {solver: compot, ratio: 0.3}}, {quantize: {scheme: W8A16G32}}]",
     "experts, then compot": "[{prune_experts: {}}, {factorize: {solver: compot, ratio: 0.2}}]",
@@ -100,7 +103,9 @@ def test_chain(chain: str, model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["{prune: {solver: wanda, sparsity: 0.5}}", "{factorize: {ratio: 0.3}}"])
 def test_dense_export_holds_the_same_values(step: str, model: Path, tmp_path: Path) -> None:
-    recipe = small("wanda-50", model, tmp_path / "out", f"steps=[{step}]", "export=[{container: safetensors}]", "name=chain")
+    recipe = small(
+        "wanda-50", model, tmp_path / "out", f"steps=[{step}]", "export=[{container: safetensors}]", "name=chain"
+    )
     card = run(recipe, keep_work=True)
     assert any("saves nothing in safetensors" in note for note in card.notes)
     stored = Checkpoint.open(tmp_path / "out" / "chain-safetensors")

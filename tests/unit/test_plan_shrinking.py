@@ -16,8 +16,18 @@ from compress.report.plan_table import plan_table
 from compress.weights import Pattern
 from tests.unit.test_plan import LARGE, SMALL, folder, plan_of
 
-DENSE = {**{k: v for k, v in SMALL.items() if "expert" not in k}, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-QWEN2 = {**DENSE, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "head_dim": None, "num_attention_heads": 8}
+DENSE = {
+    **{k: v for k, v in SMALL.items() if "expert" not in k},
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+}
+QWEN2 = {
+    **DENSE,
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "head_dim": None,
+    "num_attention_heads": 8,
+}
 
 
 def planned(model: Path, steps: str, containers: str = "compress", **more: str) -> Plan:
@@ -53,7 +63,9 @@ def test_masks_and_values_are_counted(tmp_path: Path) -> None:
     assert bytes_of(mixed, "attention.k") * 8 == k * (0.875 + 8)
     assert bytes_of(mixed, "attention.v") * 8 == k * (1 + 12)
     assert bytes_of(mixed, "attention.o") * 8 == q * 16
-    assert bytes_of(mixed, "lm_head") == bytes_of(half, "lm_head") == 1000 * 512 * 2, "heads are left alone unless named"
+    assert bytes_of(mixed, "lm_head") == bytes_of(half, "lm_head") == 1000 * 512 * 2, (
+        "heads are left alone unless named"
+    )
     coded = planned(model, "[{prune: {sparsity: 0.5}}, {quantize: {scheme: W4A16}}]")
     assert bytes_of(coded, "attention.q") * 8 == q * (1 + 2 + 16 / 128)
 
@@ -146,6 +158,18 @@ def test_experts_ranked_by_one_source(tmp_path: Path) -> None:
         ("[{prune_structured: {}}, {rotate: {}}]", "gguf", "write them as rotate, prune_structured"),
         ("[{drop_layers: {count: 3}}]", "gguf", "keep at least one"),
         ("[{prune_experts: {ratio: 0.8}}]", "gguf", "experts"),
+        ("[{prune: {sparsity: 2:4, allocation: outliers}}]", "compress", "2:4 is fixed"),
+        ("[{prune: {sparsity: 0.5, spread: 0.2}}]", "compress", "spread goes with allocation: outliers"),
+        ("[{factorize: {ratio: 0.2}}, {quantize: {scheme: W8A8}}]", "compress", "inputs of factors are not rounded"),
+        (
+            "[{factorize: {ratio: 0.8}}]",
+            "compress",
+            "keeps 0.2 of the bytes, allocation: pooled gives a matrix 0.3 to 1",
+        ),
+        ("[{factorize: {ratio: 0.1, high: 0.8}}]", "compress", "0.3 to 0.8; change the ratio, low or high"),
+        ("[{factorize: {ratio: 0.75, allocation: knapsack}}]", "compress", "0.3 or more"),
+        ("[{factorize: {ratio: 0.2, allocation: uniform, low: 0.5}}]", "compress", "guards of allocation: pooled"),
+        ("[{prune_structured: {ratio: 0.25, multiple_of: 1}}]", "safetensors", "in multiples of 8 only"),
         (
             "[{prune: {sparsity: 0.5}}, {quantize: {rules: [{targets: attention, codec: int4-g128, incoherence: true}]}}]",
             "compress",
@@ -153,7 +177,9 @@ def test_experts_ranked_by_one_source(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_chains_that_cannot_work_are_refused_before_any_work(steps: str, container: str, words: str, tmp_path: Path) -> None:
+def test_chains_that_cannot_work_are_refused_before_any_work(
+    steps: str, container: str, words: str, tmp_path: Path
+) -> None:
     assert words in problems(folder(tmp_path / "m"), steps, container)
 
 
@@ -168,7 +194,10 @@ def test_llama_cpp_ties_heads_of_qwen2_to_the_width(tmp_path: Path) -> None:
     assert plan.spec.heads == plan.original.heads
     assert any("heads stay" in line for line in plan.warnings)
     free = planned(model, "[{prune_structured: {ratio: 0.25}}]", "safetensors")
-    blocks = [sum(t.spec.parameters for t in p.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None) for p in (plan, free)]
+    blocks = [
+        sum(t.spec.parameters for t in p.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None)
+        for p in (plan, free)
+    ]
     whole = sum(t.parameters for t in plan.original.tensors() if len(t.shape) == 2 and t.layer is not None)
     assert blocks[0] == pytest.approx(0.75 * whole, rel=0.03), "channels go by 64 of 1,024"
     assert blocks[1] == pytest.approx(0.75 * whole, rel=0.03)
@@ -181,6 +210,11 @@ def test_llama_cpp_ties_heads_of_qwen2_to_the_width(tmp_path: Path) -> None:
         ("steps=[{factorize: {solver: svd}}]", "give it at least a ratio or rules"),
         ("steps=[{prune: {sparsity: 1.5}}]", "expected a share between 0 and 1"),
         ("steps=[{prune: {sparsity: 4:4}}]", "0 < n < m"),
+        ("steps=[{prune: {sparsity: 95:96}}]", "0 < n < m <= 16"),
+        ("steps=[{prune: {sparsity: 8:16}}]", "256 ways to choose"),
+        ("steps=[{prune: 0.5}]", "expected a mapping"),
+        ("steps=[{factorize: true}]", "expected a mapping"),
+        ("steps=[{factorize: {ratio: 0.2, low: 0}}]", "must be more than 0"),
         ("steps=[{prune: {sparsity: 0.5, solver: sparsgpt}}]", "nearest: sparsegpt"),
         ("steps=[{prune: {sparsity: 0.5, solver: {name: wanda, sweeps: 2}}}]", "unknown key 'sweeps'"),
         ("steps=[{quantize: {rules: [{targets: attention, codec: sparse-bf16}]}}]", "name bf16 and the step"),
@@ -201,6 +235,32 @@ def test_a_survey_settles_sizes_and_the_sum_stays(tmp_path: Path) -> None:
     settled = plan.settled(patterns, {})
     assert settled.by_name[names[0]].pattern == patterns[names[0]]
     assert settled.bytes != plan.bytes and settled.by_name[names[-1]] == plan.by_name[names[-1]]
+
+
+def test_one_line_for_what_many_tensors_share(tmp_path: Path) -> None:
+    """With the name that the recipe gave, not llama.cpp's fallbacks."""
+    text = problems(
+        folder(tmp_path / "m", hidden_size=480), "[{prune: {sparsity: 0.5}}, {quantize: {scheme: Q4_K_S}}]", "gguf"
+    )
+    assert all(line.startswith("prune: ") for line in text.splitlines()) and "q5_0" not in text
+    assert len(text.splitlines()) <= 3
+
+
+def test_only_shapes_that_can_be_stored_are_left_to_the_survey(tmp_path: Path) -> None:
+    """Channels in groups of 64 for int4-g64: 240 of 256 would not divide, 192 do."""
+    dense = {**DENSE, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "intermediate_size": 1024}
+    model = folder(tmp_path / "m", dense, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    whole = planned(model, "[{prune_structured: {ratio: 0.25}}]")
+    coded = planned(
+        model,
+        "[{prune_structured: {ratio: 0.25, multiple_of: 8}}, {quantize: {rules: [{targets: mlp, codec: int4-row}]}}]",
+    )
+    assert set(coded.shapes) and len(whole.shapes) >= 1
+    grouped = (
+        "[{prune_structured: {ratio: 0.25, multiple_of: 16}}, {quantize: {rules: [{targets: mlp, codec: int4-g32}]}}]"
+    )
+    for shape in planned(model, grouped).shapes:
+        assert shape.intermediate % 32 == 0
 
 
 def test_recipes_round_trip(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -18,7 +19,15 @@ from compress.runtime.factored import FactoredLinear
 from compress.shrink import factorize_tensor, product, prune_tensor
 from compress.solve import decode, solve_tensor
 from compress.solvers import compot, rtn
-from compress.solvers.options import CompotOptions, GptqOptions, RtnOptions, SparseGptOptions, SvdOptions, WandaOptions
+from compress.solvers.options import (
+    CompotOptions,
+    GptqOptions,
+    RocketOptions,
+    RtnOptions,
+    SparseGptOptions,
+    SvdOptions,
+    WandaOptions,
+)
 from compress.statistics import Statistics
 from compress.weights import Pattern
 
@@ -43,7 +52,9 @@ def loss(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
     return float(((gap @ gram) * gap).sum() / ((weight.double() @ gram) * weight.double()).sum())
 
 
-def prune(values: str, pattern: Pattern, options: object, solver: object = None, joint: bool = True, kinds=("compress",)):
+def prune(
+    values: str, pattern: Pattern, options: object, solver: object = None, joint: bool = True, kinds=("compress",)
+):
     line = replace(planned(values, solver), pruner=options, joint=joint)  # type: ignore[arg-type]
     return pruned(line, pattern, kinds)
 
@@ -82,6 +93,42 @@ def test_codes_that_make_up_for_a_mask_beat_codes_of_what_it_left() -> None:
                 for joint in (True, False)
             ]
             assert both[0] < both[1]
+
+
+@pytest.mark.parametrize("options", [SparseGptOptions(), WandaOptions()], ids=lambda o: o.name)
+def test_plain_rounding_rounds_what_the_pruner_left(options: object) -> None:
+    """It cannot make up for a mask, so that it must not undo what the pruner did: rounding adds little to its loss."""
+    weight, gram = problem()
+    floats = prune_tensor(prune("f32", Pattern(0.5), options), weight, gram).error
+    rounded = prune_tensor(prune("int8-g64", Pattern(0.5), options, RtnOptions()), weight, gram).error
+    assert floats < rounded < 1.02 * floats
+
+
+def test_rounded_factors_are_no_worse_than_their_own_coefficients_rounded() -> None:
+    weight, gram = problem()
+    for factorizer in (CompotOptions(), RocketOptions()):
+        line = factorize("int8-g64", factorizer, 0.8, RtnOptions())
+        module = import_module(f"compress.solvers.{factorizer.name}")
+        factors = module.factorize(weight, gram, *line.factors, factorizer)
+        atoms = rtn.solve(factors.dictionary, gram, block_codec("int8-g64", N), RtnOptions()).decode()
+        seen = atoms @ gram @ atoms.T
+        rows = rtn.solve(
+            factors.coefficients, seen, block_codec("int8-row", line.factors[0]), RtnOptions(), mask=factors.mask
+        )
+        plain = loss(weight, rows.decode() @ atoms, gram)
+        assert factorize_tensor(line, weight, gram).error <= 1.001 * plain
+
+
+def test_raised_damping_is_told() -> None:
+    weight, _ = problem()
+    x = torch.randn(8, N, generator=torch.Generator().manual_seed(3))
+    gram = x.T @ x / 8
+    for line, run in (
+        (prune("f32", Pattern(0.5), SparseGptOptions(damping=1e-16)), prune_tensor),
+        (factorize("f32", CompotOptions(damping=1e-16), 0.7), factorize_tensor),
+    ):
+        shrunk = run(line, weight, gram)
+        assert shrunk.retries > 0 and shrunk.damping > 1e-16
 
 
 @pytest.mark.parametrize("options", [SvdOptions(), CompotOptions()], ids=lambda o: o.name)
