@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.allocate import KNAPSACK_SHARES
 from compress.checkpoint import Checkpoint
 from compress.errors import OutputError
 from compress.footprint import BATCH_TOKENS
@@ -141,10 +142,16 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
     return Rehearsal(
         forward=clock["text"]
         + sum(settings.samples * (b.window + _survey_passes(plan) * settings.length * b.token) + b.load for b in blocks),
-        solve=outer + sum(b.solve + _recovery_windows(plan) * b.epoch for b in blocks),
+        solve=outer + sum(_solves(plan) * b.solve + _recovery_windows(plan) * b.epoch for b in blocks),
         write=store + artifacts * (store + check),
         score=score,
     )
+
+
+def _solves(plan: Plan) -> int:
+    """How often a block is solved: a knapsack first tries every share."""
+    factorize = plan.recipe.step("factorize")
+    return 1 + (len(KNAPSACK_SHARES) if factorize is not None and factorize.allocation == "knapsack" else 0)
 
 
 def _survey_passes(plan: Plan) -> int:
