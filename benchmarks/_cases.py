@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,18 @@ def measure(case: Case, samples: int, suite: Path, folder: Path) -> Row:
         seconds,
         output / artifact["path"],
     )
+
+
+def median_ratio(call: Callable[[], object], reference: Callable[[], object], rounds: int = 15) -> float:
+    """Time of a call over that of another; both take turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for function, own in zip((call, reference), times, strict=True):
+            started = time.perf_counter()
+            function()
+            if number:
+                own.append(time.perf_counter() - started)
+    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def arguments(description: str) -> ArgumentParser:

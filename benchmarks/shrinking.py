@@ -11,12 +11,10 @@ turns, in bfloat16; GGUF files in llama.cpp against the original as a bfloat16 G
 from __future__ import annotations
 
 import re
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from _cases import ROOT, Case, Row, arguments, measure, scratch_suite
+from _cases import ROOT, Case, Row, arguments, measure, median_ratio, scratch_suite
 
 ORIGINAL = ROOT / "models" / "tiny-qwen3-moe"
 HALF, TWO_FOUR, FOUR_EIGHT = "50 % of the weights, 16-bit values", "2:4, 16-bit values", "4:8, 16-bit values"
@@ -108,18 +106,6 @@ CASES = (
     Case(PLAIN, "int4-g128", "sparsegpt-50", (quantized("int4-g128"),)),
     Case(PLAIN, "compot-20-int4", "compot-20-int4"),
 )  # fmt: skip
-
-
-def median_ratio(call: Callable[[], object], reference: Callable[[], object], rounds: int = 15) -> float:
-    """Time of a call over that of another; both take turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        for function, own in zip((call, reference), times, strict=True):
-            started = time.perf_counter()
-            function()
-            if number:
-                own.append(time.perf_counter() - started)
-    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def decode_ratio(artifact: Path, dense: Callable[[], Path]) -> float:

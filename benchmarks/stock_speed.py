@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from _cases import ROOT
+from _cases import ROOT, median_ratio
 
 from compress.scoring.llama_cpp import LlamaCpp
 
@@ -60,18 +57,6 @@ def compress(recipe: str, model: Path, output: Path, *sets: str) -> Path:
     return output
 
 
-def ratio(call: Callable[[], object], reference: Callable[[], object], rounds: int = 9) -> float:
-    """Median time of a call over that of another, in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        for function, own in zip((call, reference), times, strict=True):
-            started = time.perf_counter()
-            function()
-            if number:
-                own.append(time.perf_counter() - started)
-    return statistics.median(times[0]) / statistics.median(times[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=1024)
@@ -99,10 +84,10 @@ def main() -> None:
             with torch.inference_mode():
                 for length in (PROMPT, 1):
                     ids = torch.randint(0, 4000, (1, length))
-                    seconds.append(ratio(*(lambda m=m, ids=ids: m(ids, use_cache=False) for m in loaded)))
+                    seconds.append(median_ratio(*(lambda m=m, ids=ids: m(ids, use_cache=False) for m in loaded)))
             with LlamaCpp(small / "small.gguf") as one, LlamaCpp(plain / "plain.gguf") as other:
                 seconds.append(
-                    ratio(*(lambda m=m: m.generate("The city of London", 24) for m in (one, other)), rounds=5)
+                    median_ratio(*(lambda m=m: m.generate("The city of London", 24) for m in (one, other)), rounds=5)
                 )
             cells = " | ".join(f"{s:.2f}x" for s in seconds)
             print(f"| {recipe} | {kind} | {sizes[0] / sizes[1]:.2f}x | {cells} |", flush=True)
