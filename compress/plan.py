@@ -203,6 +203,7 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
             "containers": [e.container for e in self.recipe.export],
+            "file_bytes": {e.container: footprint.file_bytes(self, e.container) for e in self.recipe.export},
             "warnings": list(self.warnings),
             "savings": [{**asdict(line), "nothing": line.nothing} for line in self.savings],
             "tensors": [

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.codecs.names import CONTAINERS, codec_info
+from compress.footprint import file_bytes
 from compress.report.table import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
     table.add_row("steps", ", ".join(step.kind for step in plan.recipe.steps) or "none: a conversion")
     for export in plan.recipe.export:
         engines = CONTAINERS[export.container].engines
-        table.add_row("artifact", f"{export.container}, in {plan.recipe.output}; runs in {engines}")
+        size = human_bytes(file_bytes(plan, export.container))
+        table.add_row("artifact", f"{export.container}, {size}, in {plan.recipe.output}; runs in {engines}")
     if plan.needs_calibration:
         c = plan.recipe.calibration
         table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.dataset}")

@@ -17,6 +17,7 @@ import torch
 from compress.checkpoint import Checkpoint
 from compress.containers import gguf as gguf_container
 from compress.errors import PlanError
+from compress.footprint import file_bytes
 from compress.plan import make_plan
 from compress.recipe import Recipe, bundled_recipes
 from compress.report.scorecard import read
@@ -86,12 +87,20 @@ def test_recipe_on_the_demo_model(name: str, demo: Path, demo_of_two: Path, tmp_
     recipe = small(name, demo, tmp_path / "out", *cheap(name))
     if [export.container for export in recipe.export] == ["gguf"]:
         prove_gguf(recipe, demo, tmp_path)
+        size = (tmp_path / "out" / f"{name}.gguf").stat().st_size
+        assert size == pytest.approx(file_bytes(make_plan(recipe), "gguf"), rel=0.01)
         return
     card = carry_out(recipe)
     assert card.gate.passed
     names = [f"{name}.gguf" if e.container == "gguf" else f"{name}-{e.container}" for e in recipe.export]
     assert final_names(tmp_path / "out") == {*names, "scorecard.json", "recipe.json"}
     assert [artifact.path for artifact in card.artifacts] == names
+    plan = make_plan(recipe)
+    for artifact in card.artifacts:
+        if artifact.container in ("compress", "safetensors", "gguf"):
+            path = tmp_path / "out" / artifact.path
+            size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors")))
+            assert size == pytest.approx(file_bytes(plan, artifact.container), rel=0.01)
     limit = {"int8": 12, "rota": 16}.get(name[:4], 8)  # float embeddings are a fifth of this cut model, or two
     if any(step in text for step in ("prune", "factorize", "drop_layers")) and "quantize" not in text:
         limit = 15
