@@ -77,7 +77,9 @@ def pruning(weight: torch.Tensor, gram: torch.Tensor, rounds: int = 3) -> None:
                 seconds[name].append(time.monotonic() - started)
     best = {name: min(times) for name, times in seconds.items()}
     for name in list(calls)[1:]:
-        print(f"{name}, {len(weight)} x {weight.shape[1]}: {best[name]:.2f} s, {best[name] / best['gptq int4-g128']:.2f} of GPTQ's")
+        print(
+            f"{name}, {len(weight)} x {weight.shape[1]}: {best[name]:.2f} s, {best[name] / best['gptq int4-g128']:.2f} of GPTQ's"
+        )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def peak_memory_bytes(plan: Plan) -> int:
         (t.spec.parameters for t in plan.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None), default=0
     )
     solve = widest * 4 * 12
-    if plan.structural:  # the original's blocks are surveyed whole; two streams and new values beside each while it is repaired
+    if plan.structural:  # the original's blocks are surveyed whole, and repaired with new values beside them
         whole = [sum(t.parameters for t in plan.turned.block_tensors(n)) * 4 for n in range(plan.turned.layers)]
         blocks.append(max(whole) * 3 // 2)
     batch = BATCH_TOKENS * 4 * (6 * spec.hidden_size + 4 * max(spec.intermediate_size, spec.moe_intermediate_size))
@@ -119,7 +119,9 @@ def _parts(planned: PlannedTensor, container: str) -> int:
     """Tensors of the file that a tensor becomes."""
     if container == "safetensors":
         return 1
-    codecs = [codec_info(c) for c in codec_info(planned.codec).parts] if planned.factors else [codec_info(planned.codec)]
+    codecs = (
+        [codec_info(c) for c in codec_info(planned.codec).parts] if planned.factors else [codec_info(planned.codec)]
+    )
     each = [(1 if not c.bits else 2 if c.symmetric else 3) + (c.kind == "sparse") for c in codecs]
     return sum(each) + (2 if planned.incoherence else 0)
 

@@ -91,7 +91,9 @@ def prune_problems(prune: Prune | None) -> list[str]:
     problems = []
     grouped = [p for p in (prune.sparsity, *(rule.sparsity for rule in prune.rules)) if p is not None and p.of]
     if prune.allocation == "outliers" and grouped:
-        problems.append(f"prune: allocation: outliers moves shares, and {grouped[0]} is fixed; give shares or drop allocation")
+        problems.append(
+            f"prune: allocation: outliers moves shares, and {grouped[0]} is fixed; give shares or drop allocation"
+        )
     if prune.allocation == "uniform" and prune.spread != Prune.model_fields["spread"].default:
         problems.append("prune: spread goes with allocation: outliers")
     return problems
@@ -106,7 +108,9 @@ def factorize_problems(factorize: Factorize | None) -> list[str]:
     if not guarded and (factorize.low, factorize.high) != (fields["low"].default, fields["high"].default):
         problems.append("factorize: low and high are guards of allocation: pooled")
     least = {"pooled": factorize.low, "knapsack": min(KNAPSACK_SHARES)}.get(factorize.allocation, 0.0)
-    for ratio in dict.fromkeys(r for r in (factorize.ratio, *(rule.ratio for rule in factorize.rules)) if r is not None):
+    for ratio in dict.fromkeys(
+        r for r in (factorize.ratio, *(rule.ratio for rule in factorize.rules)) if r is not None
+    ):
         if 1 - ratio < least - 1e-9 or (guarded and 1 - ratio > factorize.high):
             bounds = f"{least:g} to {factorize.high:g}" if guarded else f"{least:g} or more"
             problems.append(
@@ -160,7 +164,9 @@ def shrinking_problems(planned: PlannedTensor) -> list[str]:
     step = "prune" if planned.pruner is not None else "factorize"
     problems = []
     if role == "embeddings":
-        problems.append(f"{step}: embeddings are looked up and have no inputs to weigh them by; take them off the targets")
+        problems.append(
+            f"{step}: embeddings are looked up and have no inputs to weigh them by; take them off the targets"
+        )
     if codec_info(values).kind not in SPARSE_VALUES:
         problems.append(
             f"{step}: {planned.wanted or values} goes with neither masks nor factors; use an intN codec or a float, or "

@@ -34,6 +34,8 @@ from compress.transforms.options import RotateOptions, TransformOptions
 from compress.weights import Pattern
 
 MATCHING = ("quantize", "prune", "factorize")  # steps whose rules decide tensor by tensor
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything a run will do, before it does anything.
@@ -268,7 +270,9 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     stamp = tuple(
         sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
     )
-    return Plan(recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp, savings, shapes)
+    return Plan(
+        recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp, savings, shapes
+    )
 
 
 def _shape(
@@ -329,7 +333,9 @@ def _plan_tensors(
     matchers = {kind: step.matcher(spec) for kind in MATCHING if (step := recipe.step(kind)) is not None}
     tensors, problems = [], []
     for tensor in spec.tensors():
-        found = {kind: (recipe.step(kind), rule) for kind, m in matchers.items() if (rule := m.match(tensor)) is not None}
+        found = {
+            kind: (recipe.step(kind), rule) for kind, m in matchers.items() if (rule := m.match(tensor)) is not None
+        }
         codec = found["quantize"][1].codec if "quantize" in found else _unmatched(tensor, checkpoint, own, kinds)
         planned = planned_tensor(spec, tensor, codec, Rules(**found), kinds)
         if "prune" in found and "factorize" in found:

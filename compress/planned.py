@@ -91,7 +91,9 @@ class Rules:
     factorize: tuple[Factorize, FactorizeRule] | None = None
 
 
-def planned_tensor(spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, kinds: Collection[str]) -> PlannedTensor:
+def planned_tensor(
+    spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, kinds: Collection[str]
+) -> PlannedTensor:
     """What becomes of one tensor, its bytes still to be counted. codec: of its numbers; kinds: the containers."""
     if len(tensor.shape) == 1 and "gguf" in kinds:
         codec = "f32"  # llama.cpp's norms and biases are float32

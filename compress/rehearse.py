@@ -112,7 +112,12 @@ def rehearse(plan: Plan) -> Rehearsal:
 
 
 def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal:
-    spec, settings, clock, load = plan.spec, plan.recipe.calibration, _Clock(), stand_in(plan, working_model(plan, checkpoint))
+    spec, settings, clock, load = (
+        plan.spec,
+        plan.recipe.calibration,
+        _Clock(),
+        stand_in(plan, working_model(plan, checkpoint)),
+    )
     torch.ones(512, 512) @ torch.ones(512, 512)  # the first product of a process starts its threads
     with clock("text"):
         tokenizer = load_tokenizer(plan.source)
@@ -141,7 +146,9 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
         score = artifacts * _score(spec, load_suite(plan.recipe.score.suite), tokenizer, blocks)
     return Rehearsal(
         forward=clock["text"]
-        + sum(settings.samples * (b.window + _survey_passes(plan) * settings.length * b.token) + b.load for b in blocks),
+        + sum(
+            settings.samples * (b.window + _survey_passes(plan) * settings.length * b.token) + b.load for b in blocks
+        ),
         solve=outer + sum(_solves(plan) * b.solve + _recovery_windows(plan) * b.epoch for b in blocks),
         write=store + artifacts * (store + check),
         score=score,
@@ -187,7 +194,9 @@ def _recovery_windows(plan: Plan) -> int:
 
 def _kind(plan: Plan, layer: int) -> Any:
     """What makes two blocks take the same time: shapes, codecs and solvers of all their tensors."""
-    facts = Counter((t.spec.role, t.spec.shape, t.codec, t.solver, t.pruner, t.factorizer, t.incoherence) for t in plan.block(layer))
+    facts = Counter(
+        (t.spec.role, t.spec.shape, t.codec, t.solver, t.pruner, t.factorizer, t.incoherence) for t in plan.block(layer)
+    )
     return frozenset(facts.items())
 
 

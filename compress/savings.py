@@ -74,8 +74,12 @@ def shrinking(tensors: Iterable[PlannedTensor], containers: Iterable[str], own: 
         for container in containers if chosen else ():
             before = sum(container_bytes(container, t.plain, own) for t in chosen)
             after = sum(container_bytes(container, t, own) for t in chosen)
-            starts = sum(START_BYTES * (t.spec.shape[0] + 1) for t in chosen if container == "compress" and _has_mask(t))
-            note = DENSE_WHY.get(container, "a mask takes as many bits as what goes") if after >= before else _how(chosen)
+            starts = sum(
+                START_BYTES * (t.spec.shape[0] + 1) for t in chosen if container == "compress" and _has_mask(t)
+            )
+            note = (
+                DENSE_WHY.get(container, "a mask takes as many bits as what goes") if after >= before else _how(chosen)
+            )
             if after >= before and container == "compress" and not any(_has_mask(t) for t in chosen):
                 note = "another container of this recipe has no masks, so zeros are stored like other weights in all of them"
             lines.append(Saving(step, container, before, after, after + starts, CONTAINERS[container].engines, note))
@@ -85,7 +89,9 @@ def shrinking(tensors: Iterable[PlannedTensor], containers: Iterable[str], own: 
 def _has_mask(planned: PlannedTensor) -> bool:
     """Whether masks are stored, which an engine also keeps the starts of rows for."""
     info = codec_info(planned.codec)
-    return info.kind == "sparse" or any(codec_info(part).kind == "sparse" for part in info.parts if info.kind == "factors")
+    return info.kind == "sparse" or any(
+        codec_info(part).kind == "sparse" for part in info.parts if info.kind == "factors"
+    )
 
 
 def _how(tensors: list[PlannedTensor]) -> str:

@@ -33,7 +33,9 @@ STRUCTURE, SPARSITY, FACTORS = "structure", "sparsity", "factors"
 MOST_SPARSE = 0.95
 
 
-def settle(plan: Plan, checkpoint: Checkpoint, journal: Journal, ids: np.ndarray | None, reporter: Reporter) -> tuple[Plan, Loader]:
+def settle(
+    plan: Plan, checkpoint: Checkpoint, journal: Journal, ids: np.ndarray | None, reporter: Reporter
+) -> tuple[Plan, Loader]:
     """The plan with nothing left open, and the model it is carried out on.
 
     ids: calibration windows [windows, length] where the plan needs some. Raises NumericalError for activations that are
@@ -150,7 +152,10 @@ def _packed_shares(
     group: list[PlannedTensor], shapes: list[tuple[int, int]], errors: Mapping[str, list[float]], share: float
 ) -> list[float]:
     """Choices of least total error within the budget; the last choice of each matrix is to stay dense."""
-    sizes = [[_bytes_at(t, shape, s) for s in KNAPSACK_SHARES] + [2 * shape[0] * shape[1]] for t, shape in zip(group, shapes, strict=True)]
+    sizes = [
+        [_bytes_at(t, shape, s) for s in KNAPSACK_SHARES] + [2 * shape[0] * shape[1]]
+        for t, shape in zip(group, shapes, strict=True)
+    ]
     budget = int(share * sum(2 * m * n for m, n in shapes))
     try:
         picked = knapsack([[*errors[t.name], 0.0] for t in group], sizes, budget)
@@ -221,7 +226,9 @@ def _state_file(journal: Journal) -> Path:
 def _save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping) -> None:
     from safetensors.torch import save
 
-    write_synced(path, save({name: t.contiguous() for name, t in tensors.items()}, metadata={"facts": json.dumps(facts)}))
+    write_synced(
+        path, save({name: t.contiguous() for name, t in tensors.items()}, metadata={"facts": json.dumps(facts)})
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -94,9 +94,7 @@ def product(packed: Packed) -> Tensor:
     return coefficients @ dictionary
 
 
-def _solve(
-    weight: Tensor, gram: Tensor, codec: str, options: SolverOptions, mask: Tensor | None = None
-) -> Solution:
+def _solve(weight: Tensor, gram: Tensor, codec: str, options: SolverOptions, mask: Tensor | None = None) -> Solution:
     module = import_module(f"compress.solvers.{options.name}")
     return module.solve(weight, gram, block_codec(codec, weight.shape[1]), options, mask=mask)
 
@@ -143,7 +141,9 @@ def _for_rows(target: Tensor, coefficients: Tensor) -> Tensor:
 def _as_floats(name: str, codec: str, values: Tensor) -> Packed:
     packed = get_codec(codec).encode(values)
     if not torch.isfinite(packed.parts["values"]).all():
-        raise CheckpointError(f"{name} has values up to {float(values.abs().max()):.3g}, too large for {codec}; use bf16")
+        raise CheckpointError(
+            f"{name} has values up to {float(values.abs().max()):.3g}, too large for {codec}; use bf16"
+        )
     return packed
 
 

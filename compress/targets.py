@@ -89,7 +89,9 @@ def check_codec(codec: str) -> str:
     if info.fallback_only:
         raise problem(f"{info.name} exists only as llama.cpp's fallback for rows that do not divide by 256")
     if info.derived:
-        raise problem(f"{info.name} is what a prune or factorize step makes of a codec; name {info.parts[-1]} and the step")
+        raise problem(
+            f"{info.name} is what a prune or factorize step makes of a codec; name {info.parts[-1]} and the step"
+        )
     return info.name
 
 

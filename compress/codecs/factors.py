@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def join(codec: str, shape: tuple[int, ...], dictionary: Mapping[str, Tensor], coefficients: Mapping[str, Tensor]) -> Packed:
+def join(
+    codec: str, shape: tuple[int, ...], dictionary: Mapping[str, Tensor], coefficients: Mapping[str, Tensor]
+) -> Packed:
     """One tensor from the parts of its two."""
     parts = {f"dictionary.{part}": value for part, value in dictionary.items()}
     return Packed(codec, shape, parts | {f"coefficients.{part}": value for part, value in coefficients.items()})

@@ -92,7 +92,9 @@ def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
         if len(tensor.shape) != 2 or tensor.role == "router":
             raise OutputError(f"{tensor.name}: container compress keeps {tensor.role} in float, not {info.name}")
         if tensor.role == "embeddings" and info.derived:
-            raise OutputError(f"{tensor.name}: embeddings are looked up row by row and stay dense; drop them from the step")
+            raise OutputError(
+                f"{tensor.name}: embeddings are looked up row by row and stay dense; drop them from the step"
+            )
         if tensor.role == "embeddings" and (planned.incoherence or info.kind == "vector"):
             raise OutputError(
                 f"{tensor.name}: embeddings are looked up row by row and cannot be coded between Hadamard transforms; "

@@ -122,7 +122,9 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     share = plan.bytes / plan.source_bytes
-    original = f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.original_parameters:.2f} bits a weight"
+    original = (
+        f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.original_parameters:.2f} bits a weight"
+    )
     table.add_row("original", original)
     table.add_row(
         "compressed",
@@ -149,7 +151,9 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
             "sparsity": "how sparse each layer becomes",
             "factors": "how large each matrix's factors are (shown: the same share for all)",
         }
-        table.add_row("decided by", f"a survey of the model: {'; '.join(what[o] for o in plan.open)}; the sum is as shown")
+        table.add_row(
+            "decided by", f"a survey of the model: {'; '.join(what[o] for o in plan.open)}; the sum is as shown"
+        )
     table.add_row("peak memory", f"about {human_bytes(plan.peak_memory_bytes)}, whatever the number of layers")
     table.add_row("disk", f"about {human_bytes(plan.disk_bytes)} while it runs")
     if estimate is not None:

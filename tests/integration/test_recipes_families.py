@@ -57,7 +57,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Pa
     class Made(dict):
         def __missing__(self, key: tuple[str, int]) -> Path:
             family, layers = key
-            self[key] = tiny_model(family, folder / f"{family}-{layers}", **config(family) | {"num_hidden_layers": layers})
+            self[key] = tiny_model(
+                family, folder / f"{family}-{layers}", **config(family) | {"num_hidden_layers": layers}
+            )
             return self[key]
 
     return Made()
@@ -90,4 +92,6 @@ def stored_bytes(artifact: Path) -> int:
     """Bytes of the tensors in an artifact, read by the formats' own packages."""
     if artifact.is_file():
         return sum(int(tensor.n_bytes) for tensor in GGUFReader(artifact).tensors)
-    return sum(t.numel() * t.element_size() for file in artifact.glob("*.safetensors") for t in load_file(file).values())
+    return sum(
+        t.numel() * t.element_size() for file in artifact.glob("*.safetensors") for t in load_file(file).values()
+    )

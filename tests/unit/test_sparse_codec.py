@@ -73,7 +73,9 @@ def read_by_description(codec: str, stored: Packed) -> np.ndarray:
             if not info.bits:
                 out[row, column] = parts["values"][at].float()
             else:
-                code = bits_of(parts["codes"].numpy())[at * info.bits : (at + 1) * info.bits] @ (1 << np.arange(info.bits))
+                code = bits_of(parts["codes"].numpy())[at * info.bits : (at + 1) * info.bits] @ (
+                    1 << np.arange(info.bits)
+                )
                 groups = parts["scales"].shape[1]
                 group = column * groups // columns
                 zero = 2 ** (info.bits - 1)
