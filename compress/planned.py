@@ -9,7 +9,14 @@ from compress.allocate import factor_sizes
 from compress.codecs.names import CONTAINERS, codec_info, ggml_fallback, sparse_name, stored_bytes
 from compress.models.base import ModelSpec, TensorSpec
 from compress.recipe import Factorize, Prune, Quantize
-from compress.solvers.options import FactorizerOptions, GptqOptions, PrunerOptions, RtnOptions, SolverOptions
+from compress.solvers.options import (
+    DictionaryOptions,
+    FactorizerOptions,
+    GptqOptions,
+    PrunerOptions,
+    RtnOptions,
+    SolverOptions,
+)
 from compress.targets import FactorizeRule, PruneRule, Rule
 from compress.weights import Pattern
 
@@ -129,7 +136,7 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
     """As the largest factors that take `share` of the bytes of the 16-bit matrix; dense where none are smaller."""
     (rows, columns), options = planned.spec.shape, planned.factorizer
     assert options is not None
-    sparse, sizes = options.name != "svd", sizes_at((rows, columns), options, share)
+    sparse, sizes = isinstance(options, DictionaryOptions), sizes_at((rows, columns), options, share)
     if sizes is None:
         return replace(planned, codec=planned.values, factorizer=None, factors=None, unfactored=True)
     info = codec_info(planned.values)
@@ -140,7 +147,8 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
 
 def sizes_at(shape: tuple[int, int], options: FactorizerOptions, share: float) -> tuple[int, int] | None:
     """Atoms and coefficients an output that take `share` of the bytes of a 16-bit matrix; None where nothing fits."""
-    return factor_sizes(*shape, share, getattr(options, "k_over_s", 1.0), options.name != "svd")
+    sparse = isinstance(options, DictionaryOptions)
+    return factor_sizes(*shape, share, options.k_over_s if sparse else 1.0, sparse)
 
 
 def holds_zero(codec: str) -> bool:

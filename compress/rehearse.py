@@ -33,7 +33,7 @@ from compress.settle import stand_in
 from compress.solve import Outcome, decode, solve_tensor
 from compress.source import Loader, working_model
 from compress.statistics import Statistics
-from compress.stream import STAGES_OF, Half, Streams, advance, collect, compress_half, embed, stage_groups
+from compress.stream import HALVES, STAGES_OF, Streams, advance, collect, compress_half, embed, stage_groups
 from compress.text import Suite, calibration_windows, load_suite, load_tokenizer, task_documents
 from compress.weights import Packed
 
@@ -247,8 +247,7 @@ def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Stre
     packed: dict[str, Packed] = {}
     outcomes: dict[str, Outcome] = {}
     start = streams
-    halves: tuple[Half, Half] = ("attention", "ffn")
-    for half in halves:
+    for half in HALVES:
         tensors = [t for t in block if t.spec.half == half]
         with clock("half"):
             result = compress_half(

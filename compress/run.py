@@ -31,7 +31,7 @@ from compress.report.scorecard import Scorecard
 from compress.settle import settle
 from compress.solve import Outcome, Solved, as_stored, decode, solve_tensor
 from compress.source import Loader
-from compress.stream import Half, Streams, advance, compress_half, embed, head_statistics, survey_head
+from compress.stream import HALVES, Streams, advance, compress_half, embed, head_statistics, survey_head
 from compress.text import calibration_windows, load_tokenizer
 from compress.weights import Packed
 
@@ -226,8 +226,7 @@ def _block(
     folded: list[Folded] = []
     outcomes: dict[str, Outcome] = {}
     tokens: tuple[int, ...] = ()
-    halves: tuple[Half, Half] = ("attention", "ffn")
-    for half, source, target in zip(halves, at[:2], at[1:], strict=True):
+    for half, source, target in zip(HALVES, at[:2], at[1:], strict=True):
         tensors = [t for t in block if t.spec.half == half]
         before = len(packed)
         result = compress_half(
@@ -258,7 +257,7 @@ def _block(
             packed |= {name: outcome.pack() for name, outcome in recovered.outcomes.items()}
             packed |= {name: as_stored(plan.by_name[name], value) for name, value in recovered.floats.items()}
             weights = {name: decode(value) for name, value in packed.items()}
-            for half, source, target in zip(halves, at[:2], at[1:], strict=True):
+            for half, source, target in zip(HALVES, at[:2], at[1:], strict=True):
                 advance(plan.spec, layer, half, weights, source.compressed, target.compressed, source.batch)
             outcomes = dict(recovered.outcomes)
     if tunes_end_to_end(plan):

@@ -22,8 +22,9 @@ from compress.plan import Plan, cuts, make_plan
 from compress.planned import PlannedTensor, sizes_at
 from compress.recipe import Factorize, Prune
 from compress.report.progress import Reporter
+from compress.solvers.options import DictionaryOptions
 from compress.source import Loader, working_model
-from compress.stream import STAGES_OF, Streams, advance, collect, embed, stage_groups, statistics_of
+from compress.stream import STAGES_OF, Streams, Walk, collect, stage_groups, statistics_of
 from compress.structure.restructure import Restructured, restructure
 from compress.structure.survey import outlier_ratios
 from compress.structure.view import KeptLayer, StructureView
@@ -68,7 +69,7 @@ def settle(
     if "factors" in plan.open:
         with reporter.stage("allocation") as progress:
             if FACTORS not in journal:
-                journal.finish(FACTORS, {}, {"shares": _shares(plan, load, ids, journal, progress)})
+                journal.finish(FACTORS, {}, {"shares": _shares(plan, load, ids, scratch, progress)})
         plan = plan.settled({}, journal.units[FACTORS]["shares"])
     return plan, load
 
@@ -100,7 +101,7 @@ def _sparsities(plan: Plan, load: Loader, ids: np.ndarray, scratch: Callable[[st
     sizes = [sum(t.spec.parameters for t in block) for block in pruned]
     if not any(sizes):
         return {}
-    total = sum(t.spec.parameters * t.pattern.sparsity for block in pruned for t in block) / max(sum(sizes), 1)
+    total = sum(t.spec.parameters * t.pattern.sparsity for block in pruned for t in block) / sum(sizes)
     layers = outlier_weighted(outlier_ratios(plan.spec, load, ids, scratch), sizes, total, step.spread)
     return {
         t.name: min(max(t.pattern.sparsity + layer - total, 0.0), MOST_SPARSE)
@@ -111,7 +112,11 @@ def _sparsities(plan: Plan, load: Loader, ids: np.ndarray, scratch: Callable[[st
 
 # -- factors -----------------------------------------------------------------------------------------------------------
 def _shares(
-    plan: Plan, load: Loader, ids: np.ndarray | None, journal: Journal, progress: Callable[[float], None]
+    plan: Plan,
+    load: Loader,
+    ids: np.ndarray | None,
+    scratch: Callable[[str], Activations],
+    progress: Callable[[float], None],
 ) -> dict[str, float]:
     """The share of its 16-bit bytes that every factorised tensor keeps; one budget for all that have the same ratio."""
     step: Factorize = plan.recipe.step("factorize")
@@ -123,7 +128,7 @@ def _shares(
     errors: Mapping[str, list[float]] = {}
     if step.allocation == "knapsack":
         assert ids is not None
-        errors = _errors(plan, load, ids, journal, progress)
+        errors = _errors(plan, load, ids, scratch, progress)
     shares: dict[str, float] = {}
     for ratio, group in groups.items():
         if step.allocation == "knapsack":  # the head's inputs come after all blocks: it takes its own share
@@ -168,24 +173,29 @@ def _bytes_at(planned: PlannedTensor, shape: tuple[int, int], share: float) -> i
     options = planned.factorizer
     assert options is not None
     sizes = sizes_at(shape, options, share)
-    return 2 * shape[0] * shape[1] if sizes is None else factor_bytes(*shape, *sizes, options.name != "svd")
+    return (
+        2 * shape[0] * shape[1]
+        if sizes is None
+        else factor_bytes(*shape, *sizes, isinstance(options, DictionaryOptions))
+    )
 
 
 def _errors(
-    plan: Plan, load: Loader, ids: np.ndarray, journal: Journal, progress: Callable[[float], None]
+    plan: Plan,
+    load: Loader,
+    ids: np.ndarray,
+    scratch: Callable[[str], Activations],
+    progress: Callable[[float], None],
 ) -> dict[str, list[float]]:
     """Of every factorised tensor of a block, what factors of each of KNAPSACK_SHARES lose of it: relative, squared, in the
     original's own space (ROCKET, arXiv 2602.11008), and under the inputs that the original gives it."""
     spec, out = plan.spec, {}
-    places = [Activations(journal.folder / f"allocation-{i}.f32", (*ids.shape, spec.hidden_size)) for i in (0, 1)]
-    here, there = places
-    batch = Streams(here, None).batch
-    embed(load("model.embed_tokens.weight").float(), ids, here, batch)
+    walk = Walk(spec, load, ids, scratch, "allocation")
     for layer in range(spec.layers):
         weights = {t.name: load(t.name).float() for t in plan.spec.block_tensors(layer)}
         block = [t for t in plan.block(layer) if t.factorizer is not None]
         for half, stages in STAGES_OF.items():
-            streams, tokens = Streams(here, None), ()
+            streams, tokens = Streams(walk.at, None), ()
             for stage in stages:
                 for group in stage_groups(spec, stage, block):
                     moments = collect(spec, layer, stage, group, weights, weights, streams, tokens)
@@ -195,11 +205,9 @@ def _errors(
                         statistics = statistics_of(planned, moments)
                         if statistics is not None:
                             out[planned.name] = _losses(planned, weights[planned.name], statistics.gram)
-            advance(spec, layer, half, weights, here, there, batch)
-            here, there = there, here
+            walk.advance(layer, half, weights.__getitem__)
         progress((layer + 1) / spec.layers)
-    for place in places:
-        place.delete()
+    walk.at.delete()
     return out
 
 

@@ -49,7 +49,7 @@ def prune_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk
     pruner = import_module(f"compress.solvers.{options.name}")
     if solver is None:
         masked = pruner.prune(target, gram, pattern, options)
-        mask, inner, solved = masked.mask, _as_floats(planned.name, planned.values, masked.values), masked
+        mask, inner, solved = masked.mask, as_floats(planned.name, planned.values, masked.values), masked
     else:
         codec = block_codec(planned.values, target.shape[1])
         if planned.compensates and hasattr(pruner, "prune_and_quantize"):
@@ -73,7 +73,7 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
     first, second = codec_info(planned.codec).parts
     damping, retries = factors.damping, factors.retries
     if planned.solver is None:
-        dictionary = _as_floats(planned.name, first, factors.dictionary)
+        dictionary = as_floats(planned.name, first, factors.dictionary)
         coefficients = _stored(planned.name, second, factors.coefficients, factors.mask)
     else:
         atoms, rows = _solve_factors(target, gram, factors, first, second, planned.solver)
@@ -138,11 +138,13 @@ def _for_rows(target: Tensor, coefficients: Tensor) -> Tensor:
     return torch.linalg.solve(seen, coefficients.T.double() @ target.double()).float()
 
 
-def _as_floats(name: str, codec: str, values: Tensor) -> Packed:
+def as_floats(name: str, codec: str, values: Tensor) -> Packed:
+    """A tensor rounded to a float codec. Raises CheckpointError if it overflows."""
     packed = get_codec(codec).encode(values)
     if not torch.isfinite(packed.parts["values"]).all():
         raise CheckpointError(
-            f"{name} has values up to {float(values.abs().max()):.3g}, too large for {codec}; use bf16"
+            f"{name} does not fit into {codec}: it holds values up to "
+            f"{float(values.abs().max()):.3g}; choose bf16 or f32 for it"
         )
     return packed
 
@@ -150,5 +152,5 @@ def _as_floats(name: str, codec: str, values: Tensor) -> Packed:
 def _stored(name: str, codec: str, values: Tensor, mask: Tensor | None) -> Packed:
     """Float coefficients, sparse where there is a mask."""
     if mask is None:
-        return _as_floats(name, codec, values)
-    return get_codec(codec).pack(_as_floats(name, codec_info(codec).parts[0], values), mask)
+        return as_floats(name, codec, values)
+    return get_codec(codec).pack(as_floats(name, codec_info(codec).parts[0], values), mask)

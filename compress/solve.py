@@ -17,9 +17,8 @@ from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
 from compress.codecs.names import codec_info
-from compress.errors import CheckpointError
 from compress.models.base import TensorSpec
-from compress.shrink import Shrunk, factorize_tensor, product, prune_tensor
+from compress.shrink import Shrunk, as_floats, factorize_tensor, product, prune_tensor
 from compress.solvers.base import Solution
 from compress.statistics import Statistics, corrected_target
 from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
@@ -86,13 +85,7 @@ class Shipped:
 
 def as_stored(planned: PlannedTensor, weight: Tensor) -> Packed:
     """A tensor that no solver touches, rounded to its float codec. Raises CheckpointError if it overflows."""
-    packed = get_codec(planned.codec).encode(weight)
-    if not torch.isfinite(packed.parts["values"]).all():
-        raise CheckpointError(
-            f"{planned.name} does not fit into {planned.codec}: it holds values up to "
-            f"{float(weight.abs().max()):.3g}; choose bf16 or f32 for it"
-        )
-    return packed
+    return as_floats(planned.name, planned.codec, weight)
 
 
 def solve_tensor(

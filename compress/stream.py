@@ -6,7 +6,7 @@ model's, so that every solver sees the inputs its weight will really get and how
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from compress.transforms.options import TransformOptions
 from compress.weights import Packed
 
 Half = Literal["attention", "ffn"]
+HALVES: tuple[Half, Half] = ("attention", "ffn")
 STAGES_OF: Mapping[Half, tuple[int, int]] = {"attention": (0, 1), "ffn": (2, 3)}
 POOL_TOKENS_PER_COLUMN = 8  # tokens that a cold expert's pool holds, per input column
 
@@ -353,6 +354,37 @@ def advance(
                         "check the weights"
                     )
             out.append(hidden)
+
+
+class Walk:
+    """The activations of one model, from its embeddings on; they move by half a block, and only the last file is kept."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        load: Callable[[str], Tensor],
+        ids: np.ndarray,
+        scratch: Callable[[str], Activations],
+        name: str,
+    ):
+        self.spec, self.scratch, self.name, self.steps = spec, scratch, name, 0
+        self.at, self.batch = scratch(f"{name}-{0:05d}"), max(1, BATCH_TOKENS // ids.shape[1])
+        embed(load("model.embed_tokens.weight"), ids, self.at, self.batch)
+
+    def advance(self, layer: int, half: Half, load: Callable[[str], Tensor]) -> None:
+        """Pass half a block, whose tensors `load` gives."""
+        weights = {t.name: load(t.name).float() for t in self.spec.block_tensors(layer) if t.half == half}
+        self.steps += 1
+        target = self.scratch(f"{self.name}-{self.steps:05d}")
+        advance(self.spec, layer, half, weights, self.at, target, self.batch)
+        self.at.delete()
+        self.at = target
+
+    def skip(self, layers: Iterable[int], load: Callable[[str], Tensor]) -> None:
+        """Pass whole layers."""
+        for layer in layers:
+            for half in HALVES:
+                self.advance(layer, half, load)
 
 
 def head_statistics(spec: ModelSpec, norm: Tensor, streams: Streams, drift: bool) -> Statistics:

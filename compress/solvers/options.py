@@ -135,35 +135,36 @@ class FactorizerOptions(ShrinkingOptions):
     damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
 
 
+class DictionaryOptions(FactorizerOptions):
+    """Base of those whose coefficients are sparse, so that a mask is stored beside them."""
+
+    drift: float = Field(1.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
+    residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
+    k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
+    ridge: float = Field(1e-4, gt=0, description="of the dictionary's least squares, over the mean diagonal")
+
+
 class SvdOptions(FactorizerOptions):
     """Truncated singular value decomposition behind a whitening of the inputs (SVD-LLM); a control."""
 
     name: Literal["svd"] = "svd"
 
 
-class CompotOptions(FactorizerOptions):
+class CompotOptions(DictionaryOptions):
     """An orthogonal dictionary and sparse coefficients, in turns (COMPOT)."""
 
     name: Literal["compot"] = "compot"
-    drift: float = Field(1.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
-    residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
     iterations: int = Field(20, ge=0, description="turns of thresholding and Procrustes")
-    k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
     rounds: int = Field(5, ge=0, description="rounds of least squares on either side after the last thresholding")
-    ridge: float = Field(1e-4, gt=0, description="of the dictionary's least squares, over the mean diagonal")
 
 
-class RocketOptions(FactorizerOptions):
+class RocketOptions(DictionaryOptions):
     """Eigenvectors as the dictionary, coefficients by importance, then both solved again (ROCKET)."""
 
     name: Literal["rocket"] = "rocket"
-    drift: float = Field(1.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
-    residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
-    k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
     exponent: float = Field(0.5, ge=0, description="weight of an atom's size in the original space (lambda)")
     reactivated: float = Field(0.005, ge=0, lt=1, description="share of coefficients chosen over the whole matrix")
     rounds: int = Field(5, ge=1, description="rounds of least squares on either side; the first solves the dictionary")
-    ridge: float = Field(1e-4, gt=0, description="of the dictionary's least squares, over the mean diagonal")
 
 
 SOLVERS: dict[str, type[SolverOptions]] = {"rtn": RtnOptions, "gptq": GptqOptions}

@@ -13,7 +13,7 @@ gap, down_proj also learns what the dropped layers did (ReplaceMe, arXiv 2505.02
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +26,9 @@ from compress.journal import Activations
 from compress.models.base import ModelSpec
 from compress.models.decoder import Routing, forward_attention, forward_ffn
 from compress.statistics import Moments, blend, corrected_target
-from compress.stream import Half, advance, embed
+from compress.stream import HALVES, Half, Walk
 from compress.structure.view import StructureView
 
-HALVES: tuple[Half, Half] = ("attention", "ffn")
 HELD_OUT = 8  # every eighth window
 ROUNDING = 1e-12  # squared distances below it, over the squared norm, are float32 sums in another order
 
@@ -62,8 +61,8 @@ def repair_model(
     deleted when done. Returns new tensors by name, in the float type of those they replace, and what happened, one
     entry a layer. One block of each model is in memory at a time. Raises NumericalError for activations that are not finite.
     """
-    original = _Stream(view.original, load, ids, scratch, "original")
-    reduced = _Stream(view.spec, load, ids, scratch, "reduced")
+    original = Walk(view.original, load, ids, scratch, "original")
+    reduced = Walk(view.spec, load, ids, scratch, "reduced")
     tensors: dict[str, Tensor] = {}
     repairs: list[dict[Half, Repair]] = []
     ends = [kept.layer for kept in view.kept[1:]] + [view.original.layers]
@@ -85,37 +84,6 @@ def repair_model(
     original.at.delete()
     reduced.at.delete()
     return tensors, repairs
-
-
-class _Stream:
-    """The activations of one model, from its embeddings on; they move by half a block, and only the last file is kept."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        load: Callable[[str], Tensor],
-        ids: np.ndarray,
-        scratch: Callable[[str], Activations],
-        name: str,
-    ):
-        self.spec, self.scratch, self.name, self.steps = spec, scratch, name, 0
-        self.at, self.batch = scratch(f"{name}-{0:05d}"), max(1, BATCH_TOKENS // ids.shape[1])
-        embed(load("model.embed_tokens.weight"), ids, self.at, self.batch)
-
-    def advance(self, layer: int, half: Half, load: Callable[[str], Tensor]) -> None:
-        """Pass half a block, whose tensors `load` gives."""
-        weights = {t.name: load(t.name).float() for t in self.spec.block_tensors(layer) if t.half == half}
-        self.steps += 1
-        target = self.scratch(f"{self.name}-{self.steps:05d}")
-        advance(self.spec, layer, half, weights, self.at, target, self.batch)
-        self.at.delete()
-        self.at = target
-
-    def skip(self, layers: Iterable[int], load: Callable[[str], Tensor]) -> None:
-        """Pass whole layers."""
-        for layer in layers:
-            for half in HALVES:
-                self.advance(layer, half, load)
 
 
 def repairable(spec: ModelSpec, layer: int, half: Half) -> list[str]:
