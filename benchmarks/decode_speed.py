@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from compress.allocate import factor_sizes
 from compress.codecs import block_codec, get_codec
 from compress.codecs.factors import join
 from compress.codecs.names import codec_info
 from compress.containers.compress import Setting, stored_parts
+from compress.plan.allocation import factor_sizes
 from compress.runtime.factored import FactoredLinear
 from compress.runtime.linear import PackedLinear
 from compress.solvers import rtn

@@ -17,18 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compress.checkpoint import Checkpoint
 from compress.containers import gguf
-from compress.journal import Journal
-from compress.models.base import ModelSpec
-from compress.models.decoder import forward_attention, forward_ffn
+from compress.engines.ggml import quantize
+from compress.engines.llama_cpp import LlamaCpp
+from compress.engines.streamed import StreamedSource
+from compress.models.checkpoint import Checkpoint
+from compress.models.forward import forward_attention, forward_ffn
+from compress.models.spec import ModelSpec
 from compress.plan import Plan, make_plan
 from compress.recipe import load_recipe
 from compress.report.progress import Reporter
 from compress.run import compress_model, load_calibration
 from compress.scoring.divergence import paired_ratio, score_many
-from compress.scoring.llama_cpp import LlamaCpp, quantize
-from compress.scoring.streamed import StreamedSource
+from compress.streaming.journal import Journal
 from compress.text import eval_windows, load_tokenizer
 from compress.weights import Packed
 

@@ -111,7 +111,7 @@ CASES = (
 def decode_ratio(artifact: Path, dense: Callable[[], Path]) -> float:
     """Time of one token behind a short prompt, artifact over original."""
     if artifact.suffix == ".gguf":
-        from compress.scoring.llama_cpp import LlamaCpp
+        from compress.engines.llama_cpp import LlamaCpp
 
         with LlamaCpp(artifact) as one, LlamaCpp(dense()) as other:
             return median_ratio(

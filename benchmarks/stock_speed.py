@@ -20,7 +20,7 @@ import torch
 import transformers
 from _cases import ROOT, median_ratio
 
-from compress.scoring.llama_cpp import LlamaCpp
+from compress.engines.llama_cpp import LlamaCpp
 
 DEMO = ROOT / "models" / "tiny-qwen3-moe"
 PROMPT = 256

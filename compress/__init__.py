@@ -1,6 +1,6 @@
 """compress: recipes in, smaller language models out."""
 
-from compress._register import install as _install
+from compress.runtime.hook import install as _install
 
 __version__ = "0.1.0"
 

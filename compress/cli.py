@@ -80,7 +80,7 @@ def run(
     loaded = load_recipe(recipe, set or (), model=model, output=output)
     from compress.report.progress import Reporter
     from compress.report.table import scorecard_table
-    from compress.run import run as run_recipe
+    from compress.run.loop import run as run_recipe
 
     card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=Reporter(0 if quiet else 2 if verbose else 1))
     _print(scorecard_table(card))
@@ -99,14 +99,14 @@ def plan(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
 ) -> None:
     """Prove a recipe legal for its model and show sizes, memory and disk; reads no weights."""
-    from compress.plan import make_plan
+    from compress.plan.plan import make_plan
     from compress.recipe import load_recipe
 
     _load_plugins(plugin)
     made = make_plan(load_recipe(recipe, set or (), model=model, output=output), weights=rehearse)
     estimate = None
     if rehearse:
-        from compress.rehearse import rehearse as rehearse_plan
+        from compress.run.rehearse import rehearse as rehearse_plan
 
         estimate = rehearse_plan(made)
     if as_json:
@@ -121,7 +121,7 @@ def plan(
 def methods(as_json: JsonOption = False) -> None:
     """List what a recipe can be made of: steps, solvers, codecs with bits a weight, containers and their engines."""
     if as_json:
-        from compress.methods import as_dict
+        from compress.catalog import as_dict
 
         typer.echo(json.dumps(as_dict()))
         return
@@ -142,7 +142,7 @@ def score(
     """Perplexity, KL divergence and task accuracy of a file or folder against the original."""
     from compress.report.progress import Reporter
     from compress.report.table import scorecard_table
-    from compress.scoring.target import score_target
+    from compress.run.score import score_target
 
     _load_plugins(plugin)
     card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1))
@@ -163,7 +163,7 @@ def generate(
     """Let llama.cpp continue a prompt with a GGUF file, greedily."""
     if not prompt:
         raise CompressError("the prompt is empty; give some text to continue")
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     with LlamaCpp(file) as model:
         typer.echo(prompt + model.generate(prompt, tokens))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Loader = Callable[[str], "Tensor"]
+"""A model's tensors by their checkpoint names, one at a time."""
 
 
 @dataclass(frozen=True, order=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.containers._safetensors import Options, Slot, write_checkpoint
 from compress.errors import OutputError
-from compress.models.base import ModelSpec, TensorSpec
+from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from compress.errors import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.base import ModelSpec
+    from compress.models.spec import ModelSpec
 
 _COMPANION_BYTES = 32 << 20  # room for tokenizer and configs when the free space is checked
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}

@@ -28,7 +28,7 @@ from compress.containers._quantized import (
 )
 from compress.containers._safetensors import Slot, folder_of
 from compress.errors import CheckpointError, OutputError
-from compress.models.base import ModelSpec, TensorSpec
+from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +203,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     The group size follows from the tensors' shapes. CheckpointError for another layout than GEMM, missing tensors or
     shapes that contradict each other.
     """
-    from compress.checkpoint import Checkpoint
+    from compress.models.checkpoint import Checkpoint
 
     folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)

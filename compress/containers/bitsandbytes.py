@@ -24,7 +24,7 @@ from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._quantized import FLOATS, Options, check_arrival, module_of, write_folder
 from compress.containers._safetensors import Slot, folder_of
 from compress.errors import CheckpointError, OutputError
-from compress.models.base import ModelSpec, TensorSpec
+from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +211,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     """
     import torch
 
-    from compress.checkpoint import Checkpoint
+    from compress.models.checkpoint import Checkpoint
 
     folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)

@@ -34,7 +34,7 @@ from compress.codecs.factors import join, split
 from compress.codecs.names import codec_info, packed_bytes
 from compress.containers._safetensors import Options, Slot, folder_of, write_checkpoint
 from compress.errors import CheckpointError, OutputError
-from compress.models.base import ModelSpec, TensorSpec
+from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -313,8 +313,8 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
 
     CheckpointError for a missing tensor, or a folder of a newer format.
     """
-    from compress.checkpoint import Checkpoint
-    from compress.solve import decode
+    from compress.models.checkpoint import Checkpoint
+    from compress.solve.tensor import decode
 
     folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)

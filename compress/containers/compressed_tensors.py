@@ -40,7 +40,7 @@ from compress.containers._quantized import (
 )
 from compress.containers._safetensors import Slot, folder_of
 from compress.errors import CheckpointError, OutputError
-from compress.models.base import ModelSpec
+from compress.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -320,7 +320,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     Bits and groups follow from the tensors' shapes. CheckpointError for formats and parts that `write` never writes
     (fp8, reordered groups), missing tensors or shapes that contradict each other.
     """
-    from compress.checkpoint import Checkpoint
+    from compress.models.checkpoint import Checkpoint
 
     folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)

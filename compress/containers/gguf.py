@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
 from compress.errors import CheckpointError, OutputError
-from compress.models.base import ModelSpec, TensorSpec
+from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     import gguf
@@ -291,7 +291,7 @@ def write(
 
     `fetch(checkpoint name)` is called once per tensor, in file order, and only one GGUF tensor (a layer's stacked
     experts at most) is in memory at a time. `source` is the model folder with the tokenizer. `provenance` lands as
-    string keys (`compress.recipe`, ...). OutputError for a plan that does not fit the format or a full disk;
+    string keys (`compress.recipe.schema`, ...). OutputError for a plan that does not fit the format or a full disk;
     UnsupportedModel for a tokenizer llama.cpp has no equivalent of. Nothing partial ever has a final name.
     """
     import gguf

@@ -21,7 +21,7 @@ from compress import __version__
 from compress.containers._quantized import FLOATS, PlannedTensor, check_arrival, module_of, write_folder
 from compress.containers._safetensors import Options, Slot, folder_of
 from compress.errors import CheckpointError, OutputError
-from compress.models.base import ModelSpec, TensorSpec
+from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -240,7 +240,7 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     """
     import torch
 
-    from compress.checkpoint import Checkpoint
+    from compress.models.checkpoint import Checkpoint
 
     folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from compress.containers._safetensors import Options as FolderOptions
 from compress.containers._safetensors import Slot, folder_of, write_checkpoint
-from compress.models.base import ModelSpec
+from compress.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def write(
     """
     import torch
 
-    from compress.solve import decode
+    from compress.solve.tensor import decode
 
     options = options or Options()
     kind, name = _DTYPES[options.dtype]
@@ -62,6 +62,6 @@ def write(
 
 def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that reads one tensor of a dense folder by its checkpoint name."""
-    from compress.checkpoint import Checkpoint
+    from compress.models.checkpoint import Checkpoint
 
     return Checkpoint.open(folder_of(path)).load

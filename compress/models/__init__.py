@@ -1,5 +1,5 @@
-"""Architecture families: one table per file; `base` reads configs, `decoder` runs blocks."""
+"""Models: what they are (`spec`, `families`) and what they compute (`forward`)."""
 
-from compress.models.base import Family, ModelSpec, TensorSpec, families, load_spec
+from compress.models.spec import Family, ModelSpec, TensorSpec, known_families, load_spec
 
-__all__ = ["Family", "ModelSpec", "TensorSpec", "families", "load_spec"]
+__all__ = ["Family", "ModelSpec", "TensorSpec", "known_families", "load_spec"]

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from compress import methods
+from compress import catalog as methods
 from compress.codecs.names import CONTAINERS
-from compress.schemes import SCHEMES
+from compress.recipe.schemes import SCHEMES
 
 
 def methods_table() -> RenderableType:

@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.codecs.names import CONTAINERS, codec_info
-from compress.footprint import file_bytes
+from compress.plan.resources import file_bytes
 from compress.report.table import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from compress.plan import Plan
-    from compress.planned import PlannedTensor
-    from compress.rehearse import Rehearsal
+    from compress.plan.plan import Plan
+    from compress.plan.tensor import PlannedTensor
+    from compress.run.rehearse import Rehearsal
 
 
 def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:

@@ -1,6 +1,6 @@
 """transformers loads folders of the container `compress`: its modules are replaced before it reads the weights.
 
-`register` is called by the hook of `compress._register`; users only `import compress`.
+Importing it registers it, which the hook of `compress.runtime.hook` does; users only `import compress`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint import Entry, read_header
 from compress.codecs.names import codec_info
 from compress.containers.compress import (
     FORMAT,
@@ -25,6 +24,7 @@ from compress.containers.compress import (
     setting_of,
 )
 from compress.errors import CheckpointError, UnsupportedModel
+from compress.models.checkpoint import Entry, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -192,9 +192,9 @@ def _expert_prefixes(model: nn.Module, rules: Rules) -> dict[str, str]:
 
 
 def _moe_names(model: nn.Module) -> Any:
-    from compress.models import families
+    from compress.models import known_families
 
-    family = families().get(model.config.model_type)
+    family = known_families().get(model.config.model_type)
     if family is None or family.moe is None:
         raise UnsupportedModel(f"packed experts of {model.config.model_type!r} models are not supported")
     return family.moe
@@ -231,3 +231,6 @@ def _packed_experts(
 
     names = ExpertNames(moe.gate, moe.up, moe.down)
     return PackedExperts([dict(matrices(e)) for e in range(count)], names, fused.act_fn)
+
+
+register()

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compress.errors import CalibrationError, CheckpointError, NumericalError
-from compress.scoring.sources import LogitSource
+from compress.scoring.source import LogitSource
 
 CONFIDENCE = 0.95
 # Float64 working set per temporary array; a window of a 150k vocabulary is worked through in slices of rows.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from compress.report.scorecard import Fallback, TaskScore
 from compress.scoring.divergence import Scores, score_many
-from compress.scoring.sources import LogitSource
+from compress.scoring.source import LogitSource
 from compress.text import Suite, eval_windows
 
 if TYPE_CHECKING:

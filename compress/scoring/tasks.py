@@ -22,7 +22,7 @@ import numpy as np
 
 from compress.errors import CalibrationError, MissingExtra, NumericalError, RecipeError
 from compress.scoring.divergence import Progress, mean_interval, token_nll
-from compress.scoring.sources import LogitSource
+from compress.scoring.source import LogitSource
 
 # Task name -> field of a document that names its group, reported as "<task>.<group>".
 TASKS: Mapping[str, str | None] = {"blimp": "linguistics_term", "lambada": None}

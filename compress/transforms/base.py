@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.statistics import Moments
 
 if TYPE_CHECKING:
-    from compress.models.base import ModelSpec
+    from compress.models.spec import ModelSpec
 
 Quantize = Callable[[str, Tensor, Tensor], Tensor]
 """(name, weight [R, n], importance of its columns [n]) -> the weight as its codec would round it, or itself."""

@@ -19,7 +19,7 @@ from compress.transforms.hadamard import hadamard_transform, random_signs
 from compress.transforms.options import RotateOptions
 
 if TYPE_CHECKING:
-    from compress.models.base import ModelSpec, TensorSpec
+    from compress.models.spec import ModelSpec, TensorSpec
 
 CHUNK = 1 << 24  # elements in float64 at a time: embeddings are large
 

@@ -18,12 +18,12 @@ import gguf
 import llama_cpp  # noqa: F401  (imported before the forks: it takes a second)
 import torch
 
-import compress.deliver
-import compress.journal
-import compress.run
-from compress.journal import Journal
+import compress.export.deliver
+import compress.run.loop
+import compress.streaming.journal
 from compress.recipe import load_recipe
 from compress.statistics import Moments
+from compress.streaming.journal import Journal
 from compress.text import load_tokenizer
 
 
@@ -56,14 +56,14 @@ def calibrating_first_block() -> None:
 
 def writing_activations() -> None:
     """Half of the activations behind the first block are on disk."""
-    writer = compress.journal.ActivationWriter
+    writer = compress.streaming.journal.ActivationWriter
     writer.append = at_call(writer.append, 4)
 
 
 def between_unit_and_journal() -> None:
     """The first block's tensors are on disk, the journal does not name them yet."""
-    compress.journal.write_synced = at_call(
-        compress.journal.write_synced, 2, when=lambda path, _: path.name == "journal.json"
+    compress.streaming.journal.write_synced = at_call(
+        compress.streaming.journal.write_synced, 2, when=lambda path, _: path.name == "journal.json"
     )
 
 
@@ -76,12 +76,12 @@ def writing_container() -> None:
 
 
 def checking_container() -> None:
-    compress.deliver.check = at_call(compress.deliver.check, 1)
+    compress.export.deliver.check = at_call(compress.export.deliver.check, 1)
 
 
 def before_scorecard() -> None:
     """The artifact has its name, the scorecard is not written."""
-    compress.run.scorecards.write = at_call(compress.run.scorecards.write, 1)
+    compress.run.loop.scorecards.write = at_call(compress.run.loop.scorecards.write, 1)
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
         if child == 0:
             signal.alarm(120)  # a child that hangs fails the test instead of holding it up
             globals()[moment]()
-            compress.run.run(load_recipe(spec["recipe"], spec["sets"], model=spec["model"], output=output))
+            compress.run.loop.run(load_recipe(spec["recipe"], spec["sets"], model=spec["model"], output=output))
             os._exit(0)
         print(moment, os.waitpid(child, 0)[1], flush=True)
 

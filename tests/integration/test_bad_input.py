@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import GateFailed, NumericalError, OutputError
-from compress.journal import ActivationWriter
 from compress.report.scorecard import read
 from compress.run import WORK
+from compress.streaming.journal import ActivationWriter
 from tests.integration.runs import SMALL, carry_out, command, final_names, names, sha256, small, text_file
 from tests.tiny import tiny_model
 
@@ -283,8 +283,8 @@ def test_original_that_overflows_alone(bench: Bench, model: Path) -> None:
 
 def test_sum_of_finite_activations_may_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values near float32's limit are no error as long as each is finite."""
-    from compress import stream
-    from compress.journal import Activations
+    from compress.run import half as stream
+    from compress.streaming.journal import Activations
 
     shape = (2, 3, 4)
     source, target = (Activations(tmp_path / name, shape) for name in ("in", "out"))
@@ -416,7 +416,7 @@ def test_rejection_after_a_delivery(bench: Bench, model: Path, suite: str) -> No
 
 def test_file_that_decodes_to_something_else(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One flipped bit in the written file is seen by the independent reader."""
-    from compress import deliver
+    from compress.export import deliver
 
     write = deliver.write
 
@@ -436,7 +436,7 @@ def test_file_that_decodes_to_something_else(good: Path, tmp_path: Path, monkeyp
 def test_file_that_the_engine_refuses(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the engine says, it is the gate that fails, and the file is there to be looked at."""
     pytest.importorskip("llama_cpp")
-    from compress import deliver
+    from compress.export import deliver
 
     write = deliver.write
 
@@ -466,7 +466,7 @@ import signal, time, torch
 signal.alarm(120)  # rather fail than hang
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
 torch.set_num_threads(1)
-from compress.journal import Journal
+from compress.streaming.journal import Journal
 finish = Journal.finish
 def slow(self, unit, *rest):
     finish(self, unit, *rest)

@@ -247,7 +247,7 @@ def test_score_table_without_an_original(compress: Compress, place: Path) -> Non
 
 
 def test_score_without_llama_cpp_says_so(compress: Compress, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.scoring.target as target
+    import compress.run.score as target
 
     real = target.find_spec
     monkeypatch.setattr(target, "find_spec", lambda name: None if name == "llama_cpp" else real(name))
@@ -331,7 +331,7 @@ def test_scores_that_are_not_finite_fail_the_gate(compress: Compress, place: Pat
 
 
 def test_generate_is_greedy_and_repeats_the_prompt(compress: Compress, place: Path) -> None:
-    llama_cpp = pytest.importorskip("compress.scoring.llama_cpp")
+    llama_cpp = pytest.importorskip("compress.engines.llama_cpp")
     pytest.importorskip("llama_cpp")
     file = place / "gguf" / "gguf.gguf"
     code, out, err = compress("generate", file, "The river", "--tokens", 5)

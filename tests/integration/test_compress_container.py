@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from compress.codecs.names import codec_info
 from compress.containers import compress as container
 from compress.containers.compress import Setting, setting_of
+from compress.engines.streamed import StreamedSource
+from compress.engines.transformers import TransformersSource
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, load_spec
-from compress.planned import PlannedTensor
+from compress.plan.tensor import PlannedTensor
 from compress.runtime.embedding import PackedEmbedding, TiedHead
 from compress.runtime.linear import PackedLinear
-from compress.scoring.sources import TransformersSource
-from compress.scoring.streamed import StreamedSource
-from compress.solve import as_stored, decode, solve_tensor
+from compress.solve.tensor import as_stored, decode, solve_tensor
 from compress.solvers.options import RtnOptions
 from compress.weights import Packed
 from tests.integration.containers import spec_of, token_ids, weights_of
@@ -231,7 +231,7 @@ def test_the_order_of_imports_does_not_matter() -> None:
 import transformers.quantizers.auto as auto
 assert "compress" not in auto.AUTO_QUANTIZER_MAPPING
 import compress
-from compress._register import install
+from compress.runtime.hook import install
 install()
 assert auto.AUTO_QUANTIZER_MAPPING["compress"].__module__ == "compress.runtime.loader"
 """

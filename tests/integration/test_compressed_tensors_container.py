@@ -25,7 +25,7 @@ from compress.codecs import block_codec
 from compress.containers import compressed_tensors, safetensors
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, TensorSpec
-from compress.planned import PlannedTensor
+from compress.plan.tensor import PlannedTensor
 from compress.weights import Packed
 from tests.integration.containers import spec_of, token_ids, uniform_packed, weights_of
 from tests.tiny import tiny_model

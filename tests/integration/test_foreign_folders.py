@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.containers import container_module
 from compress.errors import CheckpointError
-from compress.plan import container_module
 from compress.report.progress import Reporter
-from compress.scoring.target import score_target
+from compress.run.score import score_target
 from tests.integration.containers import spec_of
 from tests.tiny import demo_model, tiny_model
 

@@ -66,7 +66,7 @@ def write(model: Path, target: Path, codec: str = "f32", *, tokenizer: bool = Fa
 
 def llama_logits(path: Path, ids: np.ndarray) -> np.ndarray:
     pytest.importorskip("llama_cpp")
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     with LlamaCpp(path, threads=1) as engine:
         return next(engine.logits([ids]))
@@ -326,7 +326,7 @@ def _tokens(model: Path, target: Path, text: str) -> tuple[list[int], list[int]]
     pytest.importorskip("llama_cpp")
     from tokenizers import Tokenizer
 
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     expected = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     with LlamaCpp(write(model, target, tokenizer=True)[0], threads=1) as engine:
@@ -498,7 +498,7 @@ def test_sentencepiece_tokenizers(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     from compress.containers._gguf_tokenizer import read_vocabulary
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     model = tiny_model("llama", tmp_path / "model", bos_token_id=1, eos_token_id=2)
     pieces, _ = _sentencepiece(model)
@@ -549,7 +549,7 @@ def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
 
 def test_engine_sequences_are_independent_and_long_ones_are_cut_into_batches(moe: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     (file,) = write(moe, tmp_path / "m.gguf")
     sequences = [token_ids(600, 3) % 4000, token_ids(9, 4)]
@@ -570,7 +570,7 @@ def test_generation_is_greedy_decoding(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     (file,) = write(demo_model(), tmp_path / "demo.gguf", tokenizer=True)
     tokenizer = Tokenizer.from_file(str(demo_model() / "tokenizer.json"))
@@ -589,8 +589,9 @@ def test_llama_quantize_uses_the_given_importance_and_types(tmp_path: Path) -> N
     pytest.importorskip("llama_cpp")
     import gguf
 
+    from compress.engines import ggml
+    from compress.engines.llama_cpp import LlamaCpp
     from compress.errors import CompressError
-    from compress.scoring import llama_cpp
 
     model = tiny_model("qwen3_moe", tmp_path / "model", hidden_size=256, moe_intermediate_size=256, num_experts=3)
     (source,) = write(model, tmp_path / "f32.gguf")
@@ -599,7 +600,7 @@ def test_llama_quantize_uses_the_given_importance_and_types(tmp_path: Path) -> N
     importance = {n: (generator.random((s[0], s[2])) + 0.1).astype(np.float32) for n, s in experts.items()}
     types = {n: "q2_k" if "down" in n else "iq2_xxs" for n in experts}
     target = tmp_path / "small.gguf"
-    llama_cpp.quantize(
+    ggml.quantize(
         source, target, "q8_0", imatrix=importance, tensor_types=types, token_embedding_type="q4_0", threads=1
     )
     stored = container.inventory(target)
@@ -610,15 +611,15 @@ def test_llama_quantize_uses_the_given_importance_and_types(tmp_path: Path) -> N
         if tensor.name in types and tensor.name.startswith("blk.0."):
             rows = np.asarray(floats[tensor.name].data)
             expected = [
-                llama_cpp.quantize_rows(types[tensor.name], matrix, weight)
+                ggml.quantize_rows(types[tensor.name], matrix, weight)
                 for matrix, weight in zip(rows, importance[tensor.name], strict=True)
             ]
             np.testing.assert_array_equal(np.asarray(tensor.data).reshape(-1), np.stack(expected).reshape(-1))
     with pytest.raises(CompressError, match="importance matrix"):
-        llama_cpp.quantize(source, tmp_path / "no.gguf", "iq2_xxs", threads=1)
+        ggml.quantize(source, tmp_path / "no.gguf", "iq2_xxs", threads=1)
     with pytest.raises(CheckpointError, match="cannot load"):
         (tmp_path / "junk.gguf").write_bytes(b"GGUF" + bytes(100))
-        llama_cpp.LlamaCpp(tmp_path / "junk.gguf")
+        LlamaCpp(tmp_path / "junk.gguf")
 
 
 def test_planning_functions_need_no_torch() -> None:

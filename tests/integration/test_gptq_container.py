@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.checkpoint import Checkpoint
 from compress.codecs import get_codec
 from compress.containers import gptq, safetensors
 from compress.errors import CheckpointError, OutputError
+from compress.models.checkpoint import Checkpoint
 from compress.weights import Packed
 from tests.integration.containers import (
     Planned,

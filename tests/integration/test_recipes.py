@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from compress.checkpoint import Checkpoint
 from compress.containers import gguf as gguf_container
 from compress.errors import PlanError
-from compress.footprint import file_bytes
+from compress.models.checkpoint import Checkpoint
 from compress.plan import make_plan
+from compress.plan.resources import file_bytes
 from compress.recipe import Recipe, bundled_recipes
 from compress.report.scorecard import read
 from compress.run import run
@@ -56,7 +56,7 @@ def prove_gguf(recipe: Recipe, model: Path, work: Path) -> None:
         assert "lm_head.weight" in decoded
     expected = reference_logits(as_model(decoded, work / "left", work / "decoded"), ids_of())
     pytest.importorskip("llama_cpp")
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     with LlamaCpp(path, threads=1) as engine:
         found = next(engine.logits([ids_of()]))

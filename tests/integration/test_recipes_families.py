@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from compress.errors import PlanError
 from compress.plan import make_plan
+from compress.plan.savings import container_bytes
 from compress.recipe import bundled_recipes, load_recipe
-from compress.savings import container_bytes
 from tests.integration.runs import carry_out, cheap, small
 from tests.tiny import FAMILIES, tiny_model
 

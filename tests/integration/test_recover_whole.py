@@ -13,23 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress import finetune as stage
-from compress.checkpoint import Checkpoint
 from compress.codecs import block_codec
-from compress.finetune import CHANGE, Compressed, Original
-from compress.journal import Activations, Journal
-from compress.models.decoder import forward_block, rms_norm
-from compress.outcomes import load_outcomes, save_outcomes
+from compress.models.checkpoint import Checkpoint
+from compress.models.forward import forward_block, rms_norm
 from compress.plan import Plan, make_plan
 from compress.recipe import load_recipe
+from compress.recover import end_to_end as stage
+from compress.recover.end_to_end import CHANGE, Compressed, Original
+from compress.recover.parameters import BETAS, TunedScales
 from compress.report.progress import Reporter
 from compress.run import compress_model, load_calibration, run
-from compress.solve import Outcome, Solved, decode
+from compress.run.source import working_model
+from compress.solve.files import load_outcomes, save_outcomes
+from compress.solve.tensor import Outcome, Solved, decode
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
-from compress.source import working_model
+from compress.streaming.journal import Activations, Journal
 from compress.transforms.incoherence import Incoherence
-from compress.tunable import BETAS, TunedScales
 from tests.integration.runs import text_file
 from tests.tiny import tiny_model
 

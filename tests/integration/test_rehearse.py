@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from compress import rehearse as module
 from compress.plan import make_plan
-from compress.rehearse import rehearse
+from compress.run import rehearse as module
+from compress.run.rehearse import rehearse
 from tests.integration.runs import small
 from tests.tiny import tiny_model
 

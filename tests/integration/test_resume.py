@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint import Checkpoint
 from compress.errors import ResumeError
+from compress.models.checkpoint import Checkpoint
 from compress.report.scorecard import read
 from compress.run import WORK, run
 from tests.integration.runs import SMALL, carry_out, command, final_names, names, sha256, small, text_file
@@ -83,7 +83,7 @@ def test_killed_runs_resume_to_the_same_bytes(whole: str, place: Path) -> None:
 
 def test_finished_blocks_are_not_computed_again(place: Path, whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an interruption in the second block, weights of the first are not even read."""
-    from compress.journal import Journal
+    from compress.streaming.journal import Journal
 
     recipe = small(RECIPE, place / "model", place / "counted")
     finish = Journal.finish
@@ -107,7 +107,7 @@ def test_finished_blocks_are_not_computed_again(place: Path, whole: str, monkeyp
 
 
 def interrupt_after_first_block(recipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.journal import Journal
+    from compress.streaming.journal import Journal
 
     finish = Journal.finish
 

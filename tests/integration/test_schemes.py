@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from compress.codecs.names import ggml_fallback
-from compress.models.base import ModelSpec, load_spec
-from compress.schemes import GGML_SCHEMES, expand
-from compress.targets import RuleMatcher
+from compress.models.spec import ModelSpec, load_spec
+from compress.recipe.rules import RuleMatcher
+from compress.recipe.schemes import GGML_SCHEMES, expand
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")

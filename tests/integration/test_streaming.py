@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-from compress import run as run_module
-from compress import stream
-from compress.checkpoint import Checkpoint
-from compress.journal import Activations
+from compress.engines.streamed import StreamedSource
 from compress.models import load_spec
-from compress.models.decoder import STAGES
-from compress.plan import PlannedTensor, make_plan
+from compress.models.checkpoint import Checkpoint
+from compress.models.forward import STAGES
+from compress.plan import make_plan
+from compress.plan.tensor import PlannedTensor
 from compress.recipe import Recipe
 from compress.report.scorecard import read
+from compress.run import half as stream
 from compress.run import load_calibration, run
-from compress.scoring.streamed import StreamedSource
+from compress.run import loop as run_module
 from compress.statistics import Moments, Statistics
+from compress.streaming import walk
+from compress.streaming.journal import Activations
 from tests.integration.runs import as_model, carry_out, kept, sha256, small, spec_of, text_file
 from tests.tiny import demo_model, tiny_model
 
@@ -96,7 +98,7 @@ def test_weights_are_read_lazily_block_by_block(tmp_path: Path, monkeypatch: pyt
 def test_activations_in_memory_do_not_grow_with_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch of each model and the one that replaces it, whether 8 windows or 16 go through."""
     model = tiny_model("llama", tmp_path / "model")
-    monkeypatch.setattr(stream, "BATCH_TOKENS", 128)  # two windows
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 128)  # two windows
     peaks = {}
     for samples in (8, 16):
         recipe = small(RECIPE, model, tmp_path / f"out-{samples}", f"calibration.samples={samples}")
@@ -112,7 +114,7 @@ def test_result_does_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest
     found = []
     for tokens in (64, 4096):
         with monkeypatch.context() as patch:
-            patch.setattr(stream, "BATCH_TOKENS", tokens)
+            patch.setattr(walk, "BATCH_TOKENS", tokens)
             seen = collected(small(RECIPE, model, tmp_path / f"out-{tokens}"), patch)
         found.append(seen[0, 0]["attention.in"])
     assert found[0].tokens == found[1].tokens

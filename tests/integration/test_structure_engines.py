@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.containers import gguf
-from compress.journal import Activations
-from compress.scoring.streamed import StreamedSource
-from compress.structure.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
-from compress.structure.restructure import Restructured, restructure
-from compress.structure.survey import survey
+from compress.engines.streamed import StreamedSource
+from compress.streaming.journal import Activations
+from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
+from compress.structured.restructure import Restructured, restructure
+from compress.structured.survey import survey
 from compress.text import calibration_windows, load_tokenizer
 from tests.integration.containers import fetcher, plan, reference_logits, spec_of, token_ids, weights_of
 from tests.tiny import FAMILIES, demo_model, tiny_model
@@ -134,7 +134,7 @@ def test_cut_is_masked_in_transformers_and_llama_cpp_agrees(
         assert (family in ("qwen2", "qwen2_moe") and heads_went) or gguf.check_representable(result.original)
         return
     pytest.importorskip("llama_cpp")
-    from compress.scoring.llama_cpp import LlamaCpp
+    from compress.engines.llama_cpp import LlamaCpp
 
     lines = plan(result.spec, "f32")
     options = gguf.Options(tokenizer=False)

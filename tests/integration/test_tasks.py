@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 lm_eval = pytest.importorskip("lm_eval")
 
+from compress.engines.transformers import TransformersSource
 from compress.errors import (  # noqa: E402
     CalibrationError,
     CheckpointError,
@@ -25,7 +26,7 @@ from compress.errors import (  # noqa: E402
 )
 from compress.scoring import tasks  # noqa: E402
 from compress.scoring.divergence import score  # noqa: E402
-from compress.scoring.sources import LogitSource, TransformersSource  # noqa: E402
+from compress.scoring.source import LogitSource  # noqa: E402
 from compress.text import data_root, task_documents  # noqa: E402
 
 MODEL = data_root("models") / "tiny-qwen3-moe"
@@ -229,7 +230,7 @@ def test_source_batches_equal_lengths_and_keeps_order(source, monkeypatch):
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, source.vocab_size, n) for n in (5, 5, 9, 5, 3, 3, 3)]
     together = list(source.logits(sequences))
-    monkeypatch.setattr("compress.scoring.sources.BATCH_LOGIT_BYTES", 1)
+    monkeypatch.setattr("compress.engines.transformers.BATCH_LOGIT_BYTES", 1)
     alone = list(source.logits(sequences))
     for sequence, a, b in zip(sequences, together, alone, strict=True):
         assert a.shape == (len(sequence), source.vocab_size) and a.dtype == np.float32

@@ -9,9 +9,9 @@ import pytest
 
 from compress import plugins
 from compress.errors import RecipeError
-from compress.legal import tensor_problems
-from compress.models.base import TensorSpec
-from compress.planned import PlannedTensor
+from compress.models.spec import TensorSpec
+from compress.plan.checks import tensor_problems
+from compress.plan.tensor import PlannedTensor
 from compress.solvers.options import RtnOptions
 
 

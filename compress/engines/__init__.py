@@ -1,0 +1,1 @@
+"""Engines: who runs a model, and gives its logits."""

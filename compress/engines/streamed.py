@@ -1,0 +1,91 @@
+"""Logits block by block: a model larger than memory scores with one block resident."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.models.forward import forward_block, rms_norm
+from compress.models.spec import ModelSpec
+
+IN_MEMORY_BYTES = 256 << 20  # hidden states beyond this go to a temporary file
+BATCH_TOKENS = 8192
+
+
+class StreamedSource:
+    """A LogitSource over any provider of weights: a checkpoint, a journal, a decoded file.
+
+    load(name) returns the checkpoint tensor `name` in any float type; it is called once per tensor and pass. Only the
+    hidden states of all sequences are kept between blocks.
+    """
+
+    def __init__(self, spec: ModelSpec, load: Callable[[str], Tensor], name: str):
+        self.spec, self.load, self.name = spec, load, name
+        self.vocab_size = spec.vocab_size
+
+    def logits(self, sequences: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """See LogitSource.logits."""
+        if not sequences:
+            return
+        states = self.final_states(sequences)
+        head = self.load("model.embed_tokens.weight" if self.spec.tied else "lm_head.weight").float()
+        for row in states:
+            with torch.inference_mode():  # not around the yield: the caller would run in it, too
+                logits = (row @ head.T).numpy()
+            yield logits
+
+    def final_states(self, sequences: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Hidden states behind the last norm, float32 [len(sequence), hidden_size] for each sequence in order.
+
+        Sequences of a batch are padded on the right, which causal attention never sees.
+        """
+        spec = self.spec
+        lengths = [len(s) for s in sequences]
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        hidden = _scratch(int(starts[-1]), spec.hidden_size)
+        table = self.load("model.embed_tokens.weight")
+        for sequence, start in zip(sequences, starts, strict=False):
+            hidden[start : start + len(sequence)] = table[
+                torch.from_numpy(np.asarray(sequence, dtype=np.int64))
+            ].float()
+        del table
+        batches = _batches(lengths)
+        with torch.inference_mode():
+            for layer in range(spec.layers):
+                weights = {t.name: self.load(t.name).float() for t in spec.block_tensors(layer)}
+                for batch in batches:
+                    padded = torch.zeros(len(batch), max(lengths[i] for i in batch), spec.hidden_size)
+                    for row, i in enumerate(batch):
+                        padded[row, : lengths[i]] = hidden[starts[i] : starts[i + 1]]
+                    out = forward_block(spec, layer, weights, padded)
+                    for row, i in enumerate(batch):
+                        hidden[starts[i] : starts[i + 1]] = out[row, : lengths[i]]
+            norm = self.load("model.norm.weight").float()
+        for i in range(len(sequences)):
+            with torch.inference_mode():
+                states = rms_norm(hidden[starts[i] : starts[i + 1]], norm, spec.norm_eps)
+            yield states
+
+
+def _scratch(rows: int, width: int) -> Tensor:
+    """Room for hidden states, in memory while it is small."""
+    if rows * width * 4 <= IN_MEMORY_BYTES:
+        return torch.empty(rows, width)
+    file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the mapping)
+    file.truncate(rows * width * 4)
+    return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=(rows, width)))
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequences of similar length together, so that little is padded."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,0 +1,1 @@
+"""Export: artifacts written, read back, scored, gated, renamed."""

@@ -1,0 +1,169 @@
+"""Lazy reading of Hugging Face checkpoints: one file or many, local folder or hub id. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.models.spec import ModelSpec
+
+FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
+"""torch's and safetensors' names of the float types a checkpoint may have -> codecs."""
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; CheckpointError names the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} a Hugging Face model folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: file, dtype name and shape as the safetensors header gives them."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, from its header; checks that the file is long enough to hold them.
+
+    Format: 8-byte little-endian header length, JSON header, data (huggingface/safetensors README).
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise CheckpointError(f"{path} is truncated: its header alone needs {length + 8} bytes, it has {size}")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is listed in the index but does not exist; fetch the missing shard") from None
+    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(f"{path} is not a safetensors file or its header is damaged; fetch it again") from None
+    try:
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = {name: Entry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise CheckpointError(f"{path} is not a safetensors file or its header is damaged; fetch it again") from None
+    if 8 + length + end > size:
+        raise CheckpointError(f"{path} is truncated: {8 + length + end} bytes expected, {size} found; fetch it again")
+    return entries
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose tensors are read one at a time.
+
+    `entries` is empty when the folder holds a config.json only (enough to plan, not to run).
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def open(cls, model: str | Path, *, weights: bool = True) -> Checkpoint:
+        """Open a local folder or, when no such folder exists, a hub id (downloaded into the hub's own cache).
+
+        weights=False reads config.json and, if there, the tensor index; it never downloads weights.
+        Raises CheckpointError when the model, its config or its shards are missing or damaged.
+        """
+        folder = Path(model)
+        if not folder.is_dir():
+            folder = _download(str(model), weights)
+        config = read_json(folder / "config.json")
+        entries: dict[str, Entry] = {}
+        if (folder / INDEX).exists():
+            index = read_json(folder / INDEX).get("weight_map", {})
+            files = sorted(set(index.values()))
+            if weights or all((folder / f).exists() for f in files):
+                for file in files:
+                    entries.update(read_header(folder / file))
+                lost = sorted(set(index) - set(entries))
+                if lost:
+                    raise CheckpointError(
+                        f"{folder / INDEX} lists {lost[0]} ({len(lost)} in all) but no shard holds it"
+                    )
+        elif (folder / SINGLE).exists():
+            entries = read_header(folder / SINGLE)
+        elif weights:
+            hint = (
+                "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
+            )
+            raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
+        return cls(folder, config, entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def load(self, name: str) -> Tensor:
+        """One tensor in its own dtype. Raises CheckpointError if missing, unreadable or not finite."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.entries:
+            raise CheckpointError(f"{self.folder} has no tensor {name}; the checkpoint does not fit its config.json")
+        try:
+            with safe_open(self.entries[name].file, "pt") as file:
+                tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {name} from {self.entries[name].file}: {error}") from None
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{name} in {self.entries[name].file.name} holds {bad} NaN or infinite values; "
+                "the checkpoint is damaged, fetch it again"
+            )
+        return tensor
+
+
+def _download(model: str, weights: bool) -> Path:
+    """Fetch a hub snapshot: safetensors and text files only."""
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "tokenizer*"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=[*patterns, "*.safetensors"] if weights else patterns))
+    except Exception as error:  # the hub client raises many types; all mean that the model cannot be had
+        line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"no such model: {model} is not a local folder, and the hub answered: {line}") from None
+
+
+def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+    """Tensors of another shape than config.json implies; CheckpointError for the first that is not there."""
+    problems = []
+    for tensor in spec.tensors():
+        entry = checkpoint.entries.get(tensor.name)
+        if entry is None:
+            raise CheckpointError(
+                f"{checkpoint.folder} has no tensor {tensor.name}; the checkpoint does not fit its config.json"
+            )
+        if entry.dtype not in FLOAT_CODEC:
+            problems.append(
+                f"{tensor.name} is stored as {entry.dtype}; give the original checkpoint in F32, F16 or BF16"
+            )
+        if entry.shape != tensor.shape:
+            problems.append(
+                f"{tensor.name} is {list(entry.shape)} in the checkpoint, config.json implies {list(tensor.shape)}"
+            )
+    return problems

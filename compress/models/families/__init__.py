@@ -1,0 +1,1 @@
+"""Architecture families: one table per file."""

@@ -1,0 +1,185 @@
+"""One tensor of a plan: by which methods it shrinks, in which codec it ships, how many bytes that takes. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from compress.codecs.names import CONTAINERS, codec_info, ggml_fallback, sparse_name, stored_bytes
+from compress.models.spec import ModelSpec, TensorSpec
+from compress.plan.allocation import factor_sizes
+from compress.recipe.rules import FactorizeRule, PruneRule, Rule
+from compress.recipe.schema import Factorize, Prune, Quantize
+from compress.solvers.options import (
+    DictionaryOptions,
+    FactorizerOptions,
+    GptqOptions,
+    PrunerOptions,
+    RtnOptions,
+    SolverOptions,
+)
+from compress.weights import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor and what becomes of it. `method` is None where values are stored as they are."""
+
+    spec: TensorSpec
+    codec: str
+    solver: SolverOptions | None
+    bytes: int
+    wanted: str | None = None
+    """The codec the recipe asked for, when rows do not divide into its blocks."""
+    incoherence: bool = False
+    """Whether the codes are those of the weight between two randomised Hadamard transforms."""
+    activations: str | None = None
+    """How an engine rounds the inputs of this linear ("int8": each token by its largest value)."""
+    values: str = ""
+    """The codec of the numbers in a sparse or factored tensor; `codec` itself for all others."""
+    pruner: PrunerOptions | None = None
+    pattern: Pattern | None = None
+    """Which weights may stay; with `pruner`."""
+    joint: bool = False
+    """Whether codes may be chosen together with the mask, or to make up for it."""
+    factorizer: FactorizerOptions | None = None
+    factors: tuple[int, int] | None = None
+    """Atoms of the dictionary and coefficients an output keeps; with `factorizer`."""
+    unfactored: bool = False
+    """Whether a step would factorise it, but not into anything smaller."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def method(self) -> SolverOptions | PrunerOptions | FactorizerOptions | None:
+        """Whose statistics are collected: what approximates the weight first."""
+        if self.factorizer is not None:
+            return self.factorizer
+        if self.pruner is not None and (not self.compensates or self.pruner.name == "sparsegpt"):
+            return self.pruner
+        return self.solver
+
+    @property
+    def compensates(self) -> bool:
+        """Whether codes make up for the mask, as only error feedback can: then they approximate the weight, else what the
+        pruner left of it."""
+        return self.joint and isinstance(self.solver, GptqOptions)
+
+    @property
+    def label(self) -> str | None:
+        """The methods by name: `sparsegpt+gptq`."""
+        names = [m.name for m in (self.factorizer, self.pruner, self.solver) if m is not None]
+        return "+".join(names) or None
+
+    @property
+    def kept(self) -> int | None:
+        """Values that a sparse tensor, or the coefficients of a factored one, store."""
+        rows, columns = (1, *self.spec.shape)[-2:]
+        if self.factors is not None:
+            return rows * self.factors[1]
+        return None if self.pattern is None else self.pattern.kept(rows, columns)
+
+    @property
+    def plain(self) -> PlannedTensor:
+        """The same without pruning or factors: what is left is the codec."""
+        if self.pruner is None and self.factorizer is None:
+            return self
+        return replace(self, codec=self.values, pruner=None, pattern=None, factorizer=None, factors=None)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of a recipe that decide about one tensor, and the steps they belong to."""
+
+    quantize: tuple[Quantize, Rule] | None = None
+    prune: tuple[Prune, PruneRule] | None = None
+    factorize: tuple[Factorize, FactorizeRule] | None = None
+
+
+def planned_tensor(
+    spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, kinds: Collection[str]
+) -> PlannedTensor:
+    """What becomes of one tensor, its bytes still to be counted. codec: of its numbers; kinds: the containers."""
+    if len(tensor.shape) == 1 and "gguf" in kinds:
+        codec = "f32"  # llama.cpp's norms and biases are float32
+    wanted = None
+    if codec_info(codec).kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
+        wanted, codec = codec, replacement
+    info = codec_info(codec)
+    out = PlannedTensor(tensor, codec, None, 0, wanted, values=codec)
+    if rules.quantize is not None and info.kind != "float":
+        step, rule = rules.quantize
+        solver = step.solver_of(rule)
+        if tensor.input is None and not surveys_head(spec, tensor, codec):
+            solver = RtnOptions()  # rows that are looked up have no input statistics to solve against
+        incoherence = info.kind == "vector" if rule.incoherence is None else rule.incoherence
+        out = replace(out, solver=solver, incoherence=incoherence, activations=rule.activations)
+    if rules.prune is not None:
+        prune, line = rules.prune
+        return pruned(replace(out, pruner=prune.solver, joint=prune.joint), line.sparsity, kinds)
+    if rules.factorize is not None:
+        factorize, division = rules.factorize
+        return factored(replace(out, factorizer=factorize.solver), 1 - division.ratio)
+    return out
+
+
+def pruned(planned: PlannedTensor, pattern: Pattern, kinds: Collection[str]) -> PlannedTensor:
+    """With another mask: a sparse codec where every container has one for these values, else zeros like other values."""
+    sparse = all("sparse" in CONTAINERS[kind].kinds for kind in kinds) and holds_zero(planned.values)
+    codec = sparse_name(planned.values, pattern) if sparse else planned.values
+    return replace(planned, pattern=pattern, codec=codec)
+
+
+def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
+    """As the largest factors that take `share` of the bytes of the 16-bit matrix; dense where none are smaller."""
+    (rows, columns), options = planned.spec.shape, planned.factorizer
+    assert options is not None
+    sparse, sizes = isinstance(options, DictionaryOptions), sizes_at((rows, columns), options, share)
+    if sizes is None:
+        return replace(planned, codec=planned.values, factorizer=None, factors=None, unfactored=True)
+    info = codec_info(planned.values)
+    second = f"int{info.bits}-row" if info.kind == "uniform" else planned.values
+    codec = f"factors({planned.values},{f'sparse-{second}' if sparse else second})"
+    return replace(planned, codec=codec, factors=sizes)
+
+
+def sizes_at(shape: tuple[int, int], options: FactorizerOptions, share: float) -> tuple[int, int] | None:
+    """Atoms and coefficients an output that take `share` of the bytes of a 16-bit matrix; None where nothing fits."""
+    sparse = isinstance(options, DictionaryOptions)
+    return factor_sizes(*shape, share, options.k_over_s if sparse else 1.0, sparse)
+
+
+def holds_zero(codec: str) -> bool:
+    """Whether a codec stores an exact zero beside any other value, so that weights can be pruned in it."""
+    return codec_info(codec).kind in ("float", "uniform")
+
+
+def repairs_residual(spec: ModelSpec, planned: PlannedTensor) -> bool:
+    """Whether this linear's target also makes up for the lag of the residual stream it is added to.
+
+    Only where it alone stands for all that is added: o_proj, a dense down_proj, or a routed expert whose routing weights
+    sum to one. Others would repair the same lag several times over.
+    """
+    if not getattr(planned.method, "residual", 0.0):
+        return False
+    if planned.spec.role == "routed_experts.down":
+        assert spec.family.moe is not None
+        return spec.norm_topk and not spec.family.moe.shared
+    return planned.spec.role in ("attention.o", "mlp.down")
+
+
+def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
+    """Whether a tied embedding is solved as the head it also is, which takes a survey pass over the original.
+
+    Not worth the pass from 8 bits up.
+    """
+    return spec.tied and tensor.role == "embeddings" and 8 * stored_bytes(codec, tensor.shape) < 8 * tensor.parameters
+
+
+def moments_bytes(spec: ModelSpec, planned: PlannedTensor) -> int:
+    """Memory of the statistics behind one solved tensor, float32."""
+    n = planned.spec.shape[-1]
+    squares = 1 + bool(getattr(planned.method, "drift", 0.0))
+    return 4 * n * (squares * n + (spec.hidden_size if repairs_residual(spec, planned) else 0))

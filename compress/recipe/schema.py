@@ -1,0 +1,271 @@
+"""A recipe: one YAML file that says what to do to which model. Parsed strictly, without torch.
+
+`load_recipe` reports every problem of a file at once, each as `file:line: where: what; nearest: ...`. The
+models below are the schema; docs/recipes.md explains it to users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from compress.codecs.names import CONTAINERS
+from compress.recipe.rules import (
+    LINEARS,
+    Factorizer,
+    FactorizeRule,
+    Ignored,
+    Pruner,
+    PruneRule,
+    Rule,
+    RuleMatcher,
+    Solver,
+    Sparsity,
+    in_words,
+    nearest,
+    problem,
+)
+from compress.recipe.schemes import expand, scheme_name
+from compress.solvers.options import (
+    CompotOptions,
+    GptqOptions,
+    RecoverOptions,
+    SolverOptions,
+    SparseGptOptions,
+)
+from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
+from compress.transforms.options import AwqOptions, RotateOptions, SmoothOptions
+
+if TYPE_CHECKING:
+    from compress.models.spec import ModelSpec
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _size(value: Any) -> Any:
+    """'5GB' or '512MiB' to bytes."""
+    if not isinstance(value, str):
+        return value
+    if (match := _SIZE.fullmatch(value.strip())) is None:
+        raise problem(f"expected a size like 5GB, 500MB or 2GiB, got {value!r}")
+    unit = match[2].upper()
+    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
+
+
+def _file_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise problem(f"expected a plain file name (letters, digits and . _ + -), got {value!r}")
+    return value
+
+
+def _scheme(value: str) -> str:
+    try:
+        return scheme_name(value)
+    except ValueError as error:
+        raise problem(str(error)) from None
+
+
+def _container(value: str) -> str:
+    if value.lower() not in CONTAINERS:
+        raise problem(f"unknown container {value!r}{nearest(value, CONTAINERS)}")
+    return value.lower()
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: unknown keys are errors, values are frozen, types are not bent ('8' is no
+    number).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Calibration(Section):
+    """Text the model reads while it is compressed: `samples` windows of `length` tokens from `dataset`."""
+
+    dataset: str = "mixed"
+    samples: int = Field(256, ge=1)
+    length: int = Field(512, ge=2)
+
+
+class Quantize(Section):
+    """Choose codes for the weights that `rules`, then `scheme`, name."""
+
+    solver: Solver = GptqOptions()
+    scheme: Annotated[str, AfterValidator(_scheme)] | None = None
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_tuple)] = ()
+    ignore: Ignored = ()
+
+    def expanded(self, model: ModelSpec) -> tuple[Rule, ...]:
+        """The explicit rules, then those of the scheme."""
+        return self.rules + (expand(self.scheme, model) if self.scheme else ())
+
+    def matcher(self, model: ModelSpec) -> RuleMatcher:
+        """Decides for each tensor of `model`; `.match(tensor)` is None for what keeps its own float type."""
+        return RuleMatcher(self.expanded(model), model.layers, self.ignore)
+
+    def solver_of(self, rule: Rule) -> SolverOptions:
+        """The solver that serves `rule`: its own, or the step's."""
+        return rule.solver or self.solver
+
+
+class Prune(Section):
+    """Set weights to zero: those that `rules`, then `sparsity` (of all linears but the head), name."""
+
+    solver: Pruner = SparseGptOptions()
+    sparsity: Sparsity | None = None
+    rules: Annotated[tuple[PruneRule, ...], BeforeValidator(_tuple)] = ()
+    ignore: Ignored = ()
+    allocation: Literal["uniform", "outliers"] = "uniform"
+    spread: float = Field(0.08, ge=0, lt=0.5)
+    """With `outliers`: how far a layer's sparsity may lie from the mean."""
+    joint: bool = True
+    """Whether codes that gptq chooses make up for the mask (sparsegpt: are found together with it), or are those of the
+    pruned weight."""
+
+    def matcher(self, model: ModelSpec) -> RuleMatcher:
+        rest = (PruneRule(targets=LINEARS, sparsity=self.sparsity),) if self.sparsity else ()
+        return RuleMatcher(self.rules + rest, model.layers, self.ignore)
+
+
+class Factorize(Section):
+    """Write weights as products of two: those that `rules`, then `ratio` (of all linears but the head), name."""
+
+    solver: Factorizer = CompotOptions()
+    ratio: float | None = Field(None, gt=0, lt=1)
+    """The share of their bytes in 16 bits, masks counted, that goes."""
+    rules: Annotated[tuple[FactorizeRule, ...], BeforeValidator(_tuple)] = ()
+    ignore: Ignored = ()
+    allocation: Literal["uniform", "pooled", "knapsack"] = "pooled"
+    low: float = Field(0.3, gt=0, le=1)
+    """The least share of a matrix's bytes that may stay when the budget is shared out."""
+    high: float = Field(1.0, gt=0, le=1)
+    """The largest share that a factorised matrix may keep; one that would need all of them stays dense."""
+
+    def matcher(self, model: ModelSpec) -> RuleMatcher:
+        rest = (FactorizeRule(targets=LINEARS, ratio=self.ratio),) if self.ratio else ()
+        return RuleMatcher(self.rules + rest, model.layers, self.ignore)
+
+
+class Step(Section):
+    """One step of the chain: exactly one key, its kind. A new kind of step is one more field.
+
+    In the order in which they may follow each other: rotations of the whole model, what makes it smaller as a whole,
+    scalings of a block, what makes its matrices smaller, the codes, and what is tuned once those are known.
+    """
+
+    rotate: RotateOptions | None = None
+    drop_layers: DropLayersOptions | None = None
+    prune_experts: PruneExpertsOptions | None = None
+    prune_structured: PruneStructuredOptions | None = None
+    awq: AwqOptions | None = None
+    smooth: SmoothOptions | None = None
+    prune: Prune | None = None
+    factorize: Factorize | None = None
+    quantize: Quantize | None = None
+    recover: RecoverOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
+        if isinstance(value, dict) and len(value) != 1:
+            raise problem(f"expected exactly one key, the kind of step ({', '.join(STEP_KINDS)}), got {len(value)}")
+        if isinstance(value, dict) and "quantize" in value and not value["quantize"]:
+            raise problem("this step says nothing; give it at least a scheme or rules")
+        for kind, key in (("prune", "sparsity"), ("factorize", "ratio")):
+            options = value.get(kind) if isinstance(value, dict) and kind in value else {key: None}
+            if isinstance(options, dict | None) and not {key, "rules"} & set(options or ()):
+                raise problem(f"this step says nothing; give it at least a {key} or rules")
+        if isinstance(value, dict):
+            return {kind: {} if options is None else options for kind, options in value.items()}
+        return value
+
+    @property
+    def kind(self) -> str:
+        """The key that is set."""
+        return next(name for name in STEP_KINDS if getattr(self, name) is not None)
+
+    @property
+    def options(self) -> Any:
+        """Its value."""
+        return getattr(self, self.kind)
+
+
+STEP_KINDS: tuple[str, ...] = tuple(Step.model_fields)
+
+
+class Export(Section):
+    """One artifact: its container, file name (default: the recipe's name) and shard limit in bytes."""
+
+    container: Annotated[str, AfterValidator(_container)]
+    name: FileName | None = None
+    max_shard_size: Annotated[Annotated[int, Field(ge=1_000_000)] | None, BeforeValidator(_size)] = None
+
+
+class Score(Section):
+    """What is measured when the artifacts are written."""
+
+    suite: str = "quick"
+
+
+class Gate(Section):
+    """Limits an artifact must keep to be delivered; None asks nothing."""
+
+    max_kld: float | None = Field(None, gt=0)
+    max_perplexity_ratio: float | None = Field(None, gt=0)
+
+
+def _score(value: Any) -> Any:
+    if isinstance(value, bool):
+        return Score() if value else None
+    if not isinstance(value, dict | Score):
+        raise problem(f"expected a mapping like {{suite: quick}}, or false, got {in_words(value)}")
+    return value
+
+
+class Recipe(Section):
+    """A whole recipe; what `compress plan` and `compress run` work from."""
+
+    name: FileName
+    model: str
+    output: str
+    seed: int = Field(0, ge=0, lt=2**63)
+    calibration: Calibration = Calibration()
+    steps: Annotated[tuple[Step, ...], BeforeValidator(_tuple)] = ()
+    export: Annotated[tuple[Export, ...], BeforeValidator(_tuple), Field(min_length=1)]
+    score: Annotated[Score | None, BeforeValidator(_score)] = Score()
+    gate: Gate = Gate()
+
+    def step(self, kind: str) -> Any:
+        """The options of the step of this kind, None when the recipe has none."""
+        return next((step.options for step in self.steps if step.kind == kind), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, defaults filled in and names in canonical form, ready for JSON or YAML."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        return {**plain, "score": plain.get("score", False)}
+
+    def digest(self) -> str:
+        """sha256 (hex) of all that decides the bytes of the output; not `output`, `score` and `gate`."""
+        decisive = self.model_dump(mode="json", exclude={"output", "score", "gate"})
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

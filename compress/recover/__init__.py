@@ -1,0 +1,1 @@
+"""Recovery: what quantized models keep in float, tuned."""

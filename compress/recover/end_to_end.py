@@ -1,0 +1,373 @@
+"""The last stage of recovery: once every code is known, tune what the whole model keeps in float, end to end.
+
+`recover.py` repairs a block for the original's own output of that block. What is left over adds up; here norms,
+router, biases and stored scales of all blocks and the final norm move together, downhill on the KL divergence from the
+original's next-token distribution (knowledge distillation, arXiv 1503.02531; scales tuned end to end behind
+block-wise training are EfficientQAT's second phase, arXiv 2407.11062). Embeddings and head keep their bytes.
+
+One block is dense at a time: a step runs forward without gradients, keeps the batch at the input of every block, and
+goes back block by block, each run again with its graph and moved as soon as its gradient is known. Parameters and
+Adam's moments (about a hundredth of the weights, several times as much where finely quantized weights are tuned) and
+the batch at the blocks' inputs lie in mapped files, of which the operating system keeps in memory what fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.codecs import get_codec
+from compress.limits import BATCH_TOKENS, LOGIT_VALUES
+from compress.models.forward import forward_block, rms_norm
+from compress.models.spec import ModelSpec
+from compress.plan.plan import Plan
+from compress.recover.parameters import (
+    Adam,
+    Tuned,
+    TunedFloat,
+    held_out_windows,
+    step_share,
+    still_values,
+    stored_values,
+    tunables,
+)
+from compress.solve.files import load_outcomes
+from compress.solve.tensor import Outcome, decode
+from compress.solvers.options import RecoverOptions
+from compress.streaming.journal import Activations, Journal, mapped
+from compress.streaming.walk import embed
+from compress.weights import Loader, Packed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RECOVERED = "recovered"  # the journal's unit for all this; what moved in block 3 is the unit `recovered-00003`
+NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
+CHANGE, MEAN, SQUARE, BEST = range(4)  # rows of a block's state: its parameters, Adam's moments, the best so far
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """before, after: mean KL divergence from the original on the held-out windows, nats a token, of the model as given
+    and of the best candidate; norm: the final norm as it ships, where it was tuned and kept; reason: why nothing was
+    kept, else empty."""
+
+    norm: Packed | None
+    before: float
+    after: float
+    kept: bool
+    epochs: int
+    reason: str = ""
+
+    @property
+    def report(self) -> dict[str, float | int | bool | str]:
+        """For the journal."""
+        facts = {"before": self.before, "after": self.after, "kept": self.kept, "epochs": self.epochs}
+        return facts if self.kept else {**facts, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A model whose blocks are all solved. fetch(name): a tensor as it ships; outcomes(layer): a block's solved ones;
+    head: float32 [vocabulary, hidden], as it ships."""
+
+    spec: ModelSpec
+    fetch: Callable[[str], Packed]
+    outcomes: Callable[[int], Mapping[str, Outcome]]
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Original:
+    """What to come close to. states: at the output of the last block, [windows, length, hidden]; norm, head: float32
+    [hidden] and [vocabulary, hidden]."""
+
+    states: Activations
+    norm: Tensor
+    head: Tensor
+
+
+def tunes_end_to_end(plan: Plan) -> bool:
+    """Whether a run has this stage."""
+    return plan.recover is not None and plan.recover.end_to_end > 0 and plan.needs_calibration
+
+
+def outcomes_file(journal: Journal, layer: int) -> Path:
+    """Where a block's solved tensors wait for this stage."""
+    return journal.folder / f"outcomes-{layer:05d}.safetensors"
+
+
+def recover_end_to_end(
+    plan: Plan,
+    load: Loader,
+    journal: Journal,
+    ids: np.ndarray,
+    states: Activations,
+    progress: Callable[[float], None],
+) -> None:
+    """The stage of a run: what moved replaces the tensors of the blocks' own units, all at once, and files that only
+    this stage reads go.
+
+    ids: [windows, length]; states: the original's, at the output of the last block. A run that is killed before the
+    journal names the unit repeats it from the start.
+    """
+    spec, recover = plan.spec, plan.recover
+    assert recover is not None
+    head = TABLE if spec.tied else "lm_head.weight"
+    inputs = Activations(journal.folder / "recover-inputs.f32", (*ids.shape, spec.hidden_size))
+    moved: dict[str, dict] = {}
+
+    def write(layer: int, tensors: Mapping[str, Packed]) -> None:
+        moved[f"{RECOVERED}-{layer:05d}"] = {}
+        journal.write(f"{RECOVERED}-{layer:05d}", tensors)
+
+    with torch.inference_mode(False):  # autograd meets these
+        table = decode(journal.fetch(TABLE))
+        embed(table, ids, inputs, max(1, BATCH_TOKENS // ids.shape[1]))
+        if not spec.tied:
+            table = decode(journal.fetch(head))
+        model = Compressed(spec, journal.fetch, lambda layer: load_outcomes(outcomes_file(journal, layer)), table)
+        original = Original(states, load(NORM).float(), load(head).float())
+    result = finetune(
+        model,
+        original,
+        inputs,
+        recover,
+        lambda name, *shape: mapped(journal.folder / f"recover-{name}.f32", *shape),
+        write,
+        progress,
+        seed=plan.recipe.seed,
+    )
+    journal.write(RECOVERED, {} if result.norm is None else {NORM: result.norm})
+    journal.name(moved | {RECOVERED: {"recovered": result.report}})
+    states.delete()
+    for pattern in ("recover-*.f32", "outcomes-*.safetensors"):
+        for file in journal.folder.glob(pattern):
+            file.unlink()
+
+
+def finetune(
+    model: Compressed,
+    original: Original,
+    inputs: Activations,
+    options: RecoverOptions,
+    scratch: Callable[..., Tensor],
+    write: Callable[[int, Mapping[str, Packed]], None],
+    progress: Callable[[float], None] = lambda done: None,
+    *,
+    seed: int = 0,
+) -> Finetuned:
+    """Tune all blocks together and hand what moved to `write(layer, tensors)`, where it is kept.
+
+    inputs: the compressed embeddings of the calibration windows, [windows, length, hidden]; scratch(name, *shape): float32
+    zeros that need not stay in memory. The same seed gives the same bytes on the same machine and thread count.
+    """
+    with torch.inference_mode(False):
+        windows = inputs.shape[0]
+        training = windows - held_out_windows(windows, options)
+        if training < 1:
+            return Finetuned(None, 0.0, 0.0, False, 0, "too few calibration windows to hold any out")
+        run = _Run(model, original, inputs, options, scratch, training)
+        before = run.held_out_divergence(stored=False)
+        if not run.tuned:
+            return Finetuned(None, before, before, False, 0, "nothing to tune")
+        after, epochs, reason = _descend(run, before, options, progress, seed)
+        if reason:
+            return Finetuned(None, before, after, False, epochs, reason)
+        for layer in range(model.spec.layers):
+            if tensors := run.packed(layer):
+                write(layer, tensors)
+        return Finetuned(run.packed_norm(), before, after, True, epochs)
+
+
+def _descend(
+    run: _Run, before: float, options: RecoverOptions, progress: Callable[[float], None], seed: int
+) -> tuple[float, int, str]:
+    """Adam with a cosine schedule; after each epoch what is rounded is judged, and remembered if it is the best.
+
+    Returns the least held-out divergence of a candidate, epochs run, and why none is better than `before`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = options.end_to_end * -(-run.training // run.batch)
+    after, kept, stale, taken = math.inf, False, 0, 0
+    reason = "no better on the held-out windows"
+    for epoch in range(1, options.end_to_end + 1):
+        order = torch.randperm(run.training, generator=generator).tolist()
+        for start in range(0, run.training, run.batch):
+            if not run.step(order[start : start + run.batch], taken, step_share(taken, total)):
+                return after, epoch, "" if kept else "the loss is not finite"
+            taken += 1
+            progress(taken / (total + 1))
+        divergence = run.held_out_divergence(stored=True)
+        stale = 0 if divergence < min(before, after) else stale + 1
+        if not stale:
+            run.remember()
+            kept = True
+        after = min(after, divergence) if math.isfinite(divergence) else after
+        if stale >= options.patience:
+            break
+    progress(1.0)
+    return after, epoch, "" if kept else reason
+
+
+class _Run:
+    """The model while it is tuned."""
+
+    def __init__(
+        self,
+        model: Compressed,
+        original: Original,
+        inputs: Activations,
+        options: RecoverOptions,
+        scratch: Callable[..., Tensor],
+        training: int,
+    ):
+        self.model, self.spec, self.original, self.inputs = model, model.spec, original, inputs
+        self.options, self.scratch, self.training = options, scratch, training
+        windows, length, hidden = inputs.shape
+        self.batch = max(1, BATCH_TOKENS // length)  # windows of one step
+        self.held_out = windows - training
+        self.places = scratch("states", self.spec.layers + 1, min(self.batch, training), length, hidden)
+        self.held = scratch("held-out", self.held_out, length, hidden)
+        self.states: dict[int, Tensor] = {}
+        norm = model.fetch(NORM)
+        self.norm = TunedFloat(decode(norm), norm.codec, options.lr_floats)
+        self.norm_optimizer = Adam(self.norm.steps if "norms" in options.tune else [])
+        self.best_norm = torch.zeros_like(self.norm.change)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is anything to tune; known once every block was read."""
+        return bool(self.norm_optimizer.steps) or any(state.numel() for state in self.states.values())
+
+    # -- one block -------------------------------------------------------------------------------------------------
+    def read(self, layer: int, row: int = CHANGE) -> tuple[dict[str, Tuned], dict[str, Tensor], Adam]:
+        """A block's tunables with the parameters of a row of its state, its other tensors, and its optimizer."""
+        outcomes = self.model.outcomes(layer)
+        names = [t.name for t in self.spec.block_tensors(layer) if t.name not in outcomes]
+        packed = {name: self.model.fetch(name) for name in names}
+        floats = {name: decode(value) for name, value in packed.items()}
+        stored_as = {name: value.codec for name, value in packed.items()}
+        tuned = tunables(self.spec, layer, outcomes, floats, stored_as, self.options)
+        steps = [step for t in tuned.values() for step in t.steps]
+        if layer not in self.states:
+            self.states[layer] = self.scratch(f"state-{layer:05d}", 4, sum(p.numel() for p, _ in steps))
+        parts = self.states[layer].split([p.numel() for p, _ in steps], dim=1) if steps else []
+        for (parameter, _), part in zip(steps, parts, strict=True):
+            parameter.data = part[row].view(parameter.shape)
+        moments = [
+            (part[MEAN].view(p.shape), part[SQUARE].view(p.shape)) for (p, _), part in zip(steps, parts, strict=True)
+        ]
+        return tuned, still_values(outcomes, floats, tuned), Adam(steps, moments)
+
+    def weights(self, layer: int, *, stored: bool) -> dict[str, Tensor]:
+        """A block's dense tensors without a graph, as they are tuned or as they would be stored."""
+        with torch.no_grad():
+            tuned, still, _ = self.read(layer)
+            if stored:
+                return still | stored_values({name: t.stored() for name, t in tuned.items()})
+            return still | {name: t.dense() for name, t in tuned.items()}
+
+    def packed(self, layer: int) -> dict[str, Packed]:
+        """What ships of the best candidate's tuned tensors."""
+        tuned, _, _ = self.read(layer, BEST)
+        stored = {name: t.stored() for name, t in tuned.items()}
+        return {
+            name: value.pack() if isinstance(value, Outcome) else get_codec(self.model.fetch(name).codec).encode(value)
+            for name, value in stored.items()
+        }
+
+    def packed_norm(self) -> Packed | None:
+        """The final norm of the best candidate, where it is tuned."""
+        if not self.norm_optimizer.steps:
+            return None
+        self.norm.change.data.copy_(self.best_norm)
+        return get_codec(self.norm.codec).encode(self.norm.stored())
+
+    def remember(self) -> None:
+        """The present parameters are the best so far."""
+        for state in self.states.values():
+            if state.numel():
+                state[BEST].copy_(state[CHANGE])
+        self.best_norm.copy_(self.norm.change.detach())
+
+    # -- the whole model -------------------------------------------------------------------------------------------
+    def step(self, picks: list[int], taken: int, share: float) -> bool:
+        """Move everything by the gradient on some windows; False and nothing where the loss is not finite."""
+        count, last = len(picks), self.spec.layers
+        for slot, window in enumerate(picks):
+            self.places[0, slot] = self.inputs.read(window, window + 1)[0]
+        for layer in range(last):
+            with torch.no_grad():
+                weights = self.weights(layer, stored=False)
+                self.places[layer + 1, :count] = forward_block(self.spec, layer, weights, self.places[layer, :count])
+        loss, gradient = self.loss_gradient(self.places[last, :count], picks)
+        if not math.isfinite(loss):
+            return False
+        self.norm_optimizer.step(share)
+        for layer in reversed(range(last)):
+            gradient = self.step_block(layer, self.places[layer, :count], gradient, taken, share)
+        return True
+
+    def step_block(self, layer: int, inputs: Tensor, gradient: Tensor, taken: int, share: float) -> Tensor:
+        """Move one block, given the gradient at its output. Returns that at its input."""
+        tuned, still, optimizer = self.read(layer)
+        inputs = inputs.clone().requires_grad_()
+        with torch.enable_grad():
+            weights = still | {name: t.dense() for name, t in tuned.items()}
+            forward_block(self.spec, layer, weights, inputs).backward(gradient)
+        optimizer.taken = taken
+        optimizer.step(share)
+        assert inputs.grad is not None
+        return inputs.grad
+
+    def loss_gradient(self, states: Tensor, picks: list[int]) -> tuple[float, Tensor]:
+        """Mean KL divergence of some windows and its gradient at the last block's output, [windows, length, hidden];
+        that of the final norm is left with it."""
+        out, total = torch.empty_like(states), 0.0
+        for slot, window in enumerate(picks):
+            wanted = self.original.states.read(window, window + 1)[0]
+            for rows in self.chunks():
+                hidden = states[slot, rows].clone().requires_grad_()
+                with torch.enable_grad():
+                    loss = self.divergence(hidden, self.norm.dense(), wanted[rows]) / states[..., 0].numel()
+                loss.backward()
+                out[slot, rows] = hidden.grad
+                total += float(loss.detach())
+        return total, out
+
+    def divergence(self, hidden: Tensor, norm: Tensor, wanted: Tensor) -> Tensor:
+        """Summed KL divergence from the original. hidden, wanted: [tokens, hidden], outputs of the last block."""
+        with torch.no_grad():
+            states = rms_norm(wanted, self.original.norm, self.spec.norm_eps)
+            p = (states @ self.original.head.T).log_softmax(-1)
+        q = (rms_norm(hidden, norm, self.spec.norm_eps) @ self.model.head.T).log_softmax(-1)
+        return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+
+    def chunks(self) -> list[slice]:
+        """A window's tokens in pieces whose logits are few enough."""
+        length, size = self.inputs.shape[1], max(1, LOGIT_VALUES // self.spec.vocab_size)
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+    @torch.no_grad()
+    def held_out_divergence(self, *, stored: bool) -> float:
+        """Mean KL divergence from the original on the held-out windows, of the model as tuned or as it would be stored."""
+        parts = [(start, min(start + self.batch, self.held_out)) for start in range(0, self.held_out, self.batch)]
+        for start, stop in parts:
+            self.held[start:stop] = self.inputs.read(self.training + start, self.training + stop)
+        for layer in range(self.spec.layers):
+            weights = self.weights(layer, stored=stored)
+            for start, stop in parts:
+                self.held[start:stop] = forward_block(self.spec, layer, weights, self.held[start:stop])
+        norm = self.norm.stored() if stored else self.norm.dense()
+        total = 0.0
+        for slot in range(self.held_out):
+            wanted = self.original.states.read(self.training + slot, self.training + slot + 1)[0]
+            total += sum(float(self.divergence(self.held[slot, rows], norm, wanted[rows])) for rows in self.chunks())
+        return total / self.held[..., 0].numel()

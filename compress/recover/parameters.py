@@ -1,0 +1,217 @@
+"""What recovery tunes: everything that is stored as a real number, as parameters that start at zero.
+
+A tensor's codes stay; norms, router, biases and stored scales move, and so do the weights of finely quantized tensors,
+which are rounded again to their own scales. What a parameter set stands for is always rounded to what is stored
+before it is judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compress.codecs import get_codec
+from compress.codecs.base import TINY, Grid
+from compress.limits import CODES_FROM_BITS
+from compress.models.spec import ModelSpec
+from compress.solve.tensor import Outcome
+from compress.solvers.base import Solution, safe_divisor
+from compress.solvers.options import RecoverOptions
+
+WARM_UP = 5  # steps until the full step size
+BETAS = (0.9, 0.95)
+
+
+class Tuned(Protocol):
+    """Something that is stored, with parameters that start at zero, where it is as it was given."""
+
+    steps: list[tuple[Tensor, float]]
+    """Parameters and their step sizes."""
+
+    def dense(self) -> Tensor:
+        """The float32 tensor that a block computes with, differentiable."""
+        ...
+
+    def stored(self) -> Outcome | Tensor:
+        """The nearest that can be stored."""
+        ...
+
+
+class TunedFloat:
+    """A norm, router or bias, stored in a float type; parameters are in units of its root mean square."""
+
+    def __init__(self, values: Tensor, codec: str, rate: float):
+        self.values, self.codec = values, codec
+        self.size = values.square().mean().sqrt()
+        self.change = torch.zeros_like(values, requires_grad=True)
+        self.steps = [(self.change, rate)]
+
+    def dense(self) -> Tensor:
+        return self.values + self.change * self.size
+
+    def stored(self) -> Tensor:
+        codec = get_codec(self.codec)
+        return codec.unpack(codec.encode(self.dense().detach()))
+
+
+class TunedScales:
+    """A quantized tensor with its codes fixed: each stored real number gets a factor."""
+
+    def __init__(self, outcome: Outcome, rate: float):
+        solution = outcome.solution
+        self.outcome, codec, grid = outcome, solution.codec, solution.grid
+        stored = grid.scale if grid.d is None else grid.d
+        self.shape = (*stored.shape, solution.units.shape[1] // stored.shape[1])
+        scaled = solution.units * codec.columns(grid.scale)
+        if grid.offset is not None and grid.dmin is None:  # a multiple of the scale, which follows it
+            scaled = scaled - codec.columns(grid.offset)
+        self.scaled = scaled.reshape(self.shape)
+        self.change = torch.zeros_like(stored, requires_grad=True)
+        self.steps = [(self.change, rate)]
+        self.offset: Tensor | None = None
+        if grid.offset is not None and grid.dmin is not None:
+            self.offset = codec.columns(grid.offset).reshape(self.shape)
+            self.offset_change = torch.zeros_like(stored, requires_grad=True)
+            self.steps.append((self.offset_change, rate))
+
+    def dense(self) -> Tensor:
+        out = self.scaled * (1 + self.change)[..., None]
+        if self.offset is not None:
+            out = out - self.offset * (1 + self.offset_change)[..., None]
+        return restored(self.outcome, out.reshape(self.outcome.solution.units.shape))
+
+    def stored(self) -> Outcome:
+        solution = self.outcome.solution
+        offset_factor = None if self.offset is None else 1 + self.offset_change.detach()
+        grid = solution.codec.rescaled(solution.grid, 1 + self.change.detach(), offset_factor)
+        return replace(self.outcome, solution=replace(solution, grid=grid))
+
+
+class TunedCodes:
+    """A finely quantized tensor, tuned as float and rounded again to its own scales; parameters are in units of its root
+    mean square."""
+
+    def __init__(self, outcome: Outcome, rate: float):
+        self.outcome = outcome
+        self.values = outcome.solution.decode()
+        self.size = self.values.square().mean().sqrt()
+        self.change = torch.zeros_like(self.values, requires_grad=True)
+        self.steps = [(self.change, rate)]
+
+    def dense(self) -> Tensor:
+        return restored(self.outcome, self.values + self.change * self.size)
+
+    def stored(self) -> Outcome:
+        solution = self.outcome.solution
+        moved = self.values + self.change.detach() * self.size
+        return replace(self.outcome, solution=replace(solution, units=nearest_units(solution, moved)))
+
+
+def nearest_units(solution: Solution, weight: Tensor) -> Tensor:
+    """Codes of `weight` [R, n] nearest under the solution's own scales, one column at a time. Returns units [R, n]."""
+    codec, grid = solution.codec, solution.grid
+    shifted = weight if grid.offset is None else weight + codec.columns(grid.offset)
+    target = (shifted / codec.columns(safe_divisor(grid.scale))).reshape(-1, 1)
+    zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
+    return codec.nearest(target, torch.ones_like(target), None, zero).reshape(weight.shape)
+
+
+def tunables(
+    spec: ModelSpec,
+    layer: int,
+    outcomes: Mapping[str, Outcome],
+    floats: Mapping[str, Tensor],
+    stored_as: Mapping[str, str],
+    options: RecoverOptions,
+) -> dict[str, Tuned]:
+    """What the options name, in the order of the block's tensors."""
+    tuned: dict[str, Tuned] = {}
+    for tensor in spec.block_tensors(layer):
+        name = tensor.name
+        if name in outcomes:
+            codec = outcomes[name].solution.codec
+            fine = codec.step == 1 and codec.bits_per_weight(tensor.shape[-1]) >= CODES_FROM_BITS
+            if fine and "codes" in options.tune:
+                tuned[name] = TunedCodes(outcomes[name], options.lr_codes)
+            elif "scales" in options.tune:
+                tuned[name] = TunedScales(outcomes[name], options.lr_scales)
+        elif tensor.role in options.tune:
+            tuned[name] = TunedFloat(floats[name], stored_as[name], options.lr_floats)
+    return tuned
+
+
+class Adam:
+    """Adam (arXiv 1412.6980) with a step size for each parameter. torch's own loads its compiler on the first step.
+
+    moments, taken: where an earlier instance stopped; the moments are moved in place.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[tuple[Tensor, float]],
+        moments: Sequence[tuple[Tensor, Tensor]] | None = None,
+        taken: int = 0,
+    ):
+        self.steps = steps
+        self.moments = moments or [(torch.zeros_like(p), torch.zeros_like(p)) for p, _ in steps]
+        self.taken = taken
+
+    @torch.no_grad()
+    def step(self, share: float) -> None:
+        """Move by `share` of every step size and clear the gradients."""
+        self.taken += 1
+        first, second = (1 - beta**self.taken for beta in BETAS)
+        for (parameter, rate), (mean, square) in zip(self.steps, self.moments, strict=True):
+            if parameter.grad is None:  # an expert that no token of the batch reached
+                continue
+            mean.lerp_(parameter.grad, 1 - BETAS[0])
+            square.mul_(BETAS[1]).addcmul_(parameter.grad, parameter.grad, value=1 - BETAS[1])
+            parameter.addcdiv_(mean, (square / second).sqrt_().add_(TINY), value=-share * rate / first)
+            parameter.grad = None
+
+
+def step_share(taken: int, total: int) -> float:
+    """What part of the full step size the step after `taken` of `total` has: a short warm-up, then a cosine."""
+    return min(1.0, (taken + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * taken / total))
+
+
+def held_out_windows(windows: int, options: RecoverOptions) -> int:
+    """How many windows at the end of the calibration set judge and are never tuned on."""
+    return max(1, math.ceil(options.held_out * windows))
+
+
+def still_values(
+    outcomes: Mapping[str, Outcome], floats: Mapping[str, Tensor], tuned: Mapping[str, Tuned]
+) -> dict[str, Tensor]:
+    """The dense float32 tensors of a block that are not tuned."""
+    fixed = {name: outcome.dense() for name, outcome in outcomes.items() if name not in tuned}
+    return fixed | {name: value for name, value in floats.items() if name not in tuned}
+
+
+def stored_values(stored: Mapping[str, Outcome | Tensor]) -> dict[str, Tensor]:
+    """The dense float32 tensors that stored ones decode to."""
+    return {name: value.dense() if isinstance(value, Outcome) else value for name, value in stored.items()}
+
+
+# -- tensors made under inference mode, for autograd -----------------------------------------------------------------
+
+
+def plain_outcome(outcome: Outcome) -> Outcome:
+    """A copy whose tensors autograd takes."""
+    solution = outcome.solution
+    facts = {f.name: getattr(solution.grid, f.name) for f in fields(solution.grid)}
+    grid: Grid = type(solution.grid)(**{k: None if v is None else v.clone() for k, v in facts.items()})
+    signs = outcome.incoherence
+    if signs is not None:
+        signs = replace(signs, signs_in=signs.signs_in.clone(), signs_out=signs.signs_out.clone())
+    return replace(outcome, solution=replace(solution, units=solution.units.clone(), grid=grid), incoherence=signs)
+
+
+def restored(outcome: Outcome, values: Tensor) -> Tensor:
+    """Out of incoherent space, where the tensor was solved in it."""
+    return values if outcome.incoherence is None else outcome.incoherence.restore(values)

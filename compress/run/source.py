@@ -1,0 +1,22 @@
+"""The model a run works on: the checkpoint itself, or the checkpoint seen through a rotation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.models.checkpoint import Checkpoint
+from compress.plan.plan import Plan
+from compress.weights import Loader
+
+if TYPE_CHECKING:
+    pass
+
+
+def working_model(plan: Plan, checkpoint: Checkpoint) -> Loader:
+    """A function that gives a tensor of `plan.spec` by name, one at a time."""
+    if plan.rotation is None:
+        return checkpoint.load
+    from compress.transforms.rotate import Rotation
+
+    rotation = Rotation.draw(plan.original, plan.rotation)
+    return lambda name: rotation.tensor(name, checkpoint.load)

@@ -1,0 +1,145 @@
+"""The scorecard of a finished run: what the journal and the delivery say, and every fallback as a line of its own."""
+
+from __future__ import annotations
+
+import datetime
+
+import torch
+
+from compress import __version__
+from compress.export.deliver import Delivery
+from compress.plan.plan import Plan
+from compress.recover.end_to_end import RECOVERED
+from compress.report.progress import Reporter
+from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
+from compress.run.surveys import STRUCTURE
+from compress.streaming.journal import Journal
+from compress.structured.shapes import widths_of
+
+CHANNELS = {
+    "intermediate": "feed-forward channels",
+    "moe_intermediate": "channels of an expert",
+    "shared_intermediate": "channels of the shared expert",
+}
+
+
+def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
+    """What went of a model that changed its shape, and what the repair was worth."""
+    if STRUCTURE not in journal:
+        return ()
+    report, whole, left, notes = journal.units[STRUCTURE]["structure"], plan.turned, plan.spec, []
+    if report["dropped_layers"]:
+        gone = ", ".join(f"{n} (influence {report['influence'][n]:.3f})" for n in report["dropped_layers"])
+        notes.append(f"layers of the original that were dropped: {gone}")
+    if left.experts < whole.experts:
+        each = "; ".join(
+            f"layer {entry['layer']}: {', '.join(str(e) for e in range(whole.experts) if e not in entry['experts'])}"
+            for entry in report["layers"]
+            if "experts" in entry
+        )
+        notes.append(f"experts of the original that went: {each}")
+    if plan.recipe.step("prune_structured") is not None:
+        sizes = [("key-value heads", whole.kv_heads, left.kv_heads)]
+        sizes += [(CHANNELS[field], width, widths_of(left)[field]) for field, width in widths_of(whole).items()]
+        kept = [f"{what} {before:,} -> {after:,}" for what, before, after in sizes if before != after]
+        notes.append(f"every layer keeps: {', '.join(kept)}")
+    return tuple(notes)
+
+
+def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Reporter) -> Scorecard:
+    """What `scorecard.json` says about a run whose artifacts are written."""
+    solved = [s for report in journal.units.values() for s in report.get("solved", ())]
+    fallbacks = [
+        Fallback(
+            subject=t.name,
+            wanted=t.wanted or "",
+            used=t.codec,
+            reason=f"rows of {t.spec.shape[-1]} do not divide into {t.wanted} blocks",
+        )
+        for t in plan.fallbacks
+    ]
+    fallbacks += [
+        Fallback(
+            subject=s["name"],
+            wanted=f"damping {getattr(t.method, 'damping', 0.0):g}",
+            used=f"damping {s['damping']:g}",
+            reason=f"gram not positive definite, {s['retries']} retries",
+        )
+        for s in solved
+        if s["retries"] and (t := plan.by_name[s["name"]])
+    ]
+    fallbacks += [
+        Fallback(
+            subject=f"block {layer}",
+            wanted="recovery",
+            used="the block as it was solved",
+            reason=recovered.get("reason", ""),
+        )
+        for layer in range(plan.spec.layers)
+        if (recovered := journal.units[f"block-{layer:05d}"].get("recovered")) and not recovered["kept"]
+    ]
+    if RECOVERED in journal and not (whole := journal.units[RECOVERED]["recovered"])["kept"]:
+        fallbacks.append(
+            Fallback(
+                subject="all blocks together",
+                wanted="end-to-end recovery",
+                used="the blocks as they were recovered one by one",
+                reason=whole["reason"],
+            )
+        )
+    fallbacks += [
+        Fallback(
+            subject=t.name,
+            wanted="factors",
+            used=f"dense {t.codec}",
+            reason="its share of the budget is the whole matrix, or no factors of its size are smaller",
+        )
+        for t in plan.tensors
+        if t.unfactored
+    ]
+    experts = []
+    for layer in range(plan.spec.layers):
+        tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()
+        if not tokens:
+            continue
+        borrowed = [0.0] * len(tokens)
+        for s in solved:
+            tensor = plan.by_name[s["name"]].spec
+            if tensor.layer == layer and tensor.expert is not None:
+                borrowed[tensor.expert] = max(borrowed[tensor.expert], s["borrowed"])
+        cold = tuple(e for e, share in enumerate(borrowed) if share > 0.5)
+        fallbacks += [
+            Fallback(
+                subject=f"block {layer} expert {e}",
+                wanted="own statistics",
+                used=f"{borrowed[e]:.0%} of the block's pool",
+                reason=f"{tokens[e]} calibration tokens reached it",
+            )
+            for e in cold
+        ]
+        experts.append(
+            Experts(layer=layer, tokens=tuple(tokens), cold=cold, borrowed=tuple(round(b, 4) for b in borrowed))
+        )
+    fallbacks += results.fallbacks
+    base = Base(
+        bytes=plan.source_bytes,
+        bits_per_weight=8 * plan.source_bytes / plan.original_parameters,
+        parameters=plan.original_parameters,
+        scores=results.base_scores,
+        tasks=results.base_tasks,
+    )
+    return Scorecard(
+        model=plan.recipe.model,
+        recipe=plan.recipe.name,
+        artifacts=tuple(results.artifacts),
+        base=base,
+        experts=tuple(experts),
+        fallbacks=tuple(fallbacks),
+        gate=Gate(passed=results.passed, checks=tuple(results.checks)),
+        stages=tuple(reporter.stages),
+        recipe_digest=plan.recipe.digest(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        calibration=plan.recipe.calibration.model_dump() if plan.needs_calibration else {},
+        versions={"compress": __version__, "torch": torch.__version__},
+        notes=tuple(plan.warnings) + structure_notes(plan, journal),
+    )

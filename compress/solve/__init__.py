@@ -1,0 +1,1 @@
+"""One tensor: from its float weight to what ships, and back."""

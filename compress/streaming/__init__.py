@@ -1,0 +1,1 @@
+"""Streaming: activations and finished units on disk."""

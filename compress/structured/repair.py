@@ -1,0 +1,236 @@
+"""What stays learns to make up for what went: least squares on o_proj and down_proj, half a block after the other.
+
+Both models run side by side over the calibration windows. Behind each half of a kept layer, with x the input of its
+last linear in the reduced model and e what the reduced residual stream then misses of the original's,
+
+    W' = W + t (sum e x^T) (sum x x^T + ridge)^-1
+
+The sums run over most windows; t, between 0 and 1, is what serves the others best, so that little text changes little.
+This is the reconstruction of pruned layers (OSSCAR, arXiv 2403.12983; ZipLM, arXiv 2302.04089) with the whole lag of the
+stream as its target. The feed-forward's target is the original's stream where the next kept layer begins: before a
+gap, down_proj also learns what the dropped layers did (ReplaceMe, arXiv 2505.02819).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.codecs.base import TINY
+from compress.limits import BATCH_TOKENS, MOMENTS_BYTES
+from compress.models.forward import Routing, forward_attention, forward_ffn
+from compress.models.spec import ModelSpec
+from compress.statistics import Moments, blend, corrected_target
+from compress.streaming.journal import Activations
+from compress.streaming.walk import HALVES, Half, Walk
+from compress.structured.view import StructureView
+
+HELD_OUT = 8  # every eighth window
+ROUNDING = 1e-12  # squared distances below it, over the squared norm, are float32 sums in another order
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """tensors: new float32 values by name, none where nothing could be gained; before, after: squared distance of the
+    reduced residual stream to the original's on the held-out windows, over the squared norm of the latter."""
+
+    tensors: Mapping[str, Tensor]
+    before: float
+    after: float
+
+    @property
+    def report(self) -> dict[str, float | bool]:
+        return {"before": self.before, "after": self.after, "kept": bool(self.tensors)}
+
+
+def repair_model(
+    view: StructureView,
+    load: Callable[[str], Tensor],
+    ids: np.ndarray,
+    scratch: Callable[[str], Activations],
+    damping: float,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> tuple[dict[str, Tensor], list[dict[Half, Repair]]]:
+    """Repair every half of the model that `view` shows, each on top of those before it.
+
+    load(name) gives the original's tensors; ids: [windows, length]; scratch(name): activation files of the ids' shape,
+    deleted when done. Returns new tensors by name, in the float type of those they replace, and what happened, one
+    entry a layer. One block of each model is in memory at a time. Raises NumericalError for activations that are not finite.
+    """
+    original = Walk(view.original, load, ids, scratch, "original")
+    reduced = Walk(view.spec, load, ids, scratch, "reduced")
+    tensors: dict[str, Tensor] = {}
+    repairs: list[dict[Half, Repair]] = []
+    ends = [kept.layer for kept in view.kept[1:]] + [view.original.layers]
+    original.skip(range(view.kept[0].layer), load)
+    for layer, (kept, end) in enumerate(zip(view.kept, ends, strict=True)):
+        repairs.append({})
+        for half in HALVES:
+            original.advance(kept.layer, half, load)
+            if half == "ffn":
+                original.skip(range(kept.layer + 1, end), load)
+            stored = {t.name: view.load(t.name, load) for t in view.spec.block_tensors(layer) if t.half == half}
+            weights = {name: values.float() for name, values in stored.items()}
+            dtypes = {name: values.dtype for name, values in stored.items()}
+            repair = repair_half(view.spec, layer, half, weights, reduced.at, original.at, damping, dtypes)
+            repairs[-1][half] = repair
+            tensors |= {name: values.to(dtypes[name]) for name, values in repair.tensors.items()}
+            reduced.advance(layer, half, {**weights, **repair.tensors}.__getitem__)
+        progress((layer + 1) / len(view.kept))
+    original.at.delete()
+    reduced.at.delete()
+    return tensors, repairs
+
+
+def repairable(spec: ModelSpec, layer: int, half: Half) -> list[str]:
+    """The tensors of half a block whose update stands for all that the half adds to the residual stream.
+
+    Experts only where their routing weights sum to one and none is shared: each then owes the whole lag.
+    """
+    if half == "ffn" and spec.is_sparse(layer):
+        assert spec.family.moe is not None
+        if not spec.norm_topk or spec.family.moe.shared:
+            return []
+    roles = ("attention.o",) if half == "attention" else ("mlp.down", "routed_experts.down")
+    return [t.name for t in spec.block_tensors(layer) if t.role in roles]
+
+
+def repair_half(
+    spec: ModelSpec,
+    layer: int,
+    half: Half,
+    weights: Mapping[str, Tensor],
+    source: Activations,
+    target: Activations,
+    damping: float,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Repair:
+    """Least squares on the last linears of half a block of the reduced model `spec`.
+
+    weights: of the half, float32 by name; source: the reduced model's stream at its input; target: the original's where
+    its output should be; damping: ridge as a fraction of the mean diagonal; dtypes: float types that the new values are
+    rounded to, by name. Nothing is kept that brings the stream no nearer on the held-out windows; a single window leaves
+    none to hold out.
+    """
+    names = repairable(spec, layer, half)
+    before = after = _distance(spec, layer, half, weights, source, target)
+    updated: dict[str, Tensor] = {}
+    if names and before > ROUNDING:
+        for group in _groups(spec, weights, names):
+            for name, update in _updates(spec, layer, half, weights, source, target, damping, group).items():
+                values = (weights[name] + update).to((dtypes or {}).get(name)).float()
+                if not torch.equal(values, weights[name]):
+                    updated[name] = values
+    if updated:
+        after = _distance(spec, layer, half, {**weights, **updated}, source, target)
+    return Repair(updated, before, after) if after < before else Repair({}, before, before)
+
+
+def _updates(
+    spec: ModelSpec,
+    layer: int,
+    half: Half,
+    weights: Mapping[str, Tensor],
+    source: Activations,
+    target: Activations,
+    damping: float,
+    names: Sequence[str],
+) -> dict[str, Tensor]:
+    """What to add to some tensors of a half, whose moments are held at once."""
+    inputs = {t.input: t for t in spec.block_tensors(layer) if t.name in names}
+    fitted, judged = (
+        {key: Moments.zeros(t.shape[1], residual=spec.hidden_size) for key, t in inputs.items()} for _ in range(2)
+    )
+    for windows, hidden, wanted in _batches(source, target):
+        seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+        def note(key: str, x: Tensor, gate: Tensor | None, to: dict = seen) -> None:
+            to[key] = (x, gate)
+
+        out, routing = _run(spec, layer, half, weights, hidden, note)
+        lag = (wanted - out).flatten(0, 1)
+        held = torch.tensor([_is_held_out(n, source) for n in windows]).repeat_interleave(hidden.shape[1])
+        for key in seen.keys() & inputs.keys():
+            (x, gate), expert = seen[key], inputs[key].expert
+            rows = torch.arange(len(lag)) if expert is None else (routing.experts == expert).nonzero(as_tuple=True)[0]
+            for moments, chosen in ((fitted, ~held[rows]), (judged, held[rows])):
+                moments[key].add(x[chosen], gate=None if gate is None else gate[chosen], lag=lag[rows[chosen]])
+    return {
+        t.name: least_squares_update(fitted[key], judged[key], damping, cold=t.expert is not None)
+        for key, t in inputs.items()
+    }
+
+
+def least_squares_update(fitted: Moments, judged: Moments, damping: float, *, cold: bool = False) -> Tensor:
+    """What to add to a weight so that it gives, from its inputs, what the stream misses: t R (G + ridge)^-1.
+
+    fitted: G = sum x x^T [n, n] and R = sum e x^T [m, n], both with the gate squared; judged: the same of tokens held out,
+    whose squared error t in [0, 1] minimises; damping: ridge as a fraction of G's mean diagonal. cold: the ridge also
+    stands for n tokens of white input that ask for nothing, so that an expert of few tokens changes little. float32 [m, n];
+    zeros where either saw nothing.
+    """
+    assert fitted.residual is not None and judged.residual is not None
+    nothing = torch.zeros_like(fitted.residual)
+    if not fitted.tokens or not judged.tokens:
+        return nothing
+    ridge = damping + (len(fitted.gram) / fitted.tokens if cold else 0.0)
+    update = corrected_target(nothing, blend(fitted, None, 0.0), ridge, 0.0, 1.0)
+    gain, cost = (update * judged.residual).sum(), ((update @ judged.gram) * update).sum()
+    return update * (gain / cost.clamp_min(TINY)).clamp(0.0, 1.0)
+
+
+def _distance(
+    spec: ModelSpec, layer: int, half: Half, weights: Mapping[str, Tensor], source: Activations, target: Activations
+) -> float:
+    """Squared distance of a half's output to what it should be, over the squared norm of that, on the held-out windows."""
+    missed = total = 0.0
+    for windows, hidden, wanted in _batches(source, target):
+        held = [i for i, n in enumerate(windows) if _is_held_out(n, source)]
+        if held:
+            out, _ = _run(spec, layer, half, weights, hidden[held])
+            missed += float((out - wanted[held]).square().sum(dtype=torch.float64))
+            total += float(wanted[held].square().sum(dtype=torch.float64))
+    return missed / max(total, TINY)
+
+
+def _is_held_out(window: int, stream: Activations) -> bool:
+    """Every eighth window, the last of fewer, none of one."""
+    every = min(HELD_OUT, stream.shape[0])
+    return every > 1 and window % every == every - 1
+
+
+def _run(
+    spec: ModelSpec,
+    layer: int,
+    half: Half,
+    weights: Mapping[str, Tensor],
+    hidden: Tensor,
+    observe: Callable[[str, Tensor, Tensor | None], None] | None = None,
+) -> tuple[Tensor, Routing | None]:
+    if half == "attention":
+        out, routes = forward_attention(spec, layer, weights, hidden, observe=observe), []
+    else:
+        routes = []
+        out = forward_ffn(spec, layer, weights, hidden, observe=observe, on_route=routes.append)
+    assert out is not None
+    return out, routes[0] if routes else None
+
+
+def _batches(source: Activations, target: Activations) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """Numbers of some windows and what both streams hold of them."""
+    windows, length, _ = source.shape
+    batch = max(1, BATCH_TOKENS // length)
+    for start in range(0, windows, batch):
+        stop = min(start + batch, windows)
+        yield range(start, stop), source.read(start, stop), target.read(start, stop)
+
+
+def _groups(spec: ModelSpec, weights: Mapping[str, Tensor], names: Sequence[str]) -> list[list[str]]:
+    """Tensors whose moments fit MOMENTS_BYTES together, or one that does not."""
+    columns = max(weights[name].shape[1] for name in names)
+    size = max(1, MOMENTS_BYTES // (8 * columns * (columns + spec.hidden_size)))
+    return [list(names[start : start + size]) for start in range(0, len(names), size)]

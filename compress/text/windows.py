@@ -1,0 +1,118 @@
+"""Token windows of calibration and evaluation text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.errors import CalibrationError
+from compress.text.documents import load_documents
+from compress.text.sets import find_data, load_definition
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZE_TOGETHER = 16
+
+
+# -------------------------------------------------------------------------------------------- windows
+
+
+def calibration_windows(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    max_positions: int | None = None,
+) -> np.ndarray:
+    """Token ids of calibration text, int32 [samples, length].
+
+    Documents are shuffled by `seed`, tokenized without special tokens, each followed by the end-of-text token
+    (where the tokenizer has one), and packed into full windows: no padding, and the same arguments give the
+    same array. Fewer samples with the same seed are a prefix of more.
+
+    Raises:
+        CalibrationError: no such set, no text, too few tokens, or windows longer than `max_positions`.
+    """
+    _check_sizes(samples, length, max_positions, "samples")
+    definition = load_definition(find_data("calibration", name))
+    documents = load_documents(definition, seed=seed)
+    tokens = _tokens(documents, tokenizer, samples * length)
+    if len(tokens) == 0:
+        raise CalibrationError(f"calibration set '{name}' holds no text")
+    if len(tokens) < samples * length:
+        raise CalibrationError(_too_few("calibration set", name, len(tokens), samples, length, "samples"))
+    return tokens.reshape(samples, length)
+
+
+def eval_windows(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    windows: int | None = None,
+    length: int,
+    max_positions: int | None = None,
+) -> np.ndarray:
+    """Token ids of evaluation text, int32 [windows, length]; every full window if `windows` is None.
+
+    Documents come in file order, tokenized and packed as for calibration, and windows do not overlap. Where
+    the tokenizer starts texts with a beginning-of-text token (`prepends_bos`), every window is that token and
+    `length - 1` tokens of text: without it Llama-like models score far worse than in use. Nothing predicts
+    the first token of a window, so the added one is never scored.
+
+    Raises:
+        CalibrationError: as `calibration_windows`.
+    """
+    _check_sizes(1 if windows is None else windows, length, max_positions, "windows")
+    bos = [tokenizer.bos_token_id] if prepends_bos(tokenizer) else []
+    text_length = length - len(bos)
+    documents = load_documents(load_definition(find_data("eval", name)))
+    tokens = _tokens(documents, tokenizer, None if windows is None else windows * text_length)
+    if len(tokens) == 0:
+        raise CalibrationError(f"evaluation set '{name}' holds no text")
+    if len(tokens) < (windows or 1) * text_length:
+        too_few = _too_few("evaluation set", name, len(tokens), windows or 1, text_length, "windows")
+        raise CalibrationError(too_few)
+    count = len(tokens) // text_length if windows is None else windows
+    text = tokens[: count * text_length].reshape(count, text_length)
+    start = np.tile(np.asarray(bos, dtype=np.int32), (count, 1))
+    return np.concatenate([start, text], axis=1) if bos else text
+
+
+def prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer puts its beginning-of-text token before a text unless told otherwise."""
+    if tokenizer.bos_token_id is None:
+        return False
+    return list(tokenizer("a").input_ids[:1]) == [tokenizer.bos_token_id]
+
+
+def _tokens(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> np.ndarray:
+    """Ids of `documents`, each closed by the end-of-text token; int32, cut at `wanted` (None: all)."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces: list[np.ndarray] = []
+    count = 0
+    while (wanted is None or count < wanted) and (batch := list(islice(documents, TOKENIZE_TOGETHER))):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False).input_ids:
+            pieces.append(np.asarray([*ids, *end], dtype=np.int32))
+            count += len(pieces[-1])
+    return np.concatenate(pieces)[:wanted] if pieces else np.empty(0, dtype=np.int32)
+
+
+def _check_sizes(count: int, length: int, max_positions: int | None, what: str) -> None:
+    if count < 1 or length < 2:
+        raise CalibrationError(f"{what} must be at least 1 and length at least 2, not {count} and {length}")
+    if max_positions is not None and length > max_positions:
+        limit = f"the {max_positions} positions of the model"
+        raise CalibrationError(f"length {length} is more than {limit}; set length to at most {max_positions}")
+
+
+def _too_few(what: str, name: str, tokens: int, count: int, length: int, field_name: str) -> str:
+    fit = tokens // length
+    fix = f"set {field_name} to at most {fit}" if fit else f"set length to at most {tokens}"
+    need = f"{count} {field_name if count > 1 else 'window'} of {length} need {count * length:,}"
+    return f"{what} '{name}' has {tokens:,} tokens, but {need}; {fix}, or use another set"

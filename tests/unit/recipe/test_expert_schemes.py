@@ -1,0 +1,89 @@
+"""`EXPERTS_*` through make_plan: any number of experts, every family that has them, nothing but a config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.codecs.names import row_bytes
+from compress.errors import PlanError
+from compress.plan import Plan, make_plan
+from compress.recipe import load_recipe
+from compress.recipe.schemes import EXPERT_SCHEMES
+
+LAYERS = 5
+COMMON = {
+    "hidden_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 512, "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+MOE: dict[str, Callable[[int], dict[str, Any]]] = {
+    "mixtral": lambda count: {"num_local_experts": count, "intermediate_size": 256, "sliding_window": None},
+    "qwen2_moe": lambda count: {"num_experts": count, "shared_expert_intermediate_size": 512, "norm_topk_prob": False},
+    "qwen3_moe": lambda count: {"num_experts": count, "head_dim": 64, "norm_topk_prob": True},
+}
+# bytes of a block of 256 columns (ggml-common.h): gate and up, down, and both in the first and last layers
+BYTES = {
+    "EXPERTS_4BIT": (136, 144, 136, 144),
+    "EXPERTS_3BIT": (98, 110, 98, 110),
+    "EXPERTS_2BIT": (66, 84, 66, 84),
+    "EXPERTS_1BIT": (56, 66, 66, 84),
+}
+
+
+def plan_of(folder: Path, scheme: str, config: dict[str, Any]) -> Plan:
+    (folder / "config.json").write_text(json.dumps({**COMMON, **config}))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {folder}\nsteps: [{{quantize: {{scheme: {scheme}}}}}]\nexport: [{{container: gguf}}]\nscore: false\n"
+    )
+    return make_plan(load_recipe(recipe))
+
+
+def test_every_family_with_experts_is_here() -> None:
+    assert {name for name, family in known_families().items() if family.moe is not None} == set(MOE)
+    assert set(BYTES) == set(EXPERT_SCHEMES)
+
+
+@pytest.mark.parametrize("scheme", EXPERT_SCHEMES)
+@pytest.mark.parametrize("family", MOE)
+def test_every_expert_is_covered_and_legal(family: str, scheme: str, tmp_path: Path) -> None:
+    for count in (8, 60, 64, 128, 256):
+        plan = plan_of(tmp_path, scheme, {"model_type": family, **MOE[family](count)})
+        assert not plan.warnings and not plan.fallbacks
+        inner_wide, inner_down, edge_wide, edge_down = BYTES[scheme]
+        seen = set()
+        for tensor in plan.tensors:
+            role, layer = tensor.spec.role, tensor.spec.layer
+            if role.startswith("routed_experts."):
+                edge = layer in (0, LAYERS - 1)
+                down, wide = (edge_down, edge_wide) if edge else (inner_down, inner_wide)
+                assert row_bytes(tensor.codec, 256) == (down if role.endswith("down") else wide)
+                seen.add((layer, tensor.spec.expert, role.split(".")[1]))
+            elif role in ("router", "norms", "biases"):
+                assert tensor.codec == "f32" and tensor.solver is None
+            else:
+                assert tensor.codec == "q8_0"
+        assert seen == {(n, e, p) for n in range(LAYERS) for e in range(count) for p in ("gate", "up", "down")}
+        routers = [t.spec.shape[0] for t in plan.tensors if t.spec.role == "router"]
+        assert routers.count(count) == LAYERS
+        assert len(routers) == LAYERS * (2 if family == "qwen2_moe" else 1)  # the gate of the shared expert is one, too
+
+
+def test_odd_rows_fall_back(tmp_path: Path) -> None:
+    """Rows of 352 columns fall back as in llama.cpp, and the plan says so."""
+    config = {"model_type": "qwen2_moe", **MOE["qwen2_moe"](60), "moe_intermediate_size": 352}
+    plan = plan_of(tmp_path, "EXPERTS_2BIT", config)
+    assert {t.codec for t in plan.tensors if t.spec.role == "routed_experts.down"} == {"q4_0"}
+    assert {t.codec for t in plan.tensors if t.spec.role == "routed_experts.up"} == {"iq2_xxs"}
+    assert any("q2_k" in warning and "q4_0" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("scheme", EXPERT_SCHEMES)
+def test_a_dense_model_is_told_so(scheme: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=rf"scheme {scheme} is about routed experts and llama has none"):
+        plan_of(tmp_path, scheme, {"model_type": "llama"})

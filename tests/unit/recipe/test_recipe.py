@@ -1,0 +1,360 @@
+"""Recipes: what is accepted, what is refused and in which words, overrides, digests, the shipped ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from compress.errors import RecipeError
+from compress.models.spec import load_spec
+from compress.recipe import Recipe, bundled_recipes, load_recipe
+from compress.recipe.rules import RuleMatcher
+from compress.recipe.schemes import EXPERT_SCHEMES, SCHEMES, expand, scheme_kind, use_more_bits
+from compress.solvers.options import GptqOptions, RtnOptions
+
+GOOD = """\
+model: some/model
+calibration: {samples: 64}
+steps:
+  - quantize:
+      solver: {name: GPTQ, damping: 5e-2}
+      scheme: q4_k_m
+      rules:
+        - {targets: attention.o, codec: Q8_0, solver: rtn, layers: 0-3}
+export:
+  - container: gguf
+    max_shard_size: 5GB
+"""
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 512,
+    "intermediate_size": 512,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str):
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def problems_of(path, *args, **options):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, *args, **options)
+    assert caught.value.exit_code == 2
+    assert not any("\n" in line for line in caught.value.problems)
+    return [line.replace(str(path), "x.yaml") for line in caught.value.problems]
+
+
+def test_defaults_and_canonical_names(write):
+    recipe = load_recipe(write(GOOD))
+    assert (recipe.name, recipe.output, recipe.seed) == ("x", "out/x", 0)
+    assert (recipe.calibration.dataset, recipe.calibration.samples) == ("mixed", 64)
+    step = recipe.steps[0]
+    assert step.kind == "quantize" and step.options is step.quantize
+    assert step.quantize.solver == GptqOptions(damping=0.05)
+    assert step.quantize.scheme == "Q4_K_M"
+    assert step.quantize.solver_of(step.quantize.rules[0]) == RtnOptions()
+    assert recipe.export[0].max_shard_size == 5_000_000_000
+    assert recipe.score.suite == "quick" and recipe.gate.max_kld is None
+
+
+def test_round_trip(write):
+    for text in (GOOD, GOOD + "score: false\n"):
+        recipe = load_recipe(write(text))
+        assert Recipe.model_validate(recipe.as_dict()) == recipe
+
+
+def test_no_steps_is_a_plain_conversion(write):
+    recipe = load_recipe(write("model: m\nsteps: []\nexport: [{container: safetensors}]\nscore: false\n"))
+    assert recipe.steps == () and recipe.score is None
+
+
+def test_all_problems_at_once_with_lines(write):
+    text = """\
+modle: foo
+seed: "3"
+calibration: {samples: 1e-3, lenght: 512}
+steps:
+  - quantize:
+      solver: {name: rtn, damping: 0.1}
+      scheme: Q4KM
+      rules:
+        - {targets: [routed_expert.gate], codec: q4k, layers: "-4:"}
+        - targets: router
+          codec: q8_0
+        - targets: mlp
+          codec: q5_0
+      ignore: [ruter]
+  - distil: {}
+  - quantize:
+export:
+  - {container: guff}
+  - {container: gptq, max_shard_size: 5 gigs}
+score: maybe
+gate: {max_kld: -1}
+seed: 4
+"""
+    found = problems_of(write(text))
+    expected = [
+        ("x.yaml:1: model: missing", "--model"),
+        ("x.yaml:1: modle: unknown key 'modle'; nearest: model", ""),
+        ("x.yaml:2: seed: expected a whole number, got '3'", ""),
+        ("x.yaml:3: calibration.samples: expected a whole number, got 0.001", ""),
+        ("x.yaml:3: calibration.lenght: unknown key 'lenght'; nearest: length", ""),
+        ("x.yaml:6: steps[0].quantize.solver.damping: unknown key 'damping'", "one of: name"),
+        ("x.yaml:7: steps[0].quantize.scheme: unknown scheme 'Q4KM'; nearest: Q4_K_M", ""),
+        ("x.yaml:9: steps[0].quantize.rules[0].targets[0]: unknown role", "nearest: routed_experts.gate"),
+        ("x.yaml:9: steps[0].quantize.rules[0].codec: unknown codec 'q4k'; nearest: q4_k", ""),
+        ("x.yaml:9: steps[0].quantize.rules[0].layers: '-4:' names no layers", "last 4"),
+        ("x.yaml:11: steps[0].quantize.rules[1].codec: router is never quantized", "ignore"),
+        ("x.yaml:11: steps[0].quantize.rules[1].codec: container gptq (export[1]) cannot hold q8_0", "gguf"),
+        ("x.yaml:13: steps[0].quantize.rules[2].codec: q5_0 exists only as", ""),
+        ("x.yaml:14: steps[0].quantize.ignore[0]: unknown role 'ruter'; nearest: router", ""),
+        ("x.yaml:15: steps[1].distil: unknown key 'distil'", "quantize"),
+        ("x.yaml:16: steps[2]: this step says nothing", ""),
+        ("x.yaml:18: export[0].container: unknown container 'guff'; nearest: gguf", ""),
+        ("x.yaml:19: export[1].max_shard_size: expected a size like 5GB", ""),
+        ("x.yaml:20: score: expected a mapping like {suite: quick}, or false, got 'maybe'", ""),
+        ("x.yaml:21: gate.max_kld: must be more than 0, got -1", ""),
+        ("x.yaml:22: seed: given twice", ""),
+    ]
+    for start, inside in expected:
+        assert any(line.startswith(start) and inside in line for line in found), (start, found)
+    assert len(found) == len(expected)
+    lines = [int(line.split(":")[1]) for line in found]
+    assert lines == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    ("rule", "containers", "complaint"),
+    [
+        ("{targets: mlp, codec: int4-g128}", "gguf", "gguf (export[0]) cannot hold int4-g128"),
+        ("{targets: mlp, codec: q4_k}", "gptq", "gptq (export[0]) cannot hold q4_k"),
+        ("{targets: mlp, codec: q4_k}", "safetensors gptq", "gptq (export[1]) cannot hold q4_k"),
+        ("{targets: mlp, codec: f16}", "gguf gguf", "export[1]: the same file as export[0]"),
+        ("{targets: embeddings, codec: int8-row}", "gptq", "holds embeddings only as f32, f16 or bf16"),
+        ("{targets: norms, codec: int8-row}", "gptq", "norms is never quantized"),
+        ("{targets: 're:*bad', codec: f16}", "gguf", "not a valid regular expression"),
+        ("{targets: [], codec: f16}", "gguf", "rules[0].targets: the list is empty"),
+        ("{targets: mlp}", "gguf", "rules[0].codec: missing"),
+        ("{targets: mlp, codec: f16, solver: gtpq}", "gguf", "unknown solver 'gtpq'; nearest: gptq"),
+        ("[mlp, q4_k]", "gguf", "rules[0]: expected a mapping, got a list"),
+        ("{targets: mlp, codec: int8-row, activations: int8}", "gptq", "gptq says nothing about activations; use comp"),
+        ("{targets: mlp, codec: int8-row, activations: fp8}", "compress", "activations: input should be 'int8'"),
+        ("{targets: mlp, codec: int4-row, incoherence: true}", "awq", "incoherence: container awq has no place"),
+        ("{targets: mlp, codec: bf16, activations: int8}", "compress", "activations goes with a codec that rounds"),
+        ("{targets: mlp, codec: f16, incoherence: true}", "compress", "incoherence goes with a codec that rounds"),
+    ],
+)
+def test_one_impossible_combination(write, rule, containers, complaint):
+    exports = "".join(f"  - container: {name}\n" for name in containers.split())
+    found = problems_of(write(f"model: m\nsteps:\n- quantize:\n    rules:\n    - {rule}\nexport:\n{exports}"))
+    assert len(found) == 1 and complaint in found[0], found
+
+
+def test_scheme_and_container_disagree(write):
+    text = "model: m\nsteps: [{quantize: {scheme: W4A16}}]\nexport: [{container: gguf}]\n"
+    assert problems_of(write(text)) == [
+        "x.yaml:2: steps[0].quantize.scheme: container gguf (export[0]) cannot hold W4A16; it holds "
+        "f32, f16, bf16 and the ggml codecs; use gptq or awq or compressed-tensors or compress or safetensors"
+    ]
+
+
+def test_scheme_with_activations_and_container_disagree(write):
+    text = "model: m\nsteps: [{quantize: {scheme: w8a8}}]\nexport: [{container: compress}, {container: awq}]\n"
+    (found,) = problems_of(write(text))
+    assert found.startswith("x.yaml:2: steps[0].quantize.scheme: container awq says nothing about activations")
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [
+        ("awq: {gird: 20}", "awq.gird: unknown key 'gird'; nearest: grid"),
+        ("awq: {fold: []}", "awq.fold: expected at least one item"),
+        ("smooth: {fold: [ffn.inn]}", "smooth.fold[0]: input should be 'attention.in'"),
+        ("smooth: {alpha: 2}", "smooth.alpha: must be at most 1, got 2"),
+        ("rotate: {kinds: [R3]}", "rotate.kinds[0]: input should be 'R1' or 'R2', got 'R3'"),
+        ("recover: {lr: 1}", "recover.lr: unknown key 'lr'"),
+        ("awq: 5", "awq: expected a mapping, got 5"),
+        ("[awq]", "steps[0]: expected a mapping, got a list"),
+    ],
+)
+def test_wrong_options_of_the_other_steps(write, step, complaint):
+    (found,) = problems_of(write(f"model: m\nsteps:\n- {step}\nexport: [{{container: compress}}]\n"))
+    assert found.startswith("x.yaml:3: steps[0]") and complaint in found
+
+
+def test_uniform_and_float_fit_gptq_and_anything_fits_safetensors(write):
+    for codec in ("int2-g32", "int3-g64-asym", "int8-row", "bf16"):
+        text = f"model: m\nsteps: [{{quantize: {{rules: [{{targets: mlp, codec: {codec}}}]}}}}]\n"
+        load_recipe(write(text + "export: [{container: gptq}, {container: safetensors}]\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "the recipe is empty"),
+        ("- a\n- b\n", "expected a mapping, got a list"),
+        ("model: [m\nexport: x\n", "x.yaml:2: not valid YAML"),
+        ("model: m\n\tx: 1\n", "x.yaml:2: not valid YAML"),
+        ("model: &a [*a]\nexport: [{container: gguf}]\n", "contains itself"),
+        ("model: !!python/object:os.system x\nexport: [{container: gguf}]\n", "have no meaning here"),
+        ("model: m\nexport: []\n", "export: expected at least one item"),
+        ("model: m\n", "export: missing"),
+        ("model: m\nname: a/b\nexport: [{container: gguf}]\n", "name: expected a plain file name"),
+        ("model: m\nname: ../b\nexport: [{container: gguf}]\n", "name: expected a plain file name"),
+        ("model: m\nsteps: {quantize: {}}\nexport: [{container: gguf}]\n", "steps: expected a list"),
+        ("model: 7\nexport: [{container: gguf}]\n", "model: expected text, got 7"),
+        ("model: m\nseed: true\nexport: [{container: gguf}]\n", "seed: expected a whole number, got True"),
+    ],
+)
+def test_malformed_files(write, text, complaint):
+    assert any(complaint in line for line in problems_of(write(text))), problems_of(write(text))
+
+
+def test_yaml_traps_are_read_as_written(write):
+    """PyYAML's own rules would make these false, 90 and a string."""
+    path = write("model: no\nname: 1:30\ngate: {max_kld: 1e-2}\nexport: [{container: gguf}]\n")
+    assert [line for line in problems_of(path) if "name" not in line] == []
+    recipe = load_recipe(path, ["name=ok"])
+    assert (recipe.model, recipe.gate.max_kld) == ("no", 0.01)
+
+
+def test_overrides(write):
+    recipe = load_recipe(
+        write(GOOD),
+        ["steps[0].quantize.solver.sweeps=4", "calibration.length=32", "gate.max_kld=.5", "score=false",
+         "export[1]={container: safetensors}", "steps[0].quantize.rules[0].solver.damping=0.2",
+         "steps[0].quantize.rules[0].solver.name=gptq"],
+        model="other",
+        output="there",
+    )  # fmt: skip
+    assert recipe.steps[0].quantize.solver == GptqOptions(damping=0.05, sweeps=4)
+    assert recipe.steps[0].quantize.rules[0].solver == GptqOptions(damping=0.2)
+    assert (recipe.model, recipe.output, recipe.calibration.length) == ("other", "there", 32)
+    assert recipe.gate.max_kld == 0.5 and recipe.score is None and recipe.export[1].container == "safetensors"
+
+
+def test_overrides_name_themselves(write):
+    found = problems_of(
+        write(GOOD),
+        ["calibration.samples=abc", "steps[7].quantize.scheme=Q8_0", "foo", "calibration.length=[1", "zip=3",
+         "model.x=1", "steps.x=1", "steps[0].quantize.rules[0].codec=q9"],
+    )  # fmt: skip
+    starts = (
+        "--set calibration.samples=abc: calibration.samples: expected a whole number, got 'abc'",
+        "--set steps[7].quantize.scheme=Q8_0: steps[7].quantize.scheme: the list is shorter",
+        "--set foo: expected key=value",
+        "--set calibration.length=[1: not valid YAML",
+        "--set zip=3: zip: unknown key 'zip'",
+        "--set model.x=1: model.x: there is no such place",
+        "--set steps.x=1: steps.x: there is no such place",
+        "--set steps[0].quantize.rules[0].codec=q9: steps[0].quantize.rules[0].codec: unknown codec 'q9'",
+    )
+    assert len(found) == len(starts)
+    assert all(any(line.startswith(start) for line in found) for start in starts), found
+
+
+def test_digest_follows_the_output_bytes_only(write):
+    base = load_recipe(write(GOOD)).digest()
+    same = ["output=elsewhere", "score=false", "gate.max_kld=1", "steps[0].quantize.scheme=Q4_K_M"]
+    assert all(load_recipe(write(GOOD), [text]).digest() == base for text in same)
+    assert load_recipe(write("# a comment\n" + GOOD.replace("Q8_0", "q8_0"))).digest() == base
+    other = ["seed=1", "model=m", "calibration.samples=65", "steps[0].quantize.solver.damping=0.06",
+             "steps[0].quantize.rules[0].solver=gptq", "steps[0].quantize.ignore=[router]"]  # fmt: skip
+    assert len({load_recipe(write(GOOD), [text]).digest() for text in other} | {base}) == len(other) + 1
+
+
+def test_names_are_found_and_misnamed_ones_suggested(tmp_path):
+    assert load_recipe("qwen-moe-2bit").name == "qwen-moe-2bit"
+    assert "qwen-moe-2bit" in problems_of("qwen-moe-2bits")[0]
+    assert "gguf-q4-k-m" in problems_of("recipes/gguf-q4-km.yaml")[0]
+    assert "is a folder" in problems_of(tmp_path)[0]
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in problems_of(tmp_path / "b.yaml")[0]
+
+
+def test_shipped_recipes():
+    shipped = bundled_recipes()
+    promised = {"qwen-moe-2bit", "qwen-moe-2bit-plus", "gguf-q4-k-m", "gptq-w4-g128", "rtn-w4-g128"}
+    assert promised <= set(shipped)
+    for name, path in shipped.items():
+        assert path.read_text().startswith("# When to choose this: "), name
+        assert load_recipe(path).name == name
+
+
+def moe(**changes):
+    sizes = {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+    sizes |= {"shared_expert_intermediate_size": 512, "tie_word_embeddings": False}
+    return load_spec({**LLAMA, "model_type": "qwen2_moe", **sizes, **changes})
+
+
+def codecs_of(matcher: RuleMatcher, spec, role: str) -> dict[int | None, str | None]:
+    return {t.layer: (rule := matcher.match(t)) and rule.codec for t in spec.tensors() if t.role == role}
+
+
+def test_moe_2bit_covers_every_tensor():
+    spec = moe()
+    matcher = load_recipe("qwen-moe-2bit").steps[0].quantize.matcher(spec)
+    chosen = {t.role: matcher.match(t).codec for t in spec.tensors()}
+    assert chosen["routed_experts.gate"] == chosen["routed_experts.up"] == "iq2_xxs"
+    assert chosen["routed_experts.down"] == "q2_k" and chosen["router"] == chosen["norms"] == "f32"
+    eights = ("attention.q", "shared_experts.up", "embeddings", "lm_head")
+    assert {chosen[role] for role in eights} == {"q8_0"}
+
+
+def test_plus_keeps_the_last_quarter():
+    for count, kept in ((32, 8), (4, 1), (3, 1), (1, 1)):
+        spec = moe(num_hidden_layers=count)
+        matcher = load_recipe("qwen-moe-2bit-plus").steps[0].quantize.matcher(spec)
+        for role, low in (("routed_experts.down", "q2_k"), ("routed_experts.up", "iq2_xxs")):
+            expected = {n: "q4_k" if n >= count - kept else low for n in range(count)}
+            assert codecs_of(matcher, spec, role) == expected
+
+
+def test_q4_k_m_of_a_known_model():
+    """Shaped as Llama-3-8B: the first and last eighth and every third layer between get Q6_K."""
+    spec = load_spec(LLAMA)
+    matcher = RuleMatcher(expand("Q4_K_M", spec), spec.layers)
+    more = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+    assert {n for n in range(32) if use_more_bits(n, 32)} == more
+    for role in ("attention.v", "mlp.down"):
+        assert codecs_of(matcher, spec, role) == {n: "q6_k" if n in more else "q4_k" for n in range(32)}
+    assert codecs_of(matcher, spec, "lm_head") == {None: "q6_k"}
+    assert codecs_of(matcher, spec, "embeddings") == {None: "q4_k"}
+    assert set(codecs_of(matcher, spec, "norms").values()) == {"f32"}
+
+
+def test_every_scheme_expands_for_every_shape_of_model():
+    tied = load_spec({**LLAMA, "tie_word_embeddings": True})
+    for spec in (load_spec(LLAMA), moe(), moe(num_experts=8), tied):
+        for scheme in (*SCHEMES, "W2A16G64", "w4a16_g32_asym"):
+            if scheme in EXPERT_SCHEMES and not spec.experts:
+                continue
+            matcher = RuleMatcher(expand(scheme, spec), spec.layers)
+            for tensor in spec.tensors():
+                rule = matcher.match(tensor)
+                if scheme_kind(scheme) == "ggml":
+                    assert rule is not None, (scheme, tensor)
+                elif tensor.role in ("lm_head", "embeddings", "router", "norms", "biases"):
+                    assert rule is None
+                else:
+                    assert rule.codec.startswith(f"int{scheme[1]}-")
+
+
+def test_import_is_light():
+    code = "import sys, compress.recipe.schema; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

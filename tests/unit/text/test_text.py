@@ -1,0 +1,399 @@
+"""Sets are found, documents read and windows packed exactly as a plain reading of the words says."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from compress.errors import CalibrationError, MissingExtra
+from compress.text import (
+    TextSet,
+    calibration_windows,
+    data_root,
+    eval_windows,
+    find_data,
+    load_definition,
+    load_documents,
+    load_suite,
+    prepends_bos,
+    sets,
+    task_documents,
+)
+
+
+class Characters:
+    """A tokenizer whose tokens are characters; transformers' calling convention."""
+
+    eos_token_id = 0
+
+    def __init__(self, bos: int | None = None, adds_bos: bool = True):
+        self.bos_token_id = bos
+        self.adds_bos = adds_bos and bos is not None
+
+    def __call__(self, texts, add_special_tokens=True, verbose=True):
+        def ids(one):
+            start = [self.bos_token_id] if add_special_tokens and self.adds_bos else []
+            return start + [ord(c) for c in one]
+
+        return SimpleNamespace(input_ids=ids(texts) if isinstance(texts, str) else [ids(t) for t in texts])
+
+
+DOCUMENTS = ["alpha beta", "gamma", "delta epsilon zeta", "eta", "theta iota"] * 9
+DOCUMENTS = [f"{number} {document}" for number, document in enumerate(DOCUMENTS)]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def demo_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(data_root("models") / "tiny-qwen3-moe")
+
+
+def packed(documents: list[str]) -> list[int]:
+    """The oracle: one long list, each document closed by 0."""
+    return [token for document in documents for token in [*map(ord, document), 0]]
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message and message.strip()
+    return message
+
+
+# ------------------------------------------------------------------------------------------- windows
+
+
+def test_calibration_windows_are_the_shuffled_documents_end_to_end(jsonl):
+    windows = calibration_windows(str(jsonl), Characters(), samples=20, length=17, seed=3)
+    order = list(DOCUMENTS)
+    random.Random(3).shuffle(order)
+    assert windows.dtype == np.int32 and windows.shape == (20, 17)
+    assert windows.ravel().tolist() == packed(order)[: 20 * 17]
+
+
+def test_calibration_is_deterministic_and_follows_the_seed(jsonl):
+    def draw(samples: int, seed: int) -> np.ndarray:
+        return calibration_windows(str(jsonl), Characters(), samples=samples, length=16, seed=seed)
+
+    assert np.array_equal(draw(20, 0), draw(20, 0))
+    assert not np.array_equal(draw(20, 0), draw(20, 1))
+    assert np.array_equal(draw(20, 0)[:7], draw(7, 0))
+
+
+def test_calibration_uses_no_special_tokens_but_the_end(jsonl):
+    windows = calibration_windows(str(jsonl), Characters(bos=7), samples=20, length=16, seed=0)
+    assert 7 not in windows and 0 in windows
+
+
+@pytest.mark.parametrize("windows", [5, None])
+def test_eval_windows_keep_file_order(jsonl, windows):
+    got = eval_windows(str(jsonl), Characters(), windows=windows, length=16)
+    stream = packed(DOCUMENTS)
+    count = windows or len(stream) // 16
+    assert got.dtype == np.int32
+    assert got.tolist() == [stream[16 * i : 16 * i + 16] for i in range(count)]
+
+
+@pytest.mark.parametrize("windows", [5, None])
+def test_eval_windows_start_with_bos_where_the_tokenizer_does(jsonl, windows):
+    got = eval_windows(str(jsonl), Characters(bos=7), windows=windows, length=16)
+    stream = packed(DOCUMENTS)
+    count = windows or len(stream) // 15
+    assert got.dtype == np.int32
+    assert got.tolist() == [[7, *stream[15 * i : 15 * i + 15]] for i in range(count)]
+
+
+def test_a_bos_token_that_is_not_added_by_default_stays_out(jsonl):
+    tokenizer = Characters(bos=7, adds_bos=False)
+    assert not prepends_bos(tokenizer)
+    assert 7 not in eval_windows(str(jsonl), tokenizer, windows=5, length=16)
+
+
+def test_windows_of_the_demo_tokenizer_decode_to_the_text(demo_tokenizer):
+    assert not prepends_bos(demo_tokenizer)
+    ids = eval_windows("wikipedia", demo_tokenizer, windows=3, length=256).ravel()
+    documents = list(load_documents(load_definition(find_data("eval", "wikipedia"))))
+    joined = "<|endoftext|>".join(documents[:20])
+    decoded = demo_tokenizer.decode(ids).rstrip("\ufffd")  # a window may end inside a character
+    assert len(decoded) > 1000 and joined.startswith(decoded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "least"),
+    [
+        ("calibration", "wikipedia", 600_000),
+        ("calibration", "novels", 200_000),
+        ("eval", "wikipedia", 200_000),
+    ],
+)
+def test_shipped_sets_are_large_enough(demo_tokenizer, kind, name, least):
+    if kind == "eval":
+        assert eval_windows(name, demo_tokenizer, length=512).size > least
+    else:
+        calibration_windows(name, demo_tokenizer, samples=-(-least // 512), length=512, seed=0)
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+def test_too_few_tokens_says_how_many_there_are_and_what_fits(jsonl):
+    total = len(packed(DOCUMENTS))
+    with pytest.raises(CalibrationError) as error:
+        calibration_windows(str(jsonl), Characters(), samples=1000, length=16, seed=0)
+    message = one_line(error)
+    assert f"{total} tokens" in message and f"samples to at most {total // 16}" in message
+    calibration_windows(str(jsonl), Characters(), samples=total // 16, length=16, seed=0)
+
+    with pytest.raises(CalibrationError) as error:
+        eval_windows(str(jsonl), Characters(bos=7), windows=1000, length=16)
+    fits = total // 15
+    assert f"windows to at most {fits}" in one_line(error)
+    assert len(eval_windows(str(jsonl), Characters(bos=7), windows=fits, length=16)) == fits
+
+    with pytest.raises(CalibrationError, match=f"length to at most {total}"):
+        calibration_windows(str(jsonl), Characters(), samples=1, length=total + 1, seed=0)
+
+
+def test_windows_longer_than_the_model_allows(jsonl):
+    for draw in (
+        lambda length: calibration_windows(
+            str(jsonl), Characters(), samples=1, length=length, seed=0, max_positions=64
+        ),
+        lambda length: eval_windows(str(jsonl), Characters(), length=length, max_positions=64),
+    ):
+        assert draw(64).shape[1] == 64
+        with pytest.raises(CalibrationError, match="at most 64") as error:
+            draw(65)
+        one_line(error)
+
+
+@pytest.mark.parametrize(("samples", "length"), [(0, 16), (-1, 16), (4, 1), (4, 0)])
+def test_sizes_that_make_no_window(jsonl, samples, length):
+    with pytest.raises(CalibrationError):
+        calibration_windows(str(jsonl), Characters(), samples=samples, length=length, seed=0)
+
+
+@pytest.mark.parametrize("content", ["", " \n\n "])
+def test_empty_text(tmp_path, content):
+    path = tmp_path / "empty.txt"
+    path.write_text(content)
+    for draw in (
+        lambda: calibration_windows(str(path), Characters(), samples=1, length=8, seed=0),
+        lambda: eval_windows(str(path), Characters(), length=8),
+    ):
+        with pytest.raises(CalibrationError, match="holds no text"):
+            draw()
+
+
+def test_unknown_set_names_the_nearest_and_all():
+    with pytest.raises(CalibrationError) as error:
+        find_data("calibration", "wikipeda")
+    message = one_line(error)
+    assert "mean 'wikipedia'" in message and "novels" in message and "mixed" in message
+    with pytest.raises(CalibrationError, match="no evaluation suite 'quik'.*'quick'"):
+        load_suite("quik")
+
+
+BAD_DEFINITIONS = {
+    "unknown key 'colum' .did you mean 'column'": "name: x\nfiles: [a.jsonl]\ncolum: body\n",
+    "missing name": "files: [a.txt]\n",
+    "exactly one of": "name: x\n",
+    "exactly one of ": "name: x\nfiles: [a.txt]\nmix: {novels: 1}\n",
+    "expected a mapping": "- name\n",
+    "not readable as YAML": "name: [x\n",
+    "'files' must be a list": "name: x\nfiles: a.txt\n",
+    "format 'csv'": "name: x\nfiles: [a.csv]\nformat: csv\n",
+    "'hub' takes": "name: x\nhub: {paht: a/b}\n",
+    "weight above 0": "name: x\nmix: {novels: 0}\n",
+    "weight above 0 ": "name: x\nmix: [novels]\n",
+}
+
+
+@pytest.mark.parametrize("expected", BAD_DEFINITIONS)
+def test_definitions_are_strict(tmp_path, expected):
+    path = tmp_path / "x.yaml"
+    path.write_text(BAD_DEFINITIONS[expected])
+    with pytest.raises(CalibrationError, match=expected.strip()) as error:
+        load_definition(path)
+    assert str(path) in one_line(error)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(CalibrationError, match="expected a .yaml definition or a text file"):
+        load_definition(find_data("eval", str(path)))
+
+
+BAD_FILES = {
+    "missing.jsonl": (None, "no such file"),
+    "cut.jsonl.xz": (lzma.compress(b'{"text": "abc"}\n' * 99)[:40], "damaged"),
+    "latin.txt": ("café".encode("latin-1"), "not UTF-8"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+    "list.jsonl": (b'["a"]\n', "line 1: expected an object"),
+    "column.jsonl": (b'{"body": "a"}\n', "line 1: no text in 'text'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_cannot_be_read(tmp_path, name):
+    content, expected = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=expected) as error:
+        list(load_documents(TextSet(name="x", files=(tmp_path / name,))))
+    assert str(tmp_path / name) in one_line(error)
+
+
+# ------------------------------------------------------------------------------------------ documents
+
+
+def test_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffplain\n", encoding="utf-8")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"packed"))
+    (tmp_path / "c.jsonl").write_text('{"body": "line\u2028inside"}\n\n{"body": "  "}\n', encoding="utf-8")
+    (tmp_path / "d.jsonl.xz").write_bytes(lzma.compress(b'{"body": "last", "text": "not this"}'))
+    (tmp_path / "set.yaml").write_text("name: set\nfiles: [a.txt, b.txt.xz, c.jsonl, d.jsonl.xz]\ncolumn: body\n")
+    documents = list(load_documents(load_definition(tmp_path / "set.yaml")))
+    assert documents == ["plain\n", "packed", "line\u2028inside", "last"]
+
+
+def test_wikitext_is_the_joined_rows_of_the_hub_set(tmp_path):
+    (tmp_path / "w.txt").write_text(" \n = Title = \n \n Body text . \n")
+    # The loading script of the hub's set: `yield row if row.strip() else ""`, row by row of the file.
+    with (tmp_path / "w.txt").open() as file:
+        rows = [row if row.strip() else "" for row in file]
+    documents = list(load_documents(TextSet(name="w", files=(tmp_path / "w.txt",), format="wikitext")))
+    assert documents == ["\n\n".join(rows)]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_mix_keeps_its_proportions_in_every_prefix(tmp_path, seed):
+    for name, letter, count in (("a", "a", 200), ("b", "b", 900)):
+        lines = "".join(json.dumps({"text": letter * (50 + n % 37)}) + "\n" for n in range(count))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\nfiles: [{name}.jsonl]\n")
+    (tmp_path / "mix.yaml").write_text("name: mix\nmix: {a: 1, b: 3}\n")
+    taken = {"a": 0, "b": 0}
+    documents = list(load_documents(load_definition(tmp_path / "mix.yaml"), seed=seed))
+    for document in documents:
+        taken[document[0]] += len(document)
+        assert abs(taken["b"] - 3 * taken["a"]) <= 3 * 87  # one document, at its weight
+    assert sum(document[0] == "a" for document in documents) == 200  # ends with the part that runs out
+
+
+def test_a_mix_of_mixes_is_refused(tmp_path):
+    (tmp_path / "inner.yaml").write_text("name: inner\nmix: {novels: 1}\n")
+    (tmp_path / "outer.yaml").write_text("name: outer\nmix: {inner: 1}\n")
+    with pytest.raises(CalibrationError, match="'inner' is itself a mix"):
+        next(load_documents(load_definition(tmp_path / "outer.yaml")))
+
+
+class FakeHub:
+    """Stands for `datasets`: remembers how it was asked, and streams rows."""
+
+    def __init__(self, rows, error=None):
+        self.rows, self.error, self.calls = rows, error, []
+
+    def load_dataset(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        if self.error:
+            raise self.error
+        return self
+
+    def shuffle(self, seed, buffer_size):
+        rows = list(self.rows)
+        random.Random(seed).shuffle(rows)
+        return FakeHub(rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+HUB = TextSet(name="web", hub={"path": "owner/web", "name": "small", "split": "test", "column": "body"})
+
+
+def test_hub_sets_stream(monkeypatch):
+    fake = FakeHub([{"body": d} for d in [*DOCUMENTS, "  "]])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert list(load_documents(HUB)) == DOCUMENTS
+    assert fake.calls == [(("owner/web", "small"), {"split": "test", "streaming": True})]
+    shuffled = list(load_documents(HUB, seed=1))
+    assert shuffled != DOCUMENTS and sorted(shuffled) == sorted(DOCUMENTS)
+
+
+def test_hub_problems_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub([], ConnectionError("no route\nlong story")))
+    with pytest.raises(CalibrationError, match="cannot read hub set 'owner/web': no route; ") as error:
+        list(load_documents(HUB))
+    one_line(error)
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": "a", "id": 1}]))
+    with pytest.raises(CalibrationError, match="no column 'body'; it has: text, id"):
+        list(load_documents(HUB))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match="datasets"):
+        list(load_documents(HUB))
+
+
+# ------------------------------------------------------------------------------------ what is shipped
+
+
+def test_the_installed_data_comes_before_the_checkout(monkeypatch, tmp_path):
+    package = tmp_path / "compress"
+    package.mkdir()
+    monkeypatch.setattr(sets, "__file__", str(package / "text" / "sets.py"))
+    assert data_root("recipes") == tmp_path / "recipes"
+    (package / "_data" / "recipes").mkdir(parents=True)
+    assert data_root("recipes") == package / "_data" / "recipes"
+    assert data_root("models") == tmp_path / "models"
+
+
+def test_a_path_comes_before_a_name(jsonl, monkeypatch):
+    assert find_data("eval", str(jsonl)) == jsonl
+    assert find_data("eval", "wikipedia") == data_root("eval") / "wikipedia.yaml"
+    monkeypatch.chdir(jsonl.parent)
+    (jsonl.parent / "wikipedia").mkdir()  # a folder that happens to be there is not the set
+    assert find_data("eval", "wikipedia") == data_root("eval") / "wikipedia.yaml"
+
+
+def test_tasks():
+    blimp = task_documents("blimp", 67 * 3)
+    counts = {row["UID"]: 0 for row in task_documents("blimp")}
+    for row in blimp:
+        assert row["sentence_good"] != row["sentence_bad"]
+        counts[row["UID"]] += 1
+    assert len(counts) == 67 and set(counts.values()) == {3}
+    lambada = task_documents("lambada")
+    assert len(lambada) == 500 and task_documents("lambada", 10) == lambada[:10]
+    assert all(row["context"] and row["continuation"] for row in lambada)
+    with pytest.raises(CalibrationError, match="not a task"):
+        task_documents("wikitext2")
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_suites_ask_for_what_is_there(name, demo_tokenizer):
+    suite = load_suite(name)
+    assert suite.name == name
+    shape = eval_windows(suite.text, demo_tokenizer, windows=suite.windows, length=suite.length).shape
+    assert shape == (suite.windows, suite.length)
+    for task, limit in suite.tasks.items():
+        assert len(task_documents(task, limit)) == limit
+
+
+def test_text_needs_neither_torch_nor_transformers():
+    code = "import compress.text, sys; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
