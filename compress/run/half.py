@@ -25,6 +25,7 @@ from compress.plan.tensor import PlannedTensor, moments_bytes, repairs_residual
 from compress.run.scaling import Folded, prepare_half
 from compress.solve.tensor import Outcome, Shipped, Solved, as_stored, decode, solve_tensor
 from compress.statistics import Moments, Statistics, blend
+from compress.streaming.journal import Activations
 from compress.streaming.walk import STAGES_OF, Half, Streams
 from compress.transforms.options import TransformOptions
 from compress.weights import Packed

@@ -38,7 +38,7 @@ def _c():
     pytest.importorskip("llama_cpp")
     from compress.engines import ggml
 
-    return llama_cpp
+    return ggml
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
