@@ -11,6 +11,7 @@ import pytest
 
 from compress.codecs.names import row_bytes
 from compress.errors import PlanError
+from compress.models import known_families
 from compress.plan import Plan, make_plan
 from compress.recipe import load_recipe
 from compress.recipe.schemes import EXPERT_SCHEMES
