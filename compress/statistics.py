@@ -33,13 +33,24 @@ class Moments:
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, n: int, *, drift: bool = False, residual: int | None = None, magnitudes: bool = False) -> Moments:
+    def zeros(
+        cls,
+        n: int,
+        *,
+        drift: bool = False,
+        residual: int | None = None,
+        magnitudes: bool = False,
+        device: torch.device | None = None,
+    ) -> Moments:
+        def sums(*shape: int) -> Tensor:
+            return torch.zeros(*shape, device=device)
+
         return cls(
-            torch.zeros(n, n),
-            torch.zeros(n, n) if drift else None,
-            torch.zeros(residual, n) if residual else None,
-            torch.zeros(n) if magnitudes else None,
-            torch.zeros(n) if magnitudes else None,
+            sums(n, n),
+            sums(n, n) if drift else None,
+            sums(residual, n) if residual else None,
+            sums(n) if magnitudes else None,
+            sums(n) if magnitudes else None,
         )
 
     def add(

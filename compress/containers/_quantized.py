@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 """Float codecs: their safetensors and their torch name."""
 
-_FUSED = {
-    **dict.fromkeys(("attention.q", "attention.k", "attention.v"), "q, k and v"),
-    **dict.fromkeys(("mlp.gate", "mlp.up"), "gate and up"),
-    **dict.fromkeys(("shared_experts.gate", "shared_experts.up"), "the shared expert's gate and up"),
-    **dict.fromkeys(
-        ("routed_experts.gate", "routed_experts.up", "routed_experts.down"), "the routed experts of a layer"
-    ),
-}
-
 
 class PlannedTensor(Protocol):
     """One line of the plan: what `check_plan` and `write` read of it."""
@@ -58,7 +49,7 @@ def fused_problem(tensors: Sequence[PlannedTensor], form: Callable[[PlannedTenso
     """
     first: dict[tuple[int | None, str], PlannedTensor] = {}
     for planned in tensors:
-        if (together := _FUSED.get(planned.spec.role)) is None:
+        if (together := planned.spec.declared.fused) is None:
             continue
         other = first.setdefault((planned.spec.layer, together), planned)
         if form(other) != form(planned):

@@ -83,7 +83,7 @@ class Plan:
     @property
     def two_streams(self) -> bool:
         """Whether the original's activations are carried along."""
-        drifts = any(getattr(t.method, "drift", 0.0) or getattr(t.method, "residual", 0.0) for t in self.tensors)
+        drifts = any(t.asks.drift or t.asks.residual for t in self.tensors)
         return self.solves and (drifts or self.recover is not None)
 
     @cached_property
@@ -323,6 +323,8 @@ def cuts(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
 def _heads_stay(recipe: Recipe, spec: ModelSpec) -> bool:
     from compress.containers.gguf import heads_fill_width
 
+    if spec.family.fixed_heads:
+        return True
     return any(e.container == "gguf" for e in recipe.export) and heads_fill_width(spec)
 
 
@@ -382,7 +384,7 @@ def _warnings(
     structured = recipe.step("prune_structured")
     if structured is not None and structured.ratio is not None and _heads_stay(recipe, spec):
         warnings.append(
-            f"llama.cpp's {spec.family.gguf_arch} takes no fewer heads than fill the hidden size: heads stay, channels alone make "
+            f"llama.cpp's {spec.family.gguf.arch} takes no fewer heads than fill the hidden size: heads stay, channels alone make "
             f"up the {structured.ratio:.0%} of prune_structured"
         )
     if original.tied and not spec.tied:

@@ -11,9 +11,9 @@ from compress.plan.allocation import factor_sizes
 from compress.recipe.rules import FactorizeRule, PruneRule, Rule
 from compress.recipe.schema import Factorize, Prune, Quantize
 from compress.solvers.options import (
-    DictionaryOptions,
+    NOTHING,
+    Asks,
     FactorizerOptions,
-    GptqOptions,
     PrunerOptions,
     RtnOptions,
     SolverOptions,
@@ -57,15 +57,20 @@ class PlannedTensor:
         """Whose statistics are collected: what approximates the weight first."""
         if self.factorizer is not None:
             return self.factorizer
-        if self.pruner is not None and (not self.compensates or self.pruner.name == "sparsegpt"):
+        if self.pruner is not None and (not self.compensates or self.pruner.joint):
             return self.pruner
         return self.solver
+
+    @property
+    def asks(self) -> Asks:
+        """What its method asks of the run."""
+        return NOTHING if self.method is None else self.method.asks
 
     @property
     def compensates(self) -> bool:
         """Whether codes make up for the mask, as only error feedback can: then they approximate the weight, else what the
         pruner left of it."""
-        return self.joint and isinstance(self.solver, GptqOptions)
+        return self.joint and self.solver is not None and self.solver.feedback
 
     @property
     def label(self) -> str | None:
@@ -136,7 +141,7 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
     """As the largest factors that take `share` of the bytes of the 16-bit matrix; dense where none are smaller."""
     (rows, columns), options = planned.spec.shape, planned.factorizer
     assert options is not None
-    sparse, sizes = isinstance(options, DictionaryOptions), sizes_at((rows, columns), options, share)
+    sparse, sizes = options.sparse, sizes_at((rows, columns), options, share)
     if sizes is None:
         return replace(planned, codec=planned.values, factorizer=None, factors=None, unfactored=True)
     info = codec_info(planned.values)
@@ -147,7 +152,7 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
 
 def sizes_at(shape: tuple[int, int], options: FactorizerOptions, share: float) -> tuple[int, int] | None:
     """Atoms and coefficients an output that take `share` of the bytes of a 16-bit matrix; None where nothing fits."""
-    sparse = isinstance(options, DictionaryOptions)
+    sparse = options.sparse
     return factor_sizes(*shape, share, options.k_over_s if sparse else 1.0, sparse)
 
 
@@ -156,18 +161,13 @@ def holds_zero(codec: str) -> bool:
     return codec_info(codec).kind in ("float", "uniform")
 
 
-def repairs_residual(spec: ModelSpec, planned: PlannedTensor) -> bool:
+def repairs_residual(planned: PlannedTensor) -> bool:
     """Whether this linear's target also makes up for the lag of the residual stream it is added to.
 
     Only where it alone stands for all that is added: o_proj, a dense down_proj, or a routed expert whose routing weights
     sum to one. Others would repair the same lag several times over.
     """
-    if not getattr(planned.method, "residual", 0.0):
-        return False
-    if planned.spec.role == "routed_experts.down":
-        assert spec.family.moe is not None
-        return spec.norm_topk and not spec.family.moe.shared
-    return planned.spec.role in ("attention.o", "mlp.down")
+    return bool(planned.asks.residual) and planned.spec.declared.alone
 
 
 def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
@@ -181,5 +181,5 @@ def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
 def moments_bytes(spec: ModelSpec, planned: PlannedTensor) -> int:
     """Memory of the statistics behind one solved tensor, float32."""
     n = planned.spec.shape[-1]
-    squares = 1 + bool(getattr(planned.method, "drift", 0.0))
-    return 4 * n * (squares * n + (spec.hidden_size if repairs_residual(spec, planned) else 0))
+    squares = 1 + bool(planned.asks.drift)
+    return 4 * n * (squares * n + (spec.hidden_size if repairs_residual(planned) else 0))

@@ -18,10 +18,10 @@ from torch import Tensor
 from compress.codecs import get_codec
 from compress.codecs.base import TINY, Grid
 from compress.limits import CODES_FROM_BITS
-from compress.models.spec import ModelSpec
 from compress.solve.tensor import Outcome
 from compress.solvers.base import Solution, safe_divisor
 from compress.solvers.options import RecoverOptions
+from compress.streaming.walk import BlockAt
 
 WARM_UP = 5  # steps until the full step size
 BETAS = (0.9, 0.95)
@@ -122,8 +122,7 @@ def nearest_units(solution: Solution, weight: Tensor) -> Tensor:
 
 
 def tunables(
-    spec: ModelSpec,
-    layer: int,
+    block: BlockAt,
     outcomes: Mapping[str, Outcome],
     floats: Mapping[str, Tensor],
     stored_as: Mapping[str, str],
@@ -131,7 +130,7 @@ def tunables(
 ) -> dict[str, Tuned]:
     """What the options name, in the order of the block's tensors."""
     tuned: dict[str, Tuned] = {}
-    for tensor in spec.block_tensors(layer):
+    for tensor in (t for branch in block.branches for t in branch.tensors):
         name = tensor.name
         if name in outcomes:
             codec = outcomes[name].solution.codec

@@ -17,9 +17,10 @@ from torch import Tensor
 from compress.codecs import block_codec
 from compress.codecs.base import Grid
 from compress.errors import ResumeError
+from compress.files import write_synced
 from compress.solve.tensor import Outcome, Solved
 from compress.solvers.base import Solution
-from compress.streaming.journal import SEPARATOR, write_synced
+from compress.streaming.journal import SEPARATOR
 from compress.transforms.incoherence import Incoherence
 
 _NARROWER = (torch.int8, torch.float16)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from compress.codecs.names import codec_info
 from compress.models.spec import TensorSpec
 from compress.solve.shrunk import Shrunk, as_floats, factorize_tensor, product, prune_tensor
 from compress.solvers.base import Solution
+from compress.solvers.options import Asks
 from compress.statistics import Statistics, corrected_target
 from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
 from compress.weights import Packed
@@ -96,24 +96,25 @@ def solve_tensor(
         return _shrunk(planned, weight, statistics)
     options = planned.solver
     assert options is not None
-    module = import_module(f"compress.solvers.{options.name}")
     codec = block_codec(planned.codec, weight.shape[1])
     gram = None if statistics is None else statistics.gram
-    target = weight if statistics is None else _corrected(weight, statistics, options)
-    if gram is None and module.NEEDS_GRAM:
-        gram = torch.eye(weight.shape[1])  # rows that are looked up, not multiplied: plain squared error
+    target = weight if statistics is None else _corrected(weight, statistics, options.asks)
+    if gram is None and options.needs_gram:
+        gram = torch.eye(
+            weight.shape[1], device=weight.device
+        )  # rows that are looked up, not multiplied: plain squared error
     incoherence = None
     if planned.incoherence:
         incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed))
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
-    solution = module.solve(target, gram, codec, options)
+    solution = options.implementation.solve(target, gram, codec, options)
     return Outcome(solution, incoherence, _report(planned, solution, statistics))
 
 
 def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> Shipped:
-    gram = torch.eye(weight.shape[1]) if statistics is None else statistics.gram
-    target = weight if statistics is None else _corrected(weight, statistics, planned.method)
+    gram = torch.eye(weight.shape[1], device=weight.device) if statistics is None else statistics.gram
+    target = weight if statistics is None else _corrected(weight, statistics, planned.asks)
     shrunk = (prune_tensor if planned.pattern is not None else factorize_tensor)(planned, target, gram)
     return Shipped(shrunk.packed, _report(planned, shrunk, statistics))
 
@@ -146,11 +147,9 @@ def decode(packed: Packed) -> Tensor:
 def _sign_seeds(spec: TensorSpec, seed: int) -> tuple[int, int]:
     """Seeds of the input's and the output's signs: linears that read the same activations share the former, so that an
     engine transforms those once."""
-    place = (spec.input or "").rpartition(".")[2]  # "in" of every expert, "act", "out"
-    return zlib.crc32(f"{seed} {spec.layer} {place}".encode()), zlib.crc32(f"{seed} {spec.name}".encode())
+    return zlib.crc32(f"{seed} {spec.layer} {spec.signs}".encode()), zlib.crc32(f"{seed} {spec.name}".encode())
 
 
-def _corrected(weight: Tensor, statistics: Statistics, options: object) -> Tensor:
+def _corrected(weight: Tensor, statistics: Statistics, asks: Asks) -> Tensor:
     """The target of methods that compensate drift; the weight itself for the others."""
-    drift, residual = getattr(options, "drift", 0.0), getattr(options, "residual", 0.0)
-    return corrected_target(weight, statistics, getattr(options, "drift_damping", 0.1), drift, residual)
+    return corrected_target(weight, statistics, asks.drift_damping, asks.drift, asks.residual)

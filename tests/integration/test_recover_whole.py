@@ -28,7 +28,8 @@ from compress.solve.files import load_outcomes, save_outcomes
 from compress.solve.tensor import Outcome, Solved, decode
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
-from compress.streaming.journal import Activations, Journal
+from compress.streaming.activations import Activations
+from compress.streaming.journal import Journal
 from compress.transforms.incoherence import Incoherence
 from tests.integration.runs import text_file
 from tests.tiny import tiny_model

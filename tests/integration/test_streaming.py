@@ -29,7 +29,7 @@ from compress.run import load_calibration, run
 from compress.run import loop as run_module
 from compress.statistics import Moments, Statistics
 from compress.streaming import walk
-from compress.streaming.journal import Activations
+from compress.streaming.activations import Activations
 from tests.integration.runs import as_model, carry_out, kept, sha256, small, spec_of, text_file
 from tests.tiny import demo_model, tiny_model
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compress.containers import gguf
 from compress.engines.streamed import StreamedSource
-from compress.streaming.journal import Activations
+from compress.streaming.activations import Activations
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 from compress.structured.restructure import Restructured, restructure
 from compress.structured.survey import survey

@@ -26,7 +26,8 @@ from compress.run import compress_model
 from compress.solve.tensor import Outcome, Solved, decode
 from compress.solvers import rtn
 from compress.solvers.options import RecoverOptions, RtnOptions
-from compress.streaming.journal import Activations, Journal
+from compress.streaming.activations import Activations
+from compress.streaming.journal import Journal
 from compress.transforms.incoherence import Incoherence
 from tests.tiny import tiny_model
 

@@ -11,7 +11,7 @@ from compress.models.forward import forward_ffn
 from compress.plan.tensor import PlannedTensor
 from compress.run import scaling as prepare
 from compress.solvers.options import RtnOptions
-from compress.streaming.journal import Activations
+from compress.streaming.activations import Activations
 from compress.streaming.walk import Streams
 from compress.transforms.options import AwqOptions, SmoothOptions
 from tests.integration.containers import spec_of, weights_of

@@ -19,7 +19,7 @@ from compress.errors import NumericalError
 from compress.models import ModelSpec, load_spec
 from compress.models.forward import forward_attention, forward_ffn
 from compress.statistics import Moments
-from compress.streaming.journal import Activations
+from compress.streaming.activations import Activations
 from compress.structured.decide import decide, split_loss
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 from compress.structured.repair import least_squares_update, repair_half, repair_model, repairable
