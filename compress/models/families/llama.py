@@ -1,5 +1,7 @@
 """Llama 2 and 3."""
 
+from __future__ import annotations
+
 from compress.models.config import Config
 from compress.models.layers.compose import attention, mlp
 from compress.models.spec import Block, Family, Gguf

@@ -1,5 +1,7 @@
 """Mistral: Llama whose layers may all attend through a sliding window."""
 
+from __future__ import annotations
+
 from compress.models.config import Config
 from compress.models.layers.compose import attention, mlp
 from compress.models.spec import Block, Family, Gguf

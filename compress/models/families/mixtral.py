@@ -1,5 +1,7 @@
 """Mixtral: Llama attention, top-k experts whose probabilities are renormalised."""
 
+from __future__ import annotations
+
 from compress.models.config import Config
 from compress.models.layers.compose import attention, moe
 from compress.models.spec import Block, Family, Gguf

@@ -1,5 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
 
+from __future__ import annotations
+
 from compress.models.config import Config
 from compress.models.layers.compose import attention, mlp
 from compress.models.spec import Block, Family, Gguf

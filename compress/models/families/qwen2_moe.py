@@ -1,5 +1,7 @@
 """Qwen1.5/2-MoE: routed experts beside one shared expert behind a sigmoid gate."""
 
+from __future__ import annotations
+
 from compress.models.config import Config
 from compress.models.layers.compose import attention, mlp, moe
 from compress.models.layers.moe import SharedExpert
