@@ -91,6 +91,7 @@ def check_representable(spec: ModelSpec) -> list[str]:
         reasons.append(f"llama.cpp's {arch} has no {', '.join(sorted(lost))}")
     if spec.config.get("hidden_act", "silu") not in ("silu", "swish"):
         reasons.append(f"llama.cpp's {arch} computes silu, not {spec.config['hidden_act']}")
+    reasons.extend(engine.problems(Config(spec.config, spec.family.defaults)))
     for rope in _ropes(spec):
         reasons.extend(rope.problems(arch, engine.llama3))
     return reasons

@@ -77,6 +77,10 @@ class Config:
         found.update(self.get("rope_scaling") or {})
         return found
 
+    def parameter(self, key: str) -> Any:
+        """One of the rope parameters, None where it is not given."""
+        return self._rope.get(key)
+
     @cached_property
     def theta(self) -> float:
         return float(self._rope.get("rope_theta") or self.get("rope_theta", 10000.0))

@@ -18,7 +18,7 @@ from typing import Any
 
 from compress.errors import UnsupportedModel
 from compress.models.config import Config
-from compress.models.layers.base import Input, Sublayer, Weight
+from compress.models.layers.base import Input, Sublayer, Weight, shifted
 from compress.models.layers.moe import MoE
 from compress.models.layers.views import Order, Piece
 
@@ -72,7 +72,8 @@ class Gguf:
     normalises: whether chosen experts' weights are divided by their sum: True, False, or None where the metadata says;
     dense_layers: layers without experts may stand beside those with; heads_fill_width: heads x head_dim must be the hidden
     size; tied: the head may be the embeddings; biases: of which tensors, None for any; llama3: reads that rope scaling;
-    expert_width: experts' width has a key of its own; keys: more metadata, from the config.
+    expert_width: experts' width has a key of its own; keys: more metadata, from the config; problems: what else of a config
+    it cannot say.
     """
 
     arch: str
@@ -84,6 +85,7 @@ class Gguf:
     llama3: bool = False
     expert_width: bool = True
     keys: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    problems: Callable[[Config], list[str]] = lambda config: []
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,17 @@ class ModelSpec:
         shift = self.family.final_shift
         found = (
             one(Weight("model.embed_tokens.weight", vocabulary, "embeddings", "token_embd.weight")),
-            one(Weight("model.norm.weight", width, "norms", "output_norm.weight", stream_norm=True, shift=shift)),
+            one(
+                Weight(
+                    "model.norm.weight",
+                    width,
+                    "norms",
+                    "output_norm.weight",
+                    stream_norm=True,
+                    shift=shift,
+                    pieces=shifted("output_norm.weight", shift),
+                )
+            ),
             one(Weight("lm_head.weight", vocabulary, "lm_head", "output.weight", "lm_head", reads="model.norm.weight")),
         )
         return found[:2] if self.tied else found

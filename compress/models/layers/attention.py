@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compress.models.layers.base import Axis, GgufValue, Input, Sublayer, Weight, linear
+from compress.models.layers.base import Axis, GgufValue, Input, Sublayer, Weight, linear, shifted
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import PairedHalves, Piece
 
@@ -64,8 +64,10 @@ class Attention(Sublayer):
         )  # fmt: skip
         if self.qk_norm:
             for leaf in "qk":
+                gguf = f"attn_{leaf}_norm.weight"
+                shift = self.norm_shift
                 yield Weight(
-                    f"self_attn.{leaf}_norm.weight", (hd,), "norms", f"attn_{leaf}_norm.weight", shift=self.norm_shift
+                    f"self_attn.{leaf}_norm.weight", (hd,), "norms", gguf, shift=shift, pieces=shifted(gguf, shift)
                 )
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:

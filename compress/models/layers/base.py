@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from compress.models.layers.views import Piece
+from compress.models.layers.views import Map, Piece
 
 Place = Literal["attention.in", "attention.out", "ffn.in", "ffn.act"]
 """A recipe's words for the inputs of a block's linears: what the mixer reads, what its output projection reads, what the
@@ -140,6 +140,7 @@ class Sublayer:
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
         """All tensors, the norm in front first."""
+        pieces = shifted(f"{self.norm_gguf}.weight", self.norm_shift)
         stream_norm = Weight(
             f"{self.norm}.weight",
             (self.hidden,),
@@ -147,6 +148,7 @@ class Sublayer:
             f"{self.norm_gguf}.weight",
             stream_norm=True,
             shift=self.norm_shift,
+            pieces=pieces,
         )
         return (stream_norm, *self.tensors())
 
@@ -164,6 +166,11 @@ class Sublayer:
     def stages(self) -> int:
         """How many times inputs become known."""
         return 1 + max(i.stage for i in self.known.values())
+
+
+def shifted(gguf: str, shift: float) -> tuple[Piece, ...]:
+    """GGUF holds norms as the model uses them."""
+    return (Piece(gguf, map=Map("shift", shift)),) if shift else ()
 
 
 def linear(
