@@ -145,6 +145,11 @@ def tensor_problems(planned: PlannedTensor, kinds: set[str]) -> list[str]:
         problems.append(f"{name}: {info.name} codes {info.rows} rows together, this one has {shape[-2]}; ignore it")
     if planned.activations and planned.spec.role == "embeddings":
         problems.append(f"{name}: embeddings are looked up and have no inputs to round; drop activations for them")
+    if planned.ordered and (others := sorted(kinds - {"gguf", "safetensors"})):
+        problems.append(
+            f"{name}: gguf wants its columns in another order than {others[0]} does, and blocks follow the columns; "
+            "give each container a recipe of its own"
+        )
     for container in sorted(kinds):
         if planned.incoherence and (why := incoherence_problem(container)):
             problems.append(f"{name}: {why}")

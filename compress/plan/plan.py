@@ -27,7 +27,8 @@ from compress.plan.checks import (
     text_problems,
 )
 from compress.plan.savings import STRUCTURAL, Saving, container_bytes, shrinking, structural
-from compress.plan.tensor import PlannedTensor, Rules, factored, planned_tensor, pruned
+from compress.plan.tensor import PlannedTensor, Rules, factored, in_pieces, planned_tensor, pruned
+from compress.recipe.rules import FLOAT_ROLES
 from compress.recipe.schema import Recipe
 from compress.solvers.options import RecoverOptions
 from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
@@ -340,7 +341,7 @@ def _plan_tensors(
             kind: (recipe.step(kind), rule) for kind, m in matchers.items() if (rule := m.match(tensor)) is not None
         }
         codec = found["quantize"][1].codec if "quantize" in found else _unmatched(tensor, checkpoint, own, kinds)
-        planned = planned_tensor(spec, tensor, codec, Rules(**found), kinds)
+        planned = in_pieces(planned_tensor(spec, tensor, codec, Rules(**found), kinds), own, kinds)
         if "prune" in found and "factorize" in found:
             problems.append(f"{tensor.role}: prune and factorize both name it; factors have a mask already")
         problems += tensor_problems(planned, kinds)
@@ -402,4 +403,4 @@ def _unmatched(tensor: TensorSpec, checkpoint: Checkpoint, own: str, kinds: set[
     """No rule: the checkpoint's own float type, float32 for what engines want in float32."""
     entry = checkpoint.entries.get(tensor.name)
     codec = FLOAT_CODEC.get(entry.dtype, own) if entry else own
-    return "f32" if "gguf" in kinds and tensor.role in ("router", "norms", "biases") else codec
+    return "f32" if "gguf" in kinds and tensor.role in FLOAT_ROLES else codec

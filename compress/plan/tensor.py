@@ -45,6 +45,8 @@ class PlannedTensor:
     factorizer: FactorizerOptions | None = None
     factors: tuple[int, int] | None = None
     """Atoms of the dictionary and coefficients an output keeps; with `factorizer`."""
+    ordered: bool = False
+    """Whether it is solved and stored in the container's order of columns instead of the checkpoint's."""
     unfactored: bool = False
     """Whether a step would factorise it, but not into anything smaller."""
 
@@ -128,6 +130,17 @@ def planned_tensor(
         factorize, division = rules.factorize
         return factored(replace(out, factorizer=factorize.solver), 1 - division.ratio)
     return out
+
+
+def in_pieces(planned: PlannedTensor, own: str, kinds: Collection[str]) -> PlannedTensor:
+    """As a container stores it that takes tensors apart: solved in its order of columns, since blocks follow them, and left
+    in the checkpoint's own float type where a piece is more than a choice of rows."""
+    if "gguf" not in kinds or planned.solver is None:
+        return planned
+    if any(piece.swapped or piece.map is not None for piece in planned.spec.declared.pieces):
+        wanted = planned.wanted or planned.codec
+        return PlannedTensor(planned.spec, own, None, 0, wanted, values=own)
+    return replace(planned, ordered=planned.spec.column_order is not None)
 
 
 def pruned(planned: PlannedTensor, pattern: Pattern, kinds: Collection[str]) -> PlannedTensor:

@@ -83,7 +83,7 @@ class TunedScales:
         out = self.scaled * (1 + self.change)[..., None]
         if self.offset is not None:
             out = out - self.offset * (1 + self.offset_change)[..., None]
-        return restored(self.outcome, out.reshape(self.outcome.solution.units.shape))
+        return self.outcome.restore(out.reshape(self.outcome.solution.units.shape))
 
     def stored(self) -> Outcome:
         solution = self.outcome.solution
@@ -104,7 +104,7 @@ class TunedCodes:
         self.steps = [(self.change, rate)]
 
     def dense(self) -> Tensor:
-        return restored(self.outcome, self.values + self.change * self.size)
+        return self.outcome.restore(self.values + self.change * self.size)
 
     def stored(self) -> Outcome:
         solution = self.outcome.solution
@@ -205,12 +205,7 @@ def plain_outcome(outcome: Outcome) -> Outcome:
     solution = outcome.solution
     facts = {f.name: getattr(solution.grid, f.name) for f in fields(solution.grid)}
     grid: Grid = type(solution.grid)(**{k: None if v is None else v.clone() for k, v in facts.items()})
-    signs = outcome.incoherence
+    signs, order = outcome.incoherence, outcome.order
     if signs is not None:
         signs = replace(signs, signs_in=signs.signs_in.clone(), signs_out=signs.signs_out.clone())
-    return replace(outcome, solution=replace(solution, units=solution.units.clone(), grid=grid), incoherence=signs)
-
-
-def restored(outcome: Outcome, values: Tensor) -> Tensor:
-    """Out of incoherent space, where the tensor was solved in it."""
-    return values if outcome.incoherence is None else outcome.incoherence.restore(values)
+    return replace(outcome, solution=replace(solution, units=solution.units.clone(), grid=grid), incoherence=signs, order=None if order is None else order.clone())

@@ -35,6 +35,8 @@ def save_outcomes(path: Path, outcomes: Mapping[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
         solution, grid = outcome.solution, outcome.solution.grid
         given = {f"grid.{f.name}": getattr(grid, f.name) for f in fields(grid)} | {"units": _narrow(solution.units)}
+        if outcome.order is not None:
+            given["order"] = outcome.order
         if outcome.incoherence is not None:
             given |= {"signs_in": outcome.incoherence.signs_in, "signs_out": outcome.incoherence.signs_out}
         given = {
@@ -70,7 +72,7 @@ def _outcome(facts: Mapping, parts: Mapping[str, Tensor]) -> Outcome:
     grid = grids[facts["grid"]](**{k.removeprefix("grid."): v for k, v in parts.items() if k.startswith("grid.")})
     solution = Solution(units, grid, codec, facts["damping"], facts["retries"], facts["error"])
     signs = Incoherence(parts["signs_in"], parts["signs_out"]) if "signs_in" in parts else None
-    return Outcome(solution, signs, Solved(**facts["report"]))
+    return Outcome(solution, signs, Solved(**facts["report"]), parts.get("order"))
 
 
 def _narrow(units: Tensor) -> Tensor:

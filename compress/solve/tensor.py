@@ -49,15 +49,24 @@ class Outcome:
     solution: Solution
     incoherence: Incoherence | None
     report: Solved
+    order: Tensor | None = None
+    """int64 [n]: the checkpoint's column at every place of the codes, where these have another order."""
 
     def dense(self) -> Tensor:
         """What an engine computes with: float32 [m, n]."""
-        values = self.solution.decode()
+        return self.restore(self.solution.decode())
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Decoded values [m, n] in the checkpoint's space and order."""
+        if self.order is not None:
+            return in_checkpoint_order(values, self.order)
         return values if self.incoherence is None else self.incoherence.restore(values)
 
     def pack(self) -> Packed:
         """The bytes that ship."""
         packed = self.solution.pack()
+        if self.order is not None:
+            return Packed(packed.codec, packed.shape, {**packed.parts, "columns": self.order.int()})
         if self.incoherence is None:
             return packed
         signs = {
@@ -108,8 +117,26 @@ def solve_tensor(
         incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed))
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
+    order = column_order(planned)
+    if order is not None:
+        order = order.to(target.device)
+        target = target[:, order]
+        gram = None if gram is None else gram[order][:, order]
     solution = options.implementation.solve(target, gram, codec, options)
-    return Outcome(solution, incoherence, _report(planned, solution, statistics))
+    return Outcome(solution, incoherence, _report(planned, solution, statistics), order)
+
+
+def column_order(planned: PlannedTensor) -> Tensor | None:
+    """The checkpoint's columns in the order of a container that has another, int64 [n]."""
+    order = planned.spec.column_order
+    return None if not planned.ordered or order is None else torch.from_numpy(order.index(planned.spec.shape[-1]))
+
+
+def in_checkpoint_order(values: Tensor, order: Tensor) -> Tensor:
+    """values: [m, n] with column order[i] of the checkpoint at i -> the checkpoint's."""
+    out = torch.empty_like(values)
+    out[:, order.long()] = values
+    return out
 
 
 def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> Shipped:
@@ -137,6 +164,8 @@ def decode(packed: Packed) -> Tensor:
     if codec_info(packed.codec).kind == "factors":
         return product(packed)
     values = get_codec(packed.codec).unpack(packed)
+    if "columns" in packed.parts:
+        return in_checkpoint_order(values, packed.parts["columns"])
     if "signs_in" not in packed.parts:
         return values
     rows, columns = packed.shape
