@@ -22,7 +22,7 @@ from compress.engines.ggml import quantize
 from compress.engines.llama_cpp import LlamaCpp
 from compress.engines.streamed import StreamedSource
 from compress.models.checkpoint import Checkpoint
-from compress.models.forward import forward_attention, forward_ffn
+from compress.models.forward import Taps
 from compress.models.spec import ModelSpec
 from compress.plan import Plan, make_plan
 from compress.recipe import load_recipe
@@ -30,6 +30,7 @@ from compress.report.progress import Reporter
 from compress.run import compress_model, load_calibration
 from compress.scoring.divergence import paired_ratio, score_many
 from compress.streaming.journal import Journal
+from compress.streaming.walk import walk
 from compress.text import eval_windows, load_tokenizer
 from compress.weights import Packed
 
@@ -64,15 +65,12 @@ def imatrix(checkpoint: Checkpoint, spec: ModelSpec, ids: np.ndarray, batch: int
 
         return see
 
-    table = checkpoint.load("model.embed_tokens.weight").float()
+    table = checkpoint.load(spec.embeddings).float()
     hidden = [
         table[torch.from_numpy(np.ascontiguousarray(ids[i : i + batch])).long()] for i in range(0, len(ids), batch)
     ]
-    for layer in range(spec.layers):
-        weights = {t.name: checkpoint.load(t.name).float() for t in spec.block_tensors(layer)}
-        for i, states in enumerate(hidden):
-            middle = forward_attention(spec, layer, weights, states, observe=observer(layer))
-            hidden[i] = forward_ffn(spec, layer, weights, middle, observe=observer(layer))
+    for block in walk(spec, checkpoint.load):
+        hidden = [block.forward(states, Taps(observer(block.layer))) for states in hidden]
     out: dict[str, list[np.ndarray]] = {}
     for tensor in spec.tensors():
         if tensor.input is None or tensor.layer is None or tensor.role == "router":
