@@ -9,60 +9,17 @@ only this picture: they choose units through `nearest`, improve scales through `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import Generic, cast
 
 import torch
 from torch import Tensor
 
+from compress.codecs.grid import G, ScaleGrid, SuperBlockGrid, SuperBlockMinGrid, rows_joined
+from compress.codecs.refit import descend, numbers, refitted
+from compress.codecs.scales import TINY, IntegerScale, half, safe_divisor
 from compress.weights import Packed
-
-TINY = 1e-30
-
-
-@dataclass(frozen=True)
-class IntegerScale:
-    """Sub-block scales stored as `d * (factor * i + shift)`, i an integer in [low, high], d half precision."""
-
-    low: int
-    high: int
-    factor: float = 1.0
-    shift: float = 0.0
-
-    def multiplier(self, integers: Tensor) -> Tensor:
-        return integers * self.factor + self.shift
-
-    def nearest(self, ratio: Tensor) -> Tensor:
-        return ((ratio - self.shift) / self.factor).round().clamp(self.low, self.high)
-
-    @property
-    def largest(self) -> float:
-        """Multiplier of the largest magnitude."""
-        top, bottom = self.high * self.factor + self.shift, self.low * self.factor + self.shift
-        return top if abs(top) >= abs(bottom) else bottom
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Scales of a whole matrix of R rows and J sub-blocks a row.
-
-    `scale`, `offset`, `zero`: float32 [R, J], exactly the values the decoder will use (offset and zero None when the
-    codec has none). `d`, `dmin`: float32 [R, S], half-precision super-scales of the S spans; `integers`,
-    `min_integers`: float32 [R, J], the stored sub-block integers.
-    """
-
-    scale: Tensor
-    offset: Tensor | None = None
-    zero: Tensor | None = None
-    d: Tensor | None = None
-    dmin: Tensor | None = None
-    integers: Tensor | None = None
-    min_integers: Tensor | None = None
-
-
-def half(values: Tensor) -> Tensor:
-    """Round to half precision and back; overflow is clamped to the largest finite half."""
-    return values.clamp(-65504.0, 65504.0).half().float()
 
 
 class Codec(ABC):
@@ -80,9 +37,9 @@ class Codec(ABC):
         """Decode to float32 of the packed shape."""
 
 
-class BlockCodec(Codec):
-    """Base of all codecs with scales. Subclasses set the class attributes and implement `nearest`, `pack`,
-    `unpack_grid`; the rest is shared.
+class BlockCodec(Codec, Generic[G]):
+    """Base of all codecs with scales, of the grid type G. Subclasses set the class attributes and implement `nearest`,
+    `fit`, `pack_blocks` and `unpack_blocks`; the rest is shared.
 
     span: columns packed together; sub: columns that share a scale; step: columns coded together; rows: rows coded
     together, of which `nearest` then gets whole tiles: all rows of a step in order, a multiple of `rows`.
@@ -113,180 +70,84 @@ class BlockCodec(Codec):
         """
 
     @abstractmethod
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+    def fit(self, weight: Tensor, importance: Tensor) -> G:
         """Scales that minimise the importance-weighted rounding error. weight: [R, n]; importance: [n], >= 0."""
 
-    def rounding(self, weight: Tensor, importance: Tensor) -> tuple[Grid, Tensor]:
+    def rounding(self, weight: Tensor, importance: Tensor) -> tuple[G, Tensor]:
         """What plain rounding to nearest works with: the scales, and the weight in unit space, [R, n].
 
         Formats whose own tools fix how they round override it, so that `rtn` gives the bytes of those tools.
         """
         grid = self.fit(weight, importance)
-        shifted = weight if grid.offset is None else weight + self.columns(grid.offset)
-        divisor = torch.where(grid.scale.abs() < TINY, torch.ones_like(grid.scale), grid.scale)
-        return grid, shifted / self.columns(divisor)
+        return grid, grid.raised(weight, self.columns) / self.columns(safe_divisor(grid.scale))
 
     def columns(self, values: Tensor, repeat: int | None = None) -> Tensor:
         """[R, J] per sub-block -> [R, n] per column."""
         return values.repeat_interleave(repeat or self.sub, dim=1)
 
-    def decode(self, units: Tensor, grid: Grid) -> Tensor:
+    def decode(self, units: Tensor, grid: G) -> Tensor:
         """units [R, n] (zero already subtracted) -> float32 [R, n], as the decoder will compute it."""
-        out = units * self.columns(grid.scale)
-        return out if grid.offset is None else out - self.columns(grid.offset)
+        return grid.lowered(units * self.columns(grid.scale), self.columns)
 
     # -- scales ------------------------------------------------------------------------------------------------
-    def store(
-        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
-    ) -> Grid:
-        """Nearest storable grid to the wanted effective scales.
+    def storable(self, scale: Tensor) -> Tensor:
+        """The nearest scales that can be stored, of the same shape; for codecs without super-scales."""
+        return half(scale)
 
-        scale, offset: [R, J]; curvature: [R, J], how much a squared deviation of each scale costs.
+    def store(self, scale: Tensor, curvature: Tensor) -> G:
+        """Nearest storable grid to the wanted effective scales, without offsets.
+
+        scale: [R, J]; curvature: [R, J], how much a squared deviation of each scale costs.
         """
         if self.scale_rule is None:
-            return Grid(scale=half(scale))
-        d, integers = self._project(scale, curvature, self.scale_rule)
-        grid = Grid(scale=self._effective(d, integers, self.scale_rule), d=d, integers=integers)
-        if offset is None or self.min_rule is None:
-            return grid
-        dmin, mins = self._project(offset, curvature if offset_curvature is None else offset_curvature, self.min_rule)
-        return replace(grid, dmin=dmin, min_integers=mins, offset=self._effective(dmin, mins, self.min_rule))
+            return cast(G, ScaleGrid(self.storable(scale)))
+        d, integers = self.scale_rule.project(scale, curvature, self.span // self.sub)
+        return cast(G, SuperBlockGrid(self._effective(d, integers, self.scale_rule), d, integers))
 
-    def rescaled(self, grid: Grid, factor: Tensor, offset_factor: Tensor | None = None) -> Grid:
-        """The storable grid nearest to `grid` with its real numbers multiplied; integers and zero points stay.
+    def store_affine(self, scale: Tensor, offset: Tensor, curvature: Tensor, offset_curvature: Tensor) -> G:
+        """Nearest storable grid to the wanted effective scales and offsets; all [R, J], see `store`."""
+        assert self.scale_rule is not None and self.min_rule is not None
+        d, integers = self.scale_rule.project(scale, curvature, self.span // self.sub)
+        dmin, mins = self.min_rule.project(offset, offset_curvature, self.span // self.sub)
+        scale, offset = self._effective(d, integers, self.scale_rule), self._effective(dmin, mins, self.min_rule)
+        return cast(G, SuperBlockMinGrid(scale, d, integers, offset, dmin, mins))
 
-        factor: float32 [R, S] for codecs with super-scales, which multiplies those, else [R, J]; offset_factor: [R, S],
-        for `dmin`, or None to keep it.
+    def rescaled(self, grid: G, factor: Tensor, offset_factor: Tensor | None = None) -> G:
+        """The storable grid nearest to `grid` with its stored real numbers multiplied; integers and zero points stay.
+
+        factor: float32, of the shape of `grid.reals[0]`; offset_factor: of that of `grid.reals[1]` where there are two,
+        or None to keep those.
         """
-        if grid.d is None:
-            return replace(grid, scale=self.store(grid.scale * factor, None, torch.ones_like(factor)).scale)
+        if not isinstance(grid, SuperBlockGrid):
+            return replace(grid, scale=self.store(grid.scale * factor, torch.ones_like(factor)).scale)
+        assert self.scale_rule is not None
         d = half(grid.d * factor)
         grid = replace(grid, d=d, scale=self._effective(d, grid.integers, self.scale_rule))
-        if grid.dmin is None or offset_factor is None:
+        if offset_factor is None or not isinstance(grid, SuperBlockMinGrid):
             return grid
+        assert self.min_rule is not None
         dmin = half(grid.dmin * offset_factor)
         return replace(grid, dmin=dmin, offset=self._effective(dmin, grid.min_integers, self.min_rule))
 
     def _effective(self, d: Tensor, integers: Tensor, rule: IntegerScale) -> Tensor:
         return d.repeat_interleave(self.span // self.sub, dim=1) * rule.multiplier(integers)
 
-    def _project(self, wanted: Tensor, curvature: Tensor, rule: IntegerScale) -> tuple[Tensor, Tensor]:
-        """Search the super-scale d of each span whose integer multiples come closest to the wanted values."""
-        rows, per_span = wanted.shape[0], self.span // self.sub
-        want = wanted.reshape(rows, -1, per_span)
-        cost = curvature.reshape(rows, -1, per_span)
-        peak = want.gather(2, want.abs().argmax(2, keepdim=True))[..., 0]
-        best_error = torch.full_like(peak, torch.inf)
-        best_d, best_i = torch.zeros_like(peak), torch.zeros_like(want)
-        signs = (1.0, -1.0) if rule.low < 0 else (1.0,)
-        for sign in signs:
-            for stretch in torch.linspace(0.85, 1.25, 17).tolist():
-                d = half(peak * (sign * stretch / rule.largest))
-                integers = rule.nearest(want / torch.where(d.abs() < TINY, torch.ones_like(d), d)[..., None])
-                multiplier = rule.multiplier(integers)
-                # the best d for these integers, then once more the best integers
-                d = half((cost * want * multiplier).sum(2) / (cost * multiplier**2).sum(2).clamp_min(TINY))
-                integers = rule.nearest(want / torch.where(d.abs() < TINY, torch.ones_like(d), d)[..., None])
-                error = (cost * (want - d[..., None] * rule.multiplier(integers)) ** 2).sum(2)
-                better = error < best_error
-                best_error = torch.where(better, error, best_error)
-                best_d = torch.where(better, d, best_d)
-                best_i = torch.where(better[..., None], integers, best_i)
-        return best_d, best_i.reshape(rows, -1)
-
-    def refit(self, weight: Tensor, units: Tensor, grid: Grid, gram: Tensor) -> Grid:
+    def refit(self, weight: Tensor, units: Tensor, grid: G, gram: Tensor) -> G:
         """Coordinate descent on the stored scales for fixed units; never increases tr((W-Q) gram (W-Q)^T).
 
         weight, units: [R, n]; gram: [n, n]. Every step moves one stored number of every row to the storable value
         nearest its optimum given all others.
         """
-        error = weight - self.decode(units, grid)
-        pull = error @ gram
-        scale, offset = grid.scale.clone(), None if grid.offset is None else grid.offset.clone()
-        integers = None if grid.integers is None else grid.integers.clone()
-        mins = None if grid.min_integers is None else grid.min_integers.clone()
-        d = None if grid.d is None else grid.d.clone()
-        dmin = None if grid.dmin is None else grid.dmin.clone()
-        per_span = self.span // self.sub
-
-        # Within a span only its own columns are kept up to date; what it moved reaches later spans in one product.
-        local = block = moved = torch.empty(0)
-
-        def move(delta: Tensor, direction: Tensor, where: slice) -> None:
-            """Q += delta * direction on the span's columns `where`."""
-            change = direction * delta[:, None]
-            moved[:, where] += change
-            local.sub_(change @ block[where])
-
-        def optimum(direction: Tensor, where: slice) -> tuple[Tensor, Tensor]:
-            """Best step along `direction` and its curvature."""
-            curve = ((direction @ block[where, where]) * direction).sum(1)
-            return (direction * local[:, where]).sum(1) / curve.clamp_min(TINY), curve
-
-        for span in range(weight.shape[1] // self.span):
-            at = slice(span * self.span, (span + 1) * self.span)
-            local, block, moved = pull[:, at].contiguous(), gram[at, at], torch.zeros_like(weight[:, at])
-            codes = units[:, at]
-            for sub in range(per_span):
-                j = span * per_span + sub
-                where = slice(sub * self.sub, (sub + 1) * self.sub)
-                direction = codes[:, where]
-                step, curve = optimum(direction, where)
-                new = self._nearest_scale(scale[:, j] + step, None if d is None else d[:, span], self.scale_rule)
-                new_scale = new if d is None else d[:, span] * self.scale_rule.multiplier(new)
-                # a step along a coordinate is an improvement only if it lands nearer the optimum
-                good = ((new_scale - scale[:, j] - step).abs() < step.abs()) & (curve > TINY)
-                delta = torch.where(good, new_scale - scale[:, j], torch.zeros_like(step))
-                move(delta, direction, where)
-                scale[:, j] += delta
-                if integers is not None:
-                    integers[:, j] = torch.where(good, new, integers[:, j])
-                    scale[:, j] = d[:, span] * self.scale_rule.multiplier(integers[:, j])
-                if offset is not None:
-                    ones = torch.full_like(direction, -1.0)
-                    step, _ = optimum(ones, where)
-                    new = self._nearest_scale(offset[:, j] + step, dmin[:, span], self.min_rule)
-                    new_offset = dmin[:, span] * self.min_rule.multiplier(new)
-                    good = (new_offset - offset[:, j] - step).abs() < step.abs()
-                    delta = torch.where(good, new_offset - offset[:, j], torch.zeros_like(step))
-                    move(delta, ones, where)
-                    mins[:, j] = torch.where(good, new, mins[:, j])
-                    offset[:, j] = dmin[:, span] * self.min_rule.multiplier(mins[:, j])
-            where = slice(0, self.span)
-            subs = slice(span * per_span, (span + 1) * per_span)
-            if d is not None:
-                direction = codes * self.columns(self.scale_rule.multiplier(integers[:, subs]))
-                delta = self._move_super(d, span, *optimum(direction, where))
-                move(delta, direction, where)
-                scale[:, subs] = d[:, span, None] * self.scale_rule.multiplier(integers[:, subs])
-            if dmin is not None:
-                direction = -self.columns(self.min_rule.multiplier(mins[:, subs]))
-                delta = self._move_super(dmin, span, *optimum(direction, where))
-                move(delta, direction, where)
-                offset[:, subs] = dmin[:, span, None] * self.min_rule.multiplier(mins[:, subs])
-            if at.stop < weight.shape[1]:
-                pull[:, at.stop :].addmm_(moved, gram[at, at.stop :], alpha=-1)
-        return Grid(scale=scale, offset=offset, zero=grid.zero, d=d, dmin=dmin, integers=integers, min_integers=mins)
-
-    @staticmethod
-    def _nearest_scale(wanted: Tensor, d: Tensor | None, rule: IntegerScale | None) -> Tensor:
-        if d is None or rule is None:
-            return half(wanted)
-        return rule.nearest(wanted / torch.where(d.abs() < TINY, torch.ones_like(d), d))
-
-    @staticmethod
-    def _move_super(d: Tensor, span: int, step: Tensor, curve: Tensor) -> Tensor:
-        new = half(d[:, span] + step)
-        good = ((new - d[:, span] - step).abs() < step.abs()) & (curve > TINY)
-        delta = torch.where(good, new - d[:, span], torch.zeros_like(step))
-        d[:, span] = torch.where(good, new, d[:, span])
-        return delta
+        pull = (weight - self.decode(units, grid)) @ gram
+        moving = numbers(grid, self.storable, self.scale_rule, self.min_rule, self.columns)
+        descend(units, pull, gram, moving, self.span, self.sub)
+        return refitted(grid, moving)
 
     # -- bytes -------------------------------------------------------------------------------------------------
-    def pack(self, units: Tensor, grid: Grid) -> Packed:
+    def pack(self, units: Tensor, grid: G) -> Packed:
         """units [R, n], grid -> the bytes that ship."""
         rows, n = units.shape
-        blocks = self.pack_blocks(units.reshape(-1, self.span), self._per_block(grid))
+        blocks = self.pack_blocks(units.reshape(-1, self.span), grid.by_span(self.span // self.sub))
         return Packed(self.name, (rows, n), {"blocks": blocks.reshape(rows, n // self.span * self.block_bytes)})
 
     def unpack(self, packed: Packed) -> Tensor:
@@ -297,14 +158,7 @@ class BlockCodec(Codec):
             out = out - offset.repeat_interleave(self.sub, dim=1)
         return out.reshape(rows, n)
 
-    def _per_block(self, grid: Grid) -> Grid:
-        per = self.span // self.sub
-        wide = {
-            k: None if v is None else v.reshape(-1, 1 if k in ("d", "dmin") else per) for k, v in vars(grid).items()
-        }
-        return Grid(**wide)
-
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: G) -> Tensor:
         """units [B, span], grid with one block a row -> uint8 [B, block_bytes]."""
         raise NotImplementedError
 
@@ -313,7 +167,7 @@ class BlockCodec(Codec):
         raise NotImplementedError
 
 
-class ScalarCodec(BlockCodec):
+class ScalarCodec(BlockCodec[G]):
     """Codecs that code one column at a time with levels `low..high` (or an explicit list)."""
 
     low: int = 0
@@ -339,23 +193,18 @@ class ScalarCodec(BlockCodec):
     def _span_of_levels(self) -> float:
         return float(max(abs(self.low), abs(self.high)))
 
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+    def fit(self, weight: Tensor, importance: Tensor) -> G:
         chunk = max(1, (1 << 19) // weight.shape[1])  # working set that stays in cache
-        parts = [self._fit_rows(rows, importance) for rows in weight.split(chunk)]
-        return Grid(
-            *(None if v[0] is None else torch.cat(v) for v in zip(*(vars(p).values() for p in parts), strict=True))
-        )
+        return rows_joined([self._fit_rows(rows, importance) for rows in weight.split(chunk)])
 
-    def _fit_rows(self, weight: Tensor, importance: Tensor) -> Grid:
+    def _fit_rows(self, weight: Tensor, importance: Tensor) -> G:
         rows = weight.shape[0]
         x = weight.reshape(rows, -1, self.sub)
         a = importance.reshape(1, -1, self.sub)
         a = a + a.mean(2, keepdim=True) * 1e-3 + TINY  # a column nobody uses still must not blow up the scale
-        if self.asymmetric:
-            scale, offset, curvature, offset_curvature = self._search_affine(x, a)
-            return self.store(scale, offset, curvature, offset_curvature)
-        scale, curvature = self._search_scale(x, a)
-        return self.store(scale, None, curvature)
+        return (
+            self.store_affine(*self._search_affine(x, a)) if self.asymmetric else self.store(*self._search_scale(x, a))
+        )
 
     def _search_scale(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Best symmetric scale of each sub-block: shrunk maxima, each followed by least squares."""
@@ -367,7 +216,7 @@ class ScalarCodec(BlockCodec):
 
         def consider(scale: Tensor) -> None:
             nonlocal best, best_gain
-            u = self.round(x / torch.where(scale.abs() < TINY, torch.ones_like(scale), scale)[..., None])
+            u = self.round(x / safe_divisor(scale)[..., None])
             xu, uu = (a * x * u).sum(2), (a * u * u).sum(2).clamp_min(TINY)
             gain = xu * xu / uu  # how much of sum a x^2 this rounding explains
             better = gain > best_gain
@@ -379,7 +228,7 @@ class ScalarCodec(BlockCodec):
                 consider(peak[..., 0] * (shrink / end))
         for _ in range(2):
             consider(best)
-        u = self.round(x / torch.where(best.abs() < TINY, torch.ones_like(best), best)[..., None])
+        u = self.round(x / safe_divisor(best)[..., None])
         return best, (a * u * u).sum(2)
 
     def _search_affine(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

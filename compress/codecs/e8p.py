@@ -26,7 +26,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from compress.codecs.base import TINY, BlockCodec, Grid, half
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import ScaleGrid
+from compress.codecs.scales import TINY, half
 from compress.weights import Packed
 
 CHUNK = 2048  # groups searched at once: some 20 MiB of scratch
@@ -209,7 +211,7 @@ def _cost(target: Tensor, candidates: Tensor, weight: Tensor, metric: Tensor | N
 
 
 # -- codecs ----------------------------------------------------------------------------------------------------
-class E8PCodec(BlockCodec):
+class E8PCodec(BlockCodec[ScaleGrid]):
     """Two bits a weight.
 
     gaussian_scale: best scale of a standard normal source.
@@ -248,7 +250,7 @@ class E8PCodec(BlockCodec):
         candidates = _candidates(target, weight, SHORTLIST)
         return _take(candidates, _cost(target, candidates, weight, metric).argmin(1))
 
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+    def fit(self, weight: Tensor, importance: Tensor) -> ScaleGrid:
         """Scales [R, 1]: multiples of a row's root mean square are tried on some of its groups, and the least-squares
         scale for the best one's points is kept."""
         stride = max(1, weight.shape[1] // 8 // self.fit_groups)
@@ -266,7 +268,7 @@ class E8PCodec(BlockCodec):
                 gain = xu * xu / uu
                 best, most = torch.where(gain > most, xu / uu, best), torch.maximum(gain, most)
             scales.append(best)
-        return Grid(scale=half(torch.cat(scales))[:, None])
+        return ScaleGrid(half(torch.cat(scales))[:, None])
 
     # -- bytes -------------------------------------------------------------------------------------------------
     def tables(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -287,7 +289,7 @@ class E8PCodec(BlockCodec):
         """
         return {"codes": e8p_index(units.unflatten(-1, (-1, 8)))}
 
-    def pack(self, units: Tensor, grid: Grid) -> Packed:
+    def pack(self, units: Tensor, grid: ScaleGrid) -> Packed:
         """The parts of `encode_units` and "scales", float16 [m]."""
         rows, n = units.shape
         some = [self.encode_units(part) for part in units.split(max(1, PACKED // n))]

@@ -7,13 +7,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale
 from compress.codecs.bits import half_bytes, pack_words, u8, unpack_words
+from compress.codecs.grid import SuperBlockGrid
 from compress.codecs.iq1_s import SHIFT
 from compress.codecs.lattice import SignedCodec
+from compress.codecs.scales import IntegerScale
 
 
-class IQ1_M(SignedCodec):
+class IQ1_M(SignedCodec[SuperBlockGrid]):
     name, span, sub, block_bytes = "iq1_m", 256, 16, 56
     table = "IQ1_S"  # the same points; here each group of eight has a shift of its own
     scale_rule = IntegerScale(0, 7, factor=2.0, shift=1.0)
@@ -24,7 +25,7 @@ class IQ1_M(SignedCodec):
         grid = super().points
         return torch.cat((grid + SHIFT, grid - SHIFT))
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         index = self.index(units.reshape(-1, 32, 8))
         fields = torch.arange(4, device=units.device)
         nibble = ((index >> 8) & 15).reshape(-1, 16, 2)  # three bits of the point, one of the shift

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale
 from compress.codecs.bits import half_bytes, pack_bits, read_half, u8, unpack_bits
+from compress.codecs.grid import SuperBlockGrid
 from compress.codecs.lattice import FreeSignCodec
+from compress.codecs.scales import IntegerScale
 
 
-class IQ2_S(FreeSignCodec):
+class IQ2_S(FreeSignCodec[SuperBlockGrid]):
     name, span, sub, block_bytes = "iq2_s", 256, 16, 82
     table = "IQ2_S"
     scale_rule = IntegerScale(0, 15, factor=0.25, shift=0.125)  # d * (s + 1/2) / 4
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         groups = units.reshape(-1, 32, 8)
         index = self.index(groups)
         high = ((index >> 8).reshape(-1, 8, 4) << (2 * torch.arange(4, device=units.device))).sum(2)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale
 from compress.codecs.bits import half_bytes, pack_signs, pack_words, read_half, unpack_signs, unpack_words
+from compress.codecs.grid import SuperBlockGrid
 from compress.codecs.lattice import LatticeCodec
+from compress.codecs.scales import IntegerScale
 
 
-class IQ2_XXS(LatticeCodec):
+class IQ2_XXS(LatticeCodec[SuperBlockGrid]):
     name, span, sub, block_bytes = "iq2_xxs", 256, 32, 66
     table = "IQ2_XXS"
     scale_rule = IntegerScale(0, 15, factor=0.25, shift=0.125)  # d * (s + 1/2) / 4
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         groups = units.reshape(-1, 8, 4, 8)
         index = self.index(groups)
         fields = torch.arange(4, device=units.device)

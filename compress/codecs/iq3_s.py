@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale
 from compress.codecs.bits import half_bytes, pack_bits, read_half, u8, unpack_bits
+from compress.codecs.grid import SuperBlockGrid
 from compress.codecs.lattice import FreeSignCodec
+from compress.codecs.scales import IntegerScale
 
 
-class IQ3_S(FreeSignCodec):
+class IQ3_S(FreeSignCodec[SuperBlockGrid]):
     name, span, sub, block_bytes = "iq3_s", 256, 32, 110
     step = 4
     table = "IQ3_S"
     scale_rule = IntegerScale(0, 15, factor=2.0, shift=1.0)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         index = self.index(units.reshape(-1, 64, 4))
         s = u8(grid.integers).reshape(-1, 4, 2)
         return torch.cat(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale
 from compress.codecs.bits import half_bytes, pack_signs, pack_words, read_half, unpack_signs, unpack_words
+from compress.codecs.grid import SuperBlockGrid
 from compress.codecs.lattice import LatticeCodec
+from compress.codecs.scales import IntegerScale
 
 
-class IQ3_XXS(LatticeCodec):
+class IQ3_XXS(LatticeCodec[SuperBlockGrid]):
     name, span, sub, block_bytes = "iq3_xxs", 256, 32, 98
     table = "IQ3_XXS"
     scale_rule = IntegerScale(0, 15, factor=0.5, shift=0.25)  # d * (s + 1/2) / 2
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         index = self.index(units.reshape(-1, 64, 4)).to(torch.uint8)
         fields = 7 * torch.arange(4, device=units.device)
         words = (pack_signs(units.reshape(-1, 8, 4, 8) < 0) << fields).sum(2) | (grid.integers.to(torch.int64) << 28)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, pack_nibbles, read_half, unpack_nibbles
+from compress.codecs.grid import G, ScaleGrid
 
 # kvalues_iq4nl, ggml-common.h
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-class NonLinear4(ScalarCodec):
+class NonLinear4(ScalarCodec[G]):
     """Rounding to the table above."""
 
     low, high = LEVELS[0], LEVELS[-1]
@@ -28,10 +29,10 @@ class NonLinear4(ScalarCodec):
         return self.levels.to(target.device)[self.index(target)]
 
 
-class IQ4_NL(NonLinear4):
+class IQ4_NL(NonLinear4[ScaleGrid]):
     name, span, sub, block_bytes = "iq4_nl", 32, 32, 18
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: ScaleGrid) -> Tensor:
         return torch.cat((half_bytes(grid.scale), pack_nibbles(self.index(units))), dim=1)
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:

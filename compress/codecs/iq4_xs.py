@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale
 from compress.codecs.bits import half_bytes, pack_nibbles, pack_words, read_half, unpack_nibbles, unpack_words
+from compress.codecs.grid import SuperBlockGrid
 from compress.codecs.iq4_nl import NonLinear4
+from compress.codecs.scales import IntegerScale
 
 
-class IQ4_XS(NonLinear4):
+class IQ4_XS(NonLinear4[SuperBlockGrid]):
     name, span, sub, block_bytes = "iq4_xs", 256, 32, 136
     scale_rule = IntegerScale(-32, 31)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         s = (grid.integers + 32).to(torch.int64)
         high = ((s >> 4) << (2 * torch.arange(8, device=s.device))).sum(1, keepdim=True)
         low = ((s & 0xF).reshape(-1, 4, 2) << torch.tensor([0, 4], device=s.device)).sum(2)

@@ -13,12 +13,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from compress.codecs.base import TINY, BlockCodec, Grid
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import G
+from compress.codecs.scales import TINY
 
 SHORTLIST = 10  # candidates that the exact metric re-ranks
 
 
-class TableCodec(BlockCodec):
+class TableCodec(BlockCodec[G]):
     """`table` names the gguf class whose grid it is: [K, width], width 4 or 8; `signed` says that the grid holds values,
     not magnitudes. Shared here: the table, its index, and the search for scales.
     """
@@ -58,9 +60,8 @@ class TableCodec(BlockCodec):
         return table[(digits * self._radix(len(levels)).to(units.device)).sum(-1)]
 
     # -- scales ------------------------------------------------------------------------------------------------
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
-        scale, curvature = self._wanted(weight, importance)
-        return self.store(scale, None, curvature)
+    def fit(self, weight: Tensor, importance: Tensor) -> G:
+        return self.store(*self._wanted(weight, importance))
 
     def _wanted(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Best scale of every sub-block before it is stored, and what a squared deviation costs; both [R, J]."""
@@ -113,7 +114,7 @@ class TableCodec(BlockCodec):
         return best.reshape(rows, -1), uu.reshape(rows, -1)
 
 
-class LatticeCodec(TableCodec):
+class LatticeCodec(TableCodec[G]):
     """Eight columns a step: magnitudes from a table of width 4 or 8, an even number of minus signs."""
 
     def nearest(
@@ -206,7 +207,7 @@ class LatticeCodec(TableCodec):
         return combo.gather(1, best[..., None].expand(-1, -1, 8))
 
 
-class FreeSignCodec(TableCodec):
+class FreeSignCodec(TableCodec[G]):
     """Magnitudes from a table as wide as the step, and a stored sign for every column."""
 
     # Few points lie near the corner, so rows without outliers are better off further inside.
@@ -236,7 +237,7 @@ class FreeSignCodec(TableCodec):
         return [((weight * groups.abs()) @ points.T, weight @ (points**2).T)]
 
 
-class SignedCodec(TableCodec):
+class SignedCodec(TableCodec[G]):
     """Points that already have their signs; the nearest one is exact under any metric."""
 
     signed = True

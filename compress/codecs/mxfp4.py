@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import pack_nibbles, u8, unpack_nibbles
+from compress.codecs.grid import ScaleGrid
 
 # kvalues_mxfp4, ggml-common.h, in rising order without the second zero
 LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
@@ -25,7 +26,7 @@ def power_of_two(wanted: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(wanted), exponent.clamp(SMALLEST, LARGEST))
 
 
-class MXFP4(ScalarCodec):
+class MXFP4(ScalarCodec[ScaleGrid]):
     name, span, sub, block_bytes = "mxfp4", 32, 32, 17
     low, high = LEVELS[0], LEVELS[-1]
     levels = torch.tensor(LEVELS, dtype=torch.float32)
@@ -53,20 +54,14 @@ class MXFP4(ScalarCodec):
         exponent = torch.where(empty, SMALLEST, best).clamp(SMALLEST, LARGEST)
         return torch.ldexp(torch.ones_like(best_error), exponent), curvature
 
-    def store(
-        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
-    ) -> Grid:
-        return Grid(scale=power_of_two(scale))
+    def storable(self, scale: Tensor) -> Tensor:
+        return power_of_two(scale)
 
-    @staticmethod
-    def _nearest_scale(wanted: Tensor, d: Tensor | None, rule: IntegerScale | None) -> Tensor:
-        return power_of_two(wanted)
-
-    def refit(self, weight: Tensor, units: Tensor, grid: Grid, gram: Tensor) -> Grid:
+    def refit(self, weight: Tensor, units: Tensor, grid: ScaleGrid, gram: Tensor) -> ScaleGrid:
         # The steps are float32 differences: next to a large scale the smallest would round to zero, which has no byte.
-        return Grid(scale=power_of_two(super().refit(weight, units, grid, gram).scale))
+        return ScaleGrid(power_of_two(super().refit(weight, units, grid, gram).scale))
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: ScaleGrid) -> Tensor:
         exponent = torch.frexp(grid.scale)[1] - 1
         codes = self.codes.to(units.device)[self.index(units)]
         return torch.cat((u8(exponent - SMALLEST), pack_nibbles(codes)), dim=1)

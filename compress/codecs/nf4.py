@@ -11,12 +11,13 @@ mean is subtracted, and 256 of them, row after row, share one float32. The 8-bit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress.codecs.base import TINY, Grid, ScalarCodec
+from compress.codecs.base import ScalarCodec
+from compress.codecs.grid import DoubleQuantizedGrid, ScaleGrid
+from compress.codecs.scales import TINY
 from compress.weights import Packed
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -45,19 +46,10 @@ def dynamic_map() -> Tensor:
     return torch.cat(levels).sort().values
 
 
-@dataclass(frozen=True)
-class NestedGrid(Grid):
-    """A grid whose scales are `dynamic_map[codes] * nested + mean`.
-
-    codes: int64 [R, J]; nested: float32 [ceil(R J / 256)], shared by 256 scales row after row; mean: float32 [1].
-    """
-
-    codes: Tensor | None = None
-    nested: Tensor | None = None
-    mean: Tensor | None = None
+BlockGrid = ScaleGrid | DoubleQuantizedGrid
 
 
-class FourBit(ScalarCodec):
+class FourBit(ScalarCodec[BlockGrid]):
     """One 4-bit type. `table`: the level of each code; `nested`: whether absmax is quantized, too."""
 
     kind = "bnb"
@@ -72,7 +64,7 @@ class FourBit(ScalarCodec):
         self._sorted = self.table[self._order]
         self._edges = (self._sorted[1:] + self._sorted[:-1]) / 2
         self.absmax_map = dynamic_map()
-        self._map_edges = (self.absmax_map[1:] + self.absmax_map[:-1]) / 2
+        self.map_edges = (self.absmax_map[1:] + self.absmax_map[:-1]) / 2
 
     def bits_per_weight(self, in_features: int) -> float:
         return 4 + 8 * (1 + 4 / NESTED_BLOCK if self.nested else 4) / BLOCK
@@ -88,23 +80,21 @@ class FourBit(ScalarCodec):
         return self._order.to(units.device)[torch.bucketize(apart.contiguous(), self._edges.to(units.device))]
 
     # -- scales ------------------------------------------------------------------------------------------------
-    def rounding(self, weight: Tensor, importance: Tensor) -> tuple[Grid, Tensor]:
+    def rounding(self, weight: Tensor, importance: Tensor) -> tuple[BlockGrid, Tensor]:
         """bitsandbytes' own: absmax of each block, whatever the importance; codes from absmax before it is quantized."""
         absmax = weight.reshape(weight.shape[0], -1, BLOCK).abs().amax(2)
         return self._stored(absmax), weight * self.columns(1.0 / absmax.clamp_min(_SMALLEST_DIVISOR))
 
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+    def fit(self, weight: Tensor, importance: Tensor) -> BlockGrid:
         return self._stored(super().fit(weight, importance).scale)
 
-    def store(
-        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
-    ) -> Grid:
-        return Grid(scale=scale)
+    def storable(self, scale: Tensor) -> Tensor:
+        return scale
 
-    def _stored(self, scale: Tensor) -> Grid:
+    def _stored(self, scale: Tensor) -> BlockGrid:
         """The grid that holds `scale` [R, J]: as it is, or in 8 bits around its mean as bitsandbytes rounds it."""
         if not self.nested:
-            return Grid(scale=scale)
+            return ScaleGrid(scale)
         flat = scale.reshape(-1)
         mean = flat.mean()
         deviation = flat - mean
@@ -112,53 +102,48 @@ class FourBit(ScalarCodec):
         nested = padded.abs().amax(1)
         ratio = deviation * _per_scale(torch.where(nested > 0, 1.0 / nested, nested), len(flat))
         bins = ((ratio + 1) * (_BINS / 2) + 0.5).floor()
-        codes = torch.bucketize(bins * 2 / _BINS - 1, self._map_edges.to(scale.device))
+        codes = torch.bucketize(bins * 2 / _BINS - 1, self.map_edges.to(scale.device))
         codes = torch.where(_per_scale(nested, len(flat)) > 0, codes, torch.zeros_like(codes)).reshape(scale.shape)
-        return self._nested_grid(codes, nested, mean.reshape(1))
+        return self.nested_grid(codes, nested, mean.reshape(1))
 
-    def _nested_grid(self, codes: Tensor, nested: Tensor, mean: Tensor) -> NestedGrid:
+    def nested_grid(self, codes: Tensor, nested: Tensor, mean: Tensor) -> DoubleQuantizedGrid:
+        """The grid of quantized scales: codes int64 [R, J], nested float32 [ceil(R J / 256)], mean float32 [1]."""
         values = self.absmax_map.to(codes.device)[codes] * _per_scale(nested, codes.numel()).reshape(codes.shape) + mean
-        return NestedGrid(scale=values, codes=codes, nested=nested, mean=mean)
+        return DoubleQuantizedGrid(values, codes, nested, mean)
 
-    def rescaled(self, grid: Grid, factor: Tensor, offset_factor: Tensor | None = None) -> Grid:
+    def rescaled(self, grid: BlockGrid, factor: Tensor, offset_factor: Tensor | None = None) -> BlockGrid:
         """See BlockCodec.rescaled; nested scales are quantized again around their new mean."""
         return self._stored(grid.scale * factor)
 
-    def refit(self, weight: Tensor, units: Tensor, grid: Grid, gram: Tensor) -> Grid:
+    def refit(self, weight: Tensor, units: Tensor, grid: BlockGrid, gram: Tensor) -> BlockGrid:
         """Move every scale of every row, block by block, to the storable value nearest its optimum given all others.
 
         weight, units: [R, n]; gram: [n, n]. Never increases tr((W-Q) gram (W-Q)^T). The optimum is sought among scales
         that are not negative; the mean and the nested absmax stay.
         """
         pull = (weight - self.decode(units, grid)) @ gram
-        scale, rows = grid.scale.clone(), len(weight)
-        codes = grid.codes.clone() if isinstance(grid, NestedGrid) else None
-        shared = _per_scale(grid.nested, scale.numel()).reshape(scale.shape) if isinstance(grid, NestedGrid) else None
+        levels = _NestedLevels(self, grid) if isinstance(grid, DoubleQuantizedGrid) else _AnyLevels()
+        scale = grid.scale.clone()
         for block in range(scale.shape[1]):
             at = slice(block * BLOCK, (block + 1) * BLOCK)
             direction = units[:, at]
             curve = ((direction @ gram[at, at]) * direction).sum(1)
             step = (direction * pull[:, at]).sum(1) / curve.clamp_min(TINY)
-            new = (scale[:, block] + step).clamp_min(0.0)
-            if isinstance(grid, NestedGrid):
-                ratio = (new - grid.mean) / shared[:, block].clamp_min(TINY)
-                code = torch.bucketize(ratio, self._map_edges.to(ratio.device))
-                new = self.absmax_map.to(ratio.device)[code] * shared[:, block] + grid.mean
+            new = levels.nearest((scale[:, block] + step).clamp_min(0.0), block)
             # a step along a coordinate is an improvement only if it lands nearer the optimum
             good = ((new - scale[:, block] - step).abs() < step.abs()) & (curve > TINY)
-            delta = torch.where(good, new - scale[:, block], torch.zeros(rows, device=step.device))
+            delta = torch.where(good, new - scale[:, block], torch.zeros_like(step))
             pull[:, at.stop :].addmm_(direction * delta[:, None], gram[at, at.stop :], alpha=-1)
             scale[:, block] = torch.where(good, new, scale[:, block])
-            if codes is not None:
-                codes[:, block] = torch.where(good, code, codes[:, block])
-        return Grid(scale=scale) if codes is None else self._nested_grid(codes, grid.nested, grid.mean)
+            levels.take(good, block)
+        return levels.grid(scale)
 
     # -- bytes -------------------------------------------------------------------------------------------------
-    def pack(self, units: Tensor, grid: Grid) -> Packed:
+    def pack(self, units: Tensor, grid: BlockGrid) -> Packed:
         some = units.split(max(1, PACKED // units.shape[1]))
         codes = torch.cat([self.codes(part).to(torch.uint8) for part in some])
         parts = {"codes": (codes[:, ::2] << 4) | codes[:, 1::2]}
-        if isinstance(grid, NestedGrid):
+        if isinstance(grid, DoubleQuantizedGrid):
             parts |= {"absmax": grid.codes.to(torch.uint8), "nested_absmax": grid.nested, "offset": grid.mean}
         else:
             parts["absmax"] = grid.scale
@@ -167,11 +152,48 @@ class FourBit(ScalarCodec):
     def unpack(self, packed: Packed) -> Tensor:
         parts = packed.parts
         codes = torch.stack((parts["codes"] >> 4, parts["codes"] & 0xF), dim=2).reshape(packed.shape)
+        grid: BlockGrid
         if self.nested:
-            grid = self._nested_grid(parts["absmax"].long(), parts["nested_absmax"], parts["offset"])
+            grid = self.nested_grid(parts["absmax"].long(), parts["nested_absmax"], parts["offset"])
         else:
-            grid = Grid(scale=parts["absmax"])
+            grid = ScaleGrid(parts["absmax"])
         return self.decode(self.table.to(codes.device)[codes.int()], grid)
+
+
+class _AnyLevels:
+    """Scales that can be any number."""
+
+    def nearest(self, wanted: Tensor, block: int) -> Tensor:
+        """The storable scales of a block of every row [R] that are nearest to the wanted ones."""
+        return wanted
+
+    def take(self, good: Tensor, block: int) -> None:
+        """What `nearest` found becomes the block's scale where `good`, bool [R]."""
+
+    def grid(self, scale: Tensor) -> BlockGrid:
+        """The grid of these scales [R, J]."""
+        return ScaleGrid(scale)
+
+
+class _NestedLevels(_AnyLevels):
+    """Scales that are 8-bit codes around a mean, which stays, as the numbers do that 256 of them share."""
+
+    def __init__(self, codec: FourBit, grid: DoubleQuantizedGrid):
+        self.codec, self.nested, self.mean = codec, grid.nested, grid.mean
+        self.codes, self.found = grid.codes.clone(), grid.codes[:, 0]
+        self.shared = _per_scale(grid.nested, grid.codes.numel()).reshape(grid.codes.shape)
+        self.levels, self.edges = (t.to(grid.scale.device) for t in (codec.absmax_map, codec.map_edges))
+
+    def nearest(self, wanted: Tensor, block: int) -> Tensor:
+        shared = self.shared[:, block]
+        self.found = torch.bucketize((wanted - self.mean) / shared.clamp_min(TINY), self.edges)
+        return self.levels[self.found] * shared + self.mean
+
+    def take(self, good: Tensor, block: int) -> None:
+        self.codes[:, block] = torch.where(good, self.found, self.codes[:, block])
+
+    def grid(self, scale: Tensor) -> BlockGrid:
+        return self.codec.nested_grid(self.codes, self.nested, self.mean)
 
 
 def _per_scale(nested: Tensor, count: int) -> Tensor:

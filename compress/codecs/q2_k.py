@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, read_half, u8
+from compress.codecs.grid import SuperBlockMinGrid
+from compress.codecs.scales import IntegerScale
 
 
-class Q2_K(ScalarCodec):
+class Q2_K(ScalarCodec[SuperBlockMinGrid]):
     name, span, sub, block_bytes = "q2_k", 256, 16, 84
     low, high = 0, 3
     scale_rule = min_rule = IntegerScale(0, 15)
     shrinks = (1.0, 0.9, 0.8, 0.7, 0.6)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockMinGrid) -> Tensor:
         q = u8(units).reshape(-1, 2, 4, 32)
         low = q[:, :, 0] | (q[:, :, 1] << 2) | (q[:, :, 2] << 4) | (q[:, :, 3] << 6)
         scales = u8(grid.integers) | (u8(grid.min_integers) << 4)

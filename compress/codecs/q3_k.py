@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, read_half, u8
+from compress.codecs.grid import SuperBlockGrid
+from compress.codecs.scales import IntegerScale
 
 
-class Q3_K(ScalarCodec):
+class Q3_K(ScalarCodec[SuperBlockGrid]):
     name, span, sub, block_bytes = "q3_k", 256, 16, 110
     low, high = -4, 3
     signed_scale = True
     scale_rule = IntegerScale(-32, 31)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         q = u8(units + 4).reshape(-1, 8, 32)
         weights = (1 << torch.arange(8, device=q.device)).reshape(1, 8, 1)
         mask = u8(((q >> 2).to(torch.int32) * weights).sum(1))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid
 from compress.codecs.bits import half_bytes, pack_nibbles, read_half, unpack_nibbles
+from compress.codecs.grid import SuperBlockMinGrid
 from compress.codecs.q5_1 import Q5_1
 
 
@@ -15,7 +15,7 @@ class Q4_1(Q5_1):
     low, high = 0, 15
     shrinks = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockMinGrid) -> Tensor:
         return torch.cat((half_bytes(grid.d), half_bytes(-grid.dmin), pack_nibbles(units)), dim=1)
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

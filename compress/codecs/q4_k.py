@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, pack_scales_6bit, read_half, u8, unpack_scales_6bit
+from compress.codecs.grid import SuperBlockMinGrid
+from compress.codecs.scales import IntegerScale
 
 
-class Q4_K(ScalarCodec):
+class Q4_K(ScalarCodec[SuperBlockMinGrid]):
     name, span, sub, block_bytes = "q4_k", 256, 32, 144
     low, high = 0, 15
     scale_rule = min_rule = IntegerScale(0, 63)
     shrinks = (1.0, 0.95, 0.9, 0.85, 0.8)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockMinGrid) -> Tensor:
         q = u8(units).reshape(-1, 4, 2, 32)
         scales = pack_scales_6bit(grid.integers, grid.min_integers)
         return torch.cat(

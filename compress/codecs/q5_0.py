@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, pack_nibbles, pack_words, read_half, unpack_nibbles, unpack_words
+from compress.codecs.grid import ScaleGrid
 
 
 def pack_fifth_bits(levels: Tensor) -> Tensor:
@@ -22,12 +23,12 @@ def unpack_fifth_bits(data: Tensor) -> Tensor:
     return (unpack_nibbles(data[:, 4:]).to(torch.int64) + (high << 4)).float()
 
 
-class Q5_0(ScalarCodec):
+class Q5_0(ScalarCodec[ScaleGrid]):
     name, span, sub, block_bytes = "q5_0", 32, 32, 22
     low, high = -16, 15
     signed_scale = True
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: ScaleGrid) -> Tensor:
         return torch.cat((half_bytes(grid.scale), pack_fifth_bits(units + 16)), dim=1)
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale, ScalarCodec, half
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, read_half
+from compress.codecs.grid import SuperBlockMinGrid
 from compress.codecs.q5_0 import pack_fifth_bits, unpack_fifth_bits
+from compress.codecs.scales import IntegerScale, half
 
 
-class Q5_1(ScalarCodec):
+class Q5_1(ScalarCodec[SuperBlockMinGrid]):
     name, span, sub, block_bytes = "q5_1", 32, 32, 24
     low, high = 0, 31
     # one sub-block a span: the "integer" is always 1 and d, dmin carry the values
     scale_rule = min_rule = IntegerScale(1, 1)
     shrinks = (1.02, 1.0, 0.98, 0.96, 0.94, 0.92)
 
-    def store(
-        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
-    ) -> Grid:
+    def store_affine(
+        self, scale: Tensor, offset: Tensor, curvature: Tensor, offset_curvature: Tensor
+    ) -> SuperBlockMinGrid:
         d, dmin, one = half(scale), half(offset), torch.ones_like(scale)
-        return replace(Grid(scale=d), offset=dmin, d=d, dmin=dmin, integers=one, min_integers=one)
+        return SuperBlockMinGrid(d, d, one, dmin, dmin, one)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockMinGrid) -> Tensor:
         return torch.cat((half_bytes(grid.d), half_bytes(-grid.dmin), pack_fifth_bits(units)), dim=1)
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

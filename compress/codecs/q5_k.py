@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, pack_scales_6bit, read_half, u8, unpack_scales_6bit
+from compress.codecs.grid import SuperBlockMinGrid
+from compress.codecs.scales import IntegerScale
 
 
-class Q5_K(ScalarCodec):
+class Q5_K(ScalarCodec[SuperBlockMinGrid]):
     name, span, sub, block_bytes = "q5_k", 256, 32, 176
     low, high = 0, 31
     scale_rule = min_rule = IntegerScale(0, 63)
     shrinks = (1.02, 1.0, 0.98, 0.96, 0.94, 0.92)
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockMinGrid) -> Tensor:
         q = u8(units).reshape(-1, 8, 32)
         weights = (1 << torch.arange(8, device=q.device)).reshape(1, 8, 1)
         high = ((q >> 4).to(torch.int32) * weights).sum(1)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, IntegerScale, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, read_half, u8
+from compress.codecs.grid import SuperBlockGrid
+from compress.codecs.scales import IntegerScale
 
 
-class Q6_K(ScalarCodec):
+class Q6_K(ScalarCodec[SuperBlockGrid]):
     name, span, sub, block_bytes = "q6_k", 256, 16, 210
     low, high = -32, 31
     signed_scale = True
     scale_rule = IntegerScale(-128, 127)
     shrinks = tuple(1.01 - 0.01 * i for i in range(12))
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: SuperBlockGrid) -> Tensor:
         q = u8(units + 32).reshape(-1, 2, 4, 32)  # half, quarter of the half, column
         nibble, two = q & 0xF, q >> 4
         low = torch.cat((nibble[:, :, 0] | (nibble[:, :, 2] << 4), nibble[:, :, 1] | (nibble[:, :, 3] << 4)), dim=2)

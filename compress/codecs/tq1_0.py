@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid
 from compress.codecs.bits import half_bytes, read_half
+from compress.codecs.grid import ScaleGrid
 from compress.codecs.tq2_0 import Ternary
 
 # (first column, digits, bytes): the columns of one digit lie side by side
@@ -20,7 +20,7 @@ PARTS = ((0, 5, 32), (160, 5, 16), (240, 4, 4))
 class TQ1_0(Ternary):
     name, block_bytes = "tq1_0", 54
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: ScaleGrid) -> Tensor:
         trits = units.to(torch.int64) + 1
         data = []
         for start, digits, width in PARTS:

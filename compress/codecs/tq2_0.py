@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Grid, ScalarCodec
+from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import half_bytes, read_half, u8
+from compress.codecs.grid import ScaleGrid
 from compress.codecs.lattice import ternary_scale
 
 
-class Ternary(ScalarCodec):
+class Ternary(ScalarCodec[ScaleGrid]):
     """Levels -1, 0 and 1; the best scale is known in closed form."""
 
     span = sub = 256
@@ -26,7 +27,7 @@ class Ternary(ScalarCodec):
 class TQ2_0(Ternary):
     name, block_bytes = "tq2_0", 66
 
-    def pack_blocks(self, units: Tensor, grid: Grid) -> Tensor:
+    def pack_blocks(self, units: Tensor, grid: ScaleGrid) -> Tensor:
         q = u8(units + 1).reshape(-1, 2, 4, 32)
         low = q[:, :, 0] | (q[:, :, 1] << 2) | (q[:, :, 2] << 4) | (q[:, :, 3] << 6)
         return torch.cat((low.reshape(-1, 64), half_bytes(grid.scale)), dim=1)

@@ -16,7 +16,9 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from compress.codecs.base import BlockCodec, Grid, half
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import ScaleGrid
+from compress.codecs.scales import half
 from compress.weights import Packed
 
 TILE = 16
@@ -161,7 +163,7 @@ def unpack_states(codes: Tensor, bits: int, state_bits: int) -> Tensor:
     return states.bitwise_and_((1 << state_bits) - 1).flatten(-2)
 
 
-class TrellisCodec(BlockCodec):
+class TrellisCodec(BlockCodec[ScaleGrid]):
     """`bits` a weight on a trellis of 2^state_bits states.
 
     Parts: codes uint8 [m/16, n/16, 32 * bits], one tile each; scales float16 [m].
@@ -188,9 +190,9 @@ class TrellisCodec(BlockCodec):
         return code_table(self.state_bits, self.bits).to(device)
 
     # -- the solver's view -------------------------------------------------------------------------------------
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
+    def fit(self, weight: Tensor, importance: Tensor) -> ScaleGrid:
         """A little more than the root mean square of every row, whatever `importance`: the rows are taken for normal."""
-        return Grid(scale=half(weight.square().mean(1, keepdim=True).sqrt() * SPREAD))
+        return ScaleGrid(half(weight.square().mean(1, keepdim=True).sqrt() * SPREAD))
 
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
@@ -204,7 +206,7 @@ class TrellisCodec(BlockCodec):
         return table[states].reshape(target.shape)
 
     # -- bytes -------------------------------------------------------------------------------------------------
-    def pack(self, units: Tensor, grid: Grid) -> Packed:
+    def pack(self, units: Tensor, grid: ScaleGrid) -> Packed:
         """units: [m, n] as `nearest` gave them. Raises ValueError when a tile is not a tail-biting path."""
         rows, n = units.shape
         _check_rows(rows)

@@ -5,16 +5,18 @@ Names: `int{2,3,4,8}-{g32,g64,g128,row}[-asym]`. Symmetric codecs have the zero 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from compress.codecs.base import TINY, Grid, ScalarCodec, half
+from compress.codecs.base import ScalarCodec
+from compress.codecs.grid import ScaleGrid, ZeroPointGrid
+from compress.codecs.scales import TINY, half
 from compress.weights import Packed
 
+SMALLEST = 6.2e-5 / 2**10  # half precision rounds it to its smallest positive number
 
-class UniformCodec(ScalarCodec):
+
+class UniformCodec(ScalarCodec[ScaleGrid | ZeroPointGrid]):
     """One instance per (bits, group, symmetric); `group` None means the whole row."""
 
     kind = "uniform"
@@ -37,29 +39,22 @@ class UniformCodec(ScalarCodec):
         groups = 1 if self.group is None else in_features / self.group
         return self.bits + (16.0 + self.bits) * groups / in_features
 
-    def fit(self, weight: Tensor, importance: Tensor) -> Grid:
-        if not self.symmetric:
-            return super().fit(weight, importance)
-        grid = super().fit(weight, importance)
-        return replace(grid, zero=torch.zeros_like(grid.scale))
-
     @property
     def asymmetric(self) -> bool:
         return not self.symmetric
 
-    def store(
-        self, scale: Tensor, offset: Tensor | None, curvature: Tensor, offset_curvature: Tensor | None = None
-    ) -> Grid:
+    def store(self, scale: Tensor, curvature: Tensor) -> ScaleGrid:
         # a half-precision scale of zero would silence the group: keep the smallest half instead
-        scale = half(scale.clamp_min(6.2e-5 / 2**10))
-        if offset is None:
-            return Grid(scale=scale)
-        return Grid(scale=scale, zero=(offset / scale).round().clamp(0, self.high))
+        return ScaleGrid(half(scale.clamp_min(SMALLEST)))
+
+    def store_affine(self, scale: Tensor, offset: Tensor, curvature: Tensor, offset_curvature: Tensor) -> ZeroPointGrid:
+        scale = self.store(scale, curvature).scale
+        return ZeroPointGrid(scale, (offset / scale).round().clamp(0, self.high))
 
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
-        if self.symmetric or zero is None:
+        if zero is None:
             return self.round(target)
         low = self.low - zero[:, None]
         return torch.minimum(torch.maximum(target.round(), low), low + (self.high - self.low))
@@ -70,21 +65,20 @@ class UniformCodec(ScalarCodec):
         best_error = torch.full_like(lowest, torch.inf)
         best_scale, best_zero = torch.ones_like(lowest), torch.zeros_like(lowest)
         for shrink in self.shrinks:
-            scale = half(((highest - lowest) * (shrink / self.high)).clamp_min(6.2e-5 / 2**10))
+            scale = half(((highest - lowest) * (shrink / self.high)).clamp_min(SMALLEST))
             zero = (-lowest * shrink / scale).round().clamp(0, self.high)
             u = (x / scale[..., None] + zero[..., None]).round().clamp(0, self.high) - zero[..., None]
             xu, uu = (a * x * u).sum(2), (a * u * u).sum(2).clamp_min(TINY)
-            best_fit = half((xu / uu).clamp_min(6.2e-5 / 2**10))
+            best_fit = half((xu / uu).clamp_min(SMALLEST))
             error = (a * x * x).sum(2) - 2 * best_fit * xu + best_fit**2 * uu
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale, best_zero = torch.where(better, best_fit, best_scale), torch.where(better, zero, best_zero)
         return best_scale, best_scale * best_zero, best_scale, best_scale
 
-    def pack(self, units: Tensor, grid: Grid) -> Packed:
-        middle = 2 ** (self.bits - 1)
-        zeros = torch.full_like(grid.scale, middle) if self.symmetric else grid.zero
-        codes = units + (middle if self.symmetric else self.columns(grid.zero, self.sub))
+    def pack(self, units: Tensor, grid: ScaleGrid | ZeroPointGrid) -> Packed:
+        zeros = grid.zero if isinstance(grid, ZeroPointGrid) else torch.full_like(grid.scale, 2 ** (self.bits - 1))
+        codes = units + self.columns(zeros)
         return Packed(
             self.name,
             tuple(units.shape),

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from compress.codecs import get_codec
-from compress.codecs.base import TINY, Grid
+from compress.codecs.scales import TINY, safe_divisor
 from compress.limits import CODES_FROM_BITS
 from compress.solve.tensor import Outcome
-from compress.solvers.base import Solution, safe_divisor
+from compress.solvers.base import Solution
 from compress.solvers.options import RecoverOptions
 from compress.streaming.walk import BlockAt
 
@@ -64,31 +64,22 @@ class TunedScales:
 
     def __init__(self, outcome: Outcome, rate: float):
         solution = outcome.solution
-        self.outcome, codec, grid = outcome, solution.codec, solution.grid
-        stored = grid.scale if grid.d is None else grid.d
-        self.shape = (*stored.shape, solution.units.shape[1] // stored.shape[1])
-        scaled = solution.units * codec.columns(grid.scale)
-        if grid.offset is not None and grid.dmin is None:  # a multiple of the scale, which follows it
-            scaled = scaled - codec.columns(grid.offset)
-        self.scaled = scaled.reshape(self.shape)
-        self.change = torch.zeros_like(stored, requires_grad=True)
-        self.steps = [(self.change, rate)]
-        self.offset: Tensor | None = None
-        if grid.offset is not None and grid.dmin is not None:
-            self.offset = codec.columns(grid.offset).reshape(self.shape)
-            self.offset_change = torch.zeros_like(stored, requires_grad=True)
-            self.steps.append((self.offset_change, rate))
+        self.outcome, grid, units = outcome, solution.grid, solution.units
+        # the columns that each stored number has a say in, one row of the last dimension a number
+        self.terms = [
+            term.reshape(*stored.shape, units.shape[1] // stored.shape[1])
+            for term, stored in zip(grid.terms(units, solution.codec.columns), grid.reals, strict=True)
+        ]
+        self.changes = [torch.zeros_like(stored, requires_grad=True) for stored in grid.reals]
+        self.steps = [(change, rate) for change in self.changes]
 
     def dense(self) -> Tensor:
-        out = self.scaled * (1 + self.change)[..., None]
-        if self.offset is not None:
-            out = out - self.offset * (1 + self.offset_change)[..., None]
-        return self.outcome.restore(out.reshape(self.outcome.solution.units.shape))
+        first, *others = (term * (1 + change)[..., None] for term, change in zip(self.terms, self.changes, strict=True))
+        return self.outcome.restore(sum(others, first).reshape(self.outcome.solution.units.shape))
 
     def stored(self) -> Outcome:
         solution = self.outcome.solution
-        offset_factor = None if self.offset is None else 1 + self.offset_change.detach()
-        grid = solution.codec.rescaled(solution.grid, 1 + self.change.detach(), offset_factor)
+        grid = solution.codec.rescaled(solution.grid, *(1 + change.detach() for change in self.changes))
         return replace(self.outcome, solution=replace(solution, grid=grid))
 
 
@@ -115,9 +106,8 @@ class TunedCodes:
 def nearest_units(solution: Solution, weight: Tensor) -> Tensor:
     """Codes of `weight` [R, n] nearest under the solution's own scales, one column at a time. Returns units [R, n]."""
     codec, grid = solution.codec, solution.grid
-    shifted = weight if grid.offset is None else weight + codec.columns(grid.offset)
-    target = (shifted / codec.columns(safe_divisor(grid.scale))).reshape(-1, 1)
-    zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
+    target = (grid.raised(weight, codec.columns) / codec.columns(safe_divisor(grid.scale))).reshape(-1, 1)
+    zero = grid.zero_points(lambda values: codec.columns(values).reshape(-1))
     return codec.nearest(target, torch.ones_like(target), None, zero).reshape(weight.shape)
 
 
@@ -203,9 +193,8 @@ def stored_values(stored: Mapping[str, Outcome | Tensor]) -> dict[str, Tensor]:
 def plain_outcome(outcome: Outcome) -> Outcome:
     """A copy whose tensors autograd takes."""
     solution = outcome.solution
-    facts = {f.name: getattr(solution.grid, f.name) for f in fields(solution.grid)}
-    grid: Grid = type(solution.grid)(**{k: None if v is None else v.clone() for k, v in facts.items()})
+    copied = replace(solution, units=solution.units.clone(), grid=solution.grid.clone())
     signs, order = outcome.incoherence, outcome.order
     if signs is not None:
         signs = replace(signs, signs_in=signs.signs_in.clone(), signs_out=signs.signs_out.clone())
-    return replace(outcome, solution=replace(solution, units=solution.units.clone(), grid=grid), incoherence=signs, order=None if order is None else order.clone())
+    return replace(outcome, solution=copied, incoherence=signs, order=None if order is None else order.clone())

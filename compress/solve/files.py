@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.codecs import block_codec
-from compress.codecs.base import Grid
+from compress.codecs.grid import STORED
 from compress.errors import ResumeError
 from compress.files import write_synced
 from compress.solve.tensor import Outcome, Solved
@@ -34,14 +33,12 @@ def save_outcomes(path: Path, outcomes: Mapping[str, Outcome]) -> None:
     meta: dict[str, str] = {}
     for name, outcome in outcomes.items():
         solution, grid = outcome.solution, outcome.solution.grid
-        given = {f"grid.{f.name}": getattr(grid, f.name) for f in fields(grid)} | {"units": _narrow(solution.units)}
+        given = {f"grid.{key}": value for key, value in grid.tensors().items()} | {"units": _narrow(solution.units)}
         if outcome.order is not None:
             given["order"] = outcome.order
         if outcome.incoherence is not None:
             given |= {"signs_in": outcome.incoherence.signs_in, "signs_out": outcome.incoherence.signs_out}
-        given = {
-            key: value.clone().contiguous() for key, value in given.items() if value is not None
-        }  # none may be shared
+        given = {key: value.clone().contiguous() for key, value in given.items()}  # none may be shared
         parts |= {f"{name}{SEPARATOR}{key}": value for key, value in given.items()}
         facts = {key: getattr(solution, key) for key in ("damping", "retries", "error")}
         facts |= {"codec": solution.codec.name, "grid": type(grid).__name__, "report": vars(outcome.report)}
@@ -66,10 +63,11 @@ def load_outcomes(path: Path) -> dict[str, Outcome]:
 
 
 def _outcome(facts: Mapping, parts: Mapping[str, Tensor]) -> Outcome:
+    if facts["grid"] not in STORED:
+        raise ResumeError(f"a solved tensor has a grid {facts['grid']!r}, of another version; start over with --fresh")
     units = parts["units"].float()
     codec = block_codec(facts["codec"], units.shape[1])
-    grids = {kind.__name__: kind for kind in (Grid, *Grid.__subclasses__())}  # the codec's import has defined its own
-    grid = grids[facts["grid"]](**{k.removeprefix("grid."): v for k, v in parts.items() if k.startswith("grid.")})
+    grid = STORED[facts["grid"]](**{k.removeprefix("grid."): v for k, v in parts.items() if k.startswith("grid.")})
     solution = Solution(units, grid, codec, facts["damping"], facts["retries"], facts["error"])
     signs = Incoherence(parts["signs_in"], parts["signs_out"]) if "signs_in" in parts else None
     return Outcome(solution, signs, Solved(**facts["report"]), parts.get("order"))

@@ -8,7 +8,9 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from compress.codecs.base import TINY, BlockCodec, Grid
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import Grid
+from compress.codecs.scales import TINY
 from compress.errors import NumericalError
 from compress.weights import Packed
 
@@ -86,8 +88,3 @@ def inverse_factor(gram: Tensor) -> Tensor:
     lower = torch.linalg.cholesky(gram.flip(0, 1))
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-
-
-def safe_divisor(values: Tensor) -> Tensor:
-    """Zeros replaced by one, so that empty sub-blocks decode to zero instead of NaN."""
-    return torch.where(values.abs() < TINY, torch.ones_like(values), values)

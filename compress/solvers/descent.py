@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.codecs.base import BlockCodec, Grid
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import Grid
 from compress.solvers.feedback import BLOCK, Columns
 
 WIDTH = 32  # columns that sweeps over floats take at a time, at least

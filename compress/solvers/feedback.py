@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.codecs.base import BlockCodec, Grid
-from compress.solvers.base import safe_divisor
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import Grid
+from compress.codecs.scales import safe_divisor
 
 BLOCK = 128  # columns whose updates to the rest are batched into one product
 MICRO = 16  # columns whose updates to the rest of the block are batched
@@ -29,22 +30,18 @@ class Columns:
     """
 
     def __init__(self, codec: BlockCodec, grid: Grid, order: Tensor, mask: Tensor | None = None):
-        def expand(values: Tensor | None) -> Tensor | None:
-            return None if values is None else codec.columns(values).T[order].contiguous()
+        def expand(values: Tensor) -> Tensor:
+            return codec.columns(values).T[order].contiguous()
 
-        self.codec = codec
-        self.scale = expand(grid.scale)
-        self.inverse = expand(1.0 / safe_divisor(grid.scale))
-        self.offset = expand(grid.offset)
-        self.zero = expand(grid.zero)
-        self.mask = mask
+        self.codec, self.mask = codec, mask
+        self.grid = grid.laid_out(expand)
+        self.scale, self.inverse = self.grid.scale, expand(1.0 / safe_divisor(grid.scale))
 
     def quantize(self, x: Tensor, at: slice, weight: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
         """x: [step, R] wanted values -> units and the values they decode to, both [step, R]."""
-        target = x if self.offset is None else x + self.offset[at]
-        target = target * self.inverse[at]
-        zero = None if self.zero is None else self.zero[at].T.reshape(-1)
+        target = self.grid.raised(x, lambda values: values[at]) * self.inverse[at]
         if self.codec.step == 1:
+            zero = self.grid.zero_points(lambda values: values[at].T.reshape(-1))
             units = self.codec.nearest(target.T, weight, None, zero).T
         else:
             if self.codec.rows > 1:
@@ -52,13 +49,12 @@ class Columns:
             units = self.codec.nearest(target.T.contiguous(), weight, metric).T
         if self.mask is not None:
             units = torch.where(self.mask[at], units, 0.0)
-        value = units * self.scale[at]
-        return units, value if self.offset is None else value - self.offset[at]
+        return units, self.grid.lowered(units * self.scale[at], lambda values: values[at])
 
     def nearest(self, x: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """The same for scalar codecs without offsets, any number of columns at once, each by itself, and no mask."""
         target = (x * self.inverse[at]).T.reshape(-1, 1)
-        zero = None if self.zero is None else self.zero[at].T.reshape(-1)
+        zero = self.grid.zero_points(lambda values: values[at].T.reshape(-1))
         units = self.codec.nearest(target, torch.ones_like(target[0]), None, zero).reshape(x.T.shape).T
         return units, units * self.scale[at]
 

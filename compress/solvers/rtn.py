@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.codecs.base import BlockCodec, Grid
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import Grid
 from compress.solvers.base import Solution, check_prunable, relative_error
 from compress.solvers.options import RtnOptions
 
 NEEDS_GRAM = False
 CLIPS = tuple(1 - i / 20 for i in range(10))  # fractions of a group's largest weight, as published
+CHUNK = 1 << 15  # steps rounded at once
 
 
 def _flat(values: Tensor, codec: BlockCodec) -> Tensor:
@@ -83,22 +85,15 @@ def _round(weight: Tensor, importance: Tensor, codec: BlockCodec) -> tuple[Tenso
     """Units [R, n] nearest to the weight, and the scales."""
     grid, target = codec.rounding(weight, importance)
     target = _flat(target, codec)
-    zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
+    zero = grid.zero_points(lambda values: codec.columns(values).reshape(-1))
     weights = importance.expand_as(weight)
     if codec.rows > 1:
         weights = weights * codec.columns(grid.scale).square()  # rows of one tile may differ in scale
     weights = _flat(weights, codec)
-    chunks = range(0, len(target), 1 << 15)
+    chunks = [slice(i, i + CHUNK) for i in range(0, len(target), CHUNK)]
+    zeros = [None if zero is None else zero[at] for at in chunks]
     units = torch.cat(
-        [
-            codec.nearest(
-                target[i : i + (1 << 15)],
-                weights[i : i + (1 << 15)],
-                None,
-                None if zero is None else zero[i : i + (1 << 15)],
-            )
-            for i in chunks
-        ]
+        [codec.nearest(target[at], weights[at], None, some) for at, some in zip(chunks, zeros, strict=True)]
     )
     if codec.rows > 1:
         units = units.reshape(-1, weight.shape[0], codec.step).transpose(0, 1)

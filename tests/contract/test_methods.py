@@ -38,6 +38,9 @@ SHARED = {
     "bits",
     "lattice",
     "packing",
+    "grid",
+    "scales",
+    "refit",
     "factors",
 }  # files of the folders that are no method
 
@@ -140,10 +143,9 @@ def test_rescaled_grids_decode_to_what_their_bytes_say(name: str) -> None:
     weight[2] = 0.0
     solution = _solve("rtn", name, weight, gram)
     grid, codec = solution.grid, solution.codec
-    shape = (grid.scale if grid.d is None else grid.d).shape
-    factor = 1 + 0.2 * torch.rand(shape, generator=torch.Generator().manual_seed(7))
-    offset_factor = None if grid.dmin is None else 0.9 * torch.ones_like(grid.dmin)
-    moved = codec.rescaled(grid, factor, offset_factor)
+    stored, *offsets = grid.reals
+    factor = 1 + 0.2 * torch.rand(stored.shape, generator=torch.Generator().manual_seed(7))
+    moved = codec.rescaled(grid, factor, *(0.9 * torch.ones_like(dmin) for dmin in offsets))
     decoded = codec.decode(solution.units, moved)
     assert torch.equal(codec.unpack(codec.pack(solution.units, moved)), decoded)
     assert not decoded[2].any()

@@ -35,9 +35,21 @@ PURE_MAY_IMPORT = {
         "solvers.whitening",
         "solvers.dictionary",
         "codecs.base",
+        "codecs.grid",
+        "codecs.scales",
         *VALUES,
     ),
-    "codecs": ("codecs.base", "codecs.bits", "codecs.lattice", "codecs.names", "codecs.packing", *VALUES),
+    "codecs": (
+        "codecs.base",
+        "codecs.scales",
+        "codecs.grid",
+        "codecs.refit",
+        "codecs.bits",
+        "codecs.lattice",
+        "codecs.names",
+        "codecs.packing",
+        *VALUES,
+    ),
 }
 
 SAME_FORMAT = {

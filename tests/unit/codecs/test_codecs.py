@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
-from compress.codecs.base import BlockCodec, Grid, IntegerScale, half
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import Grid, ScaleGrid, SuperBlockGrid, SuperBlockMinGrid
 from compress.codecs.names import FIXED_NAMES, UNIFORM_NAMES, codec_info, row_bytes
+from compress.codecs.scales import IntegerScale, half
 from compress.models.checkpoint import Checkpoint
 from compress.weights import Packed
 from tests.tiny import demo_model
@@ -52,11 +54,12 @@ def _importance(n: int, seed: int = 1) -> Tensor:
 
 def _nearest(codec: BlockCodec, weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     """Units of a whole matrix, each step on its own."""
-    shifted = weight if grid.offset is None else weight + codec.columns(grid.offset)
+    offset, zero = getattr(grid, "offset", None), getattr(grid, "zero", None)
+    shifted = weight if offset is None else weight + codec.columns(offset)
     scale = codec.columns(grid.scale)
     target = (shifted / torch.where(scale == 0, 1.0, scale)).reshape(-1, codec.step)
     weights = importance.expand_as(weight).reshape(-1, codec.step)
-    zero = None if grid.zero is None else codec.columns(grid.zero).reshape(-1)
+    zero = None if zero is None else codec.columns(zero).reshape(-1)
     return codec.nearest(target, weights, None, zero).reshape(weight.shape)
 
 
@@ -90,16 +93,17 @@ def _grid_of(codec: BlockCodec, blocks: Tensor) -> tuple[Tensor, Grid]:
 
     units, scale, offset = codec.unpack_blocks(blocks)
     if codec.scale_rule is None:
-        return units, Grid(scale=scale)
+        return units, ScaleGrid(scale)
     if codec.name == "q5_1":
         one = torch.ones_like(scale)
-        return units, Grid(scale, offset, None, scale, offset, one, one)
+        return units, SuperBlockMinGrid(scale, scale, one, offset, offset, one)
     d = number(HALVES[codec.name][0])
-    grid = Grid(scale, offset, None, d, None, integers(scale, d, codec.scale_rule))
+    grid = SuperBlockGrid(scale, d, integers(scale, d, codec.scale_rule))
     if codec.min_rule is None:
         return units, grid
     dmin = number(HALVES[codec.name][1])
-    return units, Grid(scale, offset, None, d, dmin, grid.integers, integers(offset, dmin, codec.min_rule))
+    mins = integers(offset, dmin, codec.min_rule)
+    return units, SuperBlockMinGrid(scale, d, grid.integers, offset, dmin, mins)
 
 
 # -- bytes against two other decoders
@@ -326,7 +330,7 @@ def test_refit_never_raises_the_objective(name: str) -> None:
     codec = block_codec(name, n)
     units, grid = _round_trip(codec, weight, gram.diagonal())
     before = _objective(weight, codec.decode(units, grid), gram)
-    saved = [None if v is None else v.clone() for v in vars(grid).values()]
+    saved = grid.clone().tensors()
     for _ in range(3):
         new = codec.refit(weight, units, grid, gram)
         after = _objective(weight, codec.decode(units, new), gram)
@@ -335,8 +339,8 @@ def test_refit_never_raises_the_objective(name: str) -> None:
     packed = codec.pack(units, grid)
     assert torch.equal(codec.unpack(packed), codec.decode(units, grid))
     again = codec.fit(weight, gram.diagonal())
-    for old, fresh in zip(saved, vars(again).values(), strict=True):
-        assert (old is None and fresh is None) or torch.equal(old, fresh), "refit changed the grid it was given"
+    for field, fresh in again.tensors().items():
+        assert torch.equal(saved[field], fresh), "refit changed the grid it was given"
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "iq4_nl", "int4-row", "int4-g32"])

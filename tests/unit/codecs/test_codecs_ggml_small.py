@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.codecs import get_codec
-from compress.codecs.base import BlockCodec, Grid
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import Grid, ScaleGrid, ShiftedGrid, SuperBlockGrid, SuperBlockMinGrid
 from compress.codecs.lattice import ternary_scale
 from compress.codecs.mxfp4 import power_of_two
 from compress.codecs.names import codec_info, ggml_fallback, row_bytes
@@ -110,15 +111,17 @@ def test_bytes_survive_unpack_and_pack(name: str) -> None:
         blocks = gguf.quantize(_randn(96, 256).numpy(), gguf.GGMLQuantizationType.TQ1_0)
     data = torch.from_numpy(blocks)
     units, scale, offset = codec.unpack_blocks(data)
-    rule, grid = codec.scale_rule, Grid(scale, offset)
+    rule, grid = codec.scale_rule, ScaleGrid(scale)
     if name == "q4_1":
-        grid = Grid(scale, offset, None, scale, offset, torch.ones_like(scale), torch.ones_like(scale))
+        grid = SuperBlockMinGrid(scale, scale, torch.ones_like(scale), offset, offset, torch.ones_like(scale))
     elif rule is not None:  # the smallest multiplier is that of the integer 0
         d = torch.from_numpy(blocks[:, :2].copy().view(np.float16)).float()
         if name == "iq1_m":
             nibbles = [(blocks[:, 49 + 2 * k] >> 4).astype(np.uint16) << 4 * k for k in range(4)]
             d = torch.from_numpy(sum(nibbles).astype(np.uint16).view(np.float16)).float()[:, None]
-        grid = Grid(scale, offset, None, d, None, ((scale / d - rule.shift) / rule.factor).round())
+        grid = SuperBlockGrid(scale, d, ((scale / d - rule.shift) / rule.factor).round())
+    if name == "iq1_s":  # signed zeros tell the shift where the scale is zero
+        grid = ShiftedGrid.of(grid, torch.where(offset.signbit() != scale.signbit(), 0.125, -0.125))
     assert torch.equal(codec.pack(units, grid).parts["blocks"], data)
 
 
@@ -285,7 +288,7 @@ def test_refit_never_raises_the_objective(name: str) -> None:
     codec, weight, gram = get_codec(name), 0.05 * _randn(8, 512, seed=15), _gram(512)
     units, grid = _rounded(codec, weight, gram.diagonal())
     if name == "mxfp4":
-        grid = Grid(scale=2 * grid.scale)  # a power of two that was chosen with care has nowhere to go
+        grid = ScaleGrid(2 * grid.scale)  # a power of two that was chosen with care has nowhere to go
 
     def objective(grid: Grid) -> Tensor:
         return _costs((weight - codec.decode(units, grid)).double(), gram.double())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.codecs import block_codec, e8p, get_codec
-from compress.codecs.base import Grid
 from compress.codecs.e8p import E8PCodec, ResidualCodec, e8_short_vectors, e8p_index, e8p_points, magnitudes
+from compress.codecs.grid import ScaleGrid
 from compress.codecs.names import codec_info, stored_bytes
 from compress.solvers.base import relative_error
 from compress.solvers.gptq import solve as gptq
@@ -226,7 +226,7 @@ def test_refit_repairs_a_wrong_scale_under_the_gram(name: str) -> None:
     codec = block_codec(name, 128)
     grid = codec.fit(weight, torch.ones(128))
     u = codec.nearest((weight / grid.scale).reshape(-1, 8), ONE).reshape(weight.shape)
-    wrong = Grid(scale=(grid.scale * 1.2).half().float())
+    wrong = ScaleGrid((grid.scale * 1.2).half().float())
     right = codec.refit(weight, u, wrong, gram)
     wanted = ((weight @ gram) * u).sum(1) / ((u @ gram) * u).sum(1)
     torch.testing.assert_close(right.scale[:, 0], wanted.half().float(), rtol=1e-3, atol=0)
@@ -240,7 +240,7 @@ def test_bytes_are_as_promised_and_decode_exactly(name: str, monkeypatch: pytest
     tables = codec.tables()
     codes = [torch.randint(len(t), (6, 8), generator=torch.Generator().manual_seed(i)) for i, t in enumerate(tables)]
     units = sum(t[c] for t, c in zip(tables, codes, strict=True)).reshape(6, 64)
-    grid = Grid(scale=(_rand(6, 1) + 0.1).half().float())
+    grid = ScaleGrid((_rand(6, 1) + 0.1).half().float())
     packed = codec.pack(units, grid)
     for plane, part in zip(codes, ("codes", "residual"), strict=False):
         assert torch.equal(packed.parts[part].long() & (1 << 8 * packed.parts[part].itemsize) - 1, plane), (
@@ -261,7 +261,7 @@ def test_units_without_a_code_are_refused(name: str) -> None:
     codec = block_codec(name, 8)
     for wrong in (torch.zeros(1, 8), torch.full((1, 8), 9.25)):
         with pytest.raises(ValueError, match="units are not"):
-            codec.pack(wrong, Grid(scale=torch.ones(1, 1)))
+            codec.pack(wrong, ScaleGrid(torch.ones(1, 1)))
 
 
 def test_names() -> None:

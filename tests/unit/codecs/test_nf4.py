@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from compress.codecs import get_codec
+from compress.codecs.grid import DoubleQuantizedGrid
 from compress.codecs.names import stored_bytes
-from compress.codecs.nf4 import NestedGrid, dynamic_map
+from compress.codecs.nf4 import dynamic_map
 from compress.solvers import gptq, rtn
 from compress.solvers.options import GptqOptions, RtnOptions
 from compress.weights import Packed
@@ -156,7 +157,7 @@ def test_double_quantized_scales_stay_near(name: str) -> None:
     codec, plain = get_codec(name), get_codec(name[:3])
     weight = randn(40, 512, seed=4) * torch.exp(0.5 * randn(40, 1, seed=5))
     grid, free = codec.fit(weight, torch.ones(512)), plain.fit(weight, torch.ones(512)).scale
-    assert isinstance(grid, NestedGrid) and grid.nested.shape == (2,)
+    assert isinstance(grid, DoubleQuantizedGrid) and grid.nested.shape == (2,)
     reach = (free - free.mean()).reshape(-1).abs()
     limit = torch.cat((reach[:256].max().repeat(256), reach[256:].max().repeat(64))).reshape(40, 8)
     assert ((grid.scale - free).abs() <= 0.008 * limit).all()
@@ -191,7 +192,7 @@ def test_refit_of_one_block_is_the_closed_form() -> None:
         grid = codec.rounding(weight, torch.ones(64))[0]
         units = codec.round(weight / grid.scale)
         after = codec.refit(weight, units, grid, gram)
-        if isinstance(grid, NestedGrid):
+        if isinstance(grid, DoubleQuantizedGrid):
             storable = codec.absmax_map * grid.nested + grid.mean
             choices = [((weight - units * value) @ gram * (weight - units * value)).sum(1) for value in storable]
             delta = weight - codec.decode(units, after)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
-from compress.codecs.base import Grid
+from compress.codecs.grid import ScaleGrid
 from compress.codecs.names import stored_bytes
 from compress.codecs.trellis import STATE_BITS, code_table, encode, pack_states, unpack_states, viterbi
 from compress.solvers import gptq, rtn
@@ -180,7 +180,7 @@ def test_decoder_equals_one_that_reads_bit_by_bit(bits: int) -> None:
     codec, table = get_codec(f"trellis{bits}"), code_table(STATE_BITS, bits).tolist()
     codes = torch.randint(0, 256, (2, 3, 32 * bits), generator=torch.Generator().manual_seed(7)).to(torch.uint8)
     scales = _randn(32, seed=8).abs().half()
-    packed = codec.pack(codec.decode_codes(codes), Grid(scale=scales.float()[:, None]))
+    packed = codec.pack(codec.decode_codes(codes), ScaleGrid(scales.float()[:, None]))
     assert torch.equal(packed.parts["codes"], codes)
     decoded = codec.unpack(packed)
     assert decoded.dtype == torch.float32 and decoded.shape == packed.shape == (32, 48)
@@ -212,7 +212,7 @@ def test_what_is_no_tile_and_no_path_is_refused() -> None:
         codec.nearest(_randn(24, 16), torch.ones(16))
     solution = rtn.solve(_randn(16, 32, seed=10), None, codec, RtnOptions())
     with pytest.raises(ValueError, match="16 rows"):
-        codec.pack(solution.units[:8], Grid(scale=solution.grid.scale[:8]))
+        codec.pack(solution.units[:8], ScaleGrid(solution.grid.scale[:8]))
     broken = solution.units.clone()
     broken[5, 20] = code_table(STATE_BITS, 2)[torch.searchsorted(code_table(STATE_BITS, 2).sort().values, 0.3)]
     for units in (broken, solution.units + 1e-4):

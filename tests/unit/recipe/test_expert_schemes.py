@@ -49,7 +49,9 @@ def plan_of(folder: Path, scheme: str, config: dict[str, Any]) -> Plan:
 
 def test_every_family_with_experts_is_here() -> None:
     specs = {name: load_spec(tiny_config(name)) for name in known_families()}
-    assert {n for n, spec in specs.items() if any(isinstance(s, MoE) for block in spec.blocks for s in block)} == set(MIXTURES)
+    assert {n for n, spec in specs.items() if any(isinstance(s, MoE) for block in spec.blocks for s in block)} == set(
+        MIXTURES
+    )
     assert set(BYTES) == set(EXPERT_SCHEMES)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.codecs import block_codec
-from compress.codecs.base import BlockCodec, Grid
+from compress.codecs.base import BlockCodec
+from compress.codecs.grid import Grid, ZeroPointGrid
 from compress.errors import NumericalError
 from compress.solvers import gptq, rtn
 from compress.solvers.base import Solution, damped_gram, inverse_factor, relative_error
@@ -44,9 +45,15 @@ def _columns(values: Tensor, codec: BlockCodec) -> Tensor:
     return values.double().repeat_interleave(codec.sub, dim=1)
 
 
+def _zeros(grid: Grid) -> Tensor:
+    """Zero points of a grid of integers, which symmetric ones have in the middle of their codes."""
+    return grid.zero if isinstance(grid, ZeroPointGrid) else torch.zeros_like(grid.scale)
+
+
 def _values(units: Tensor, grid: Grid, codec: BlockCodec) -> Tensor:
+    offset = getattr(grid, "offset", None)
     out = units.double() * _columns(grid.scale, codec)
-    return out if grid.offset is None else out - _columns(grid.offset, codec)
+    return out if offset is None else out - _columns(offset, codec)
 
 
 def _naive_gptq(weight: Tensor, gram: Tensor, codec: BlockCodec, grid: Grid, order: list[list[int]]) -> Tensor:
@@ -57,8 +64,9 @@ def _naive_gptq(weight: Tensor, gram: Tensor, codec: BlockCodec, grid: Grid, ord
     """
     w, inverse = weight.double().clone(), torch.linalg.inv(gram.double())
     scale = _columns(grid.scale, codec)
-    offset = None if grid.offset is None else _columns(grid.offset, codec)
-    zero = None if grid.zero is None else grid.zero.repeat_interleave(codec.sub, dim=1)
+    offset, zero = getattr(grid, "offset", None), getattr(grid, "zero", None)
+    offset = None if offset is None else _columns(offset, codec)
+    zero = None if zero is None else zero.repeat_interleave(codec.sub, dim=1)
     units = torch.zeros_like(w)
     for at in order:
         block = torch.linalg.inv(inverse[at][:, at])
@@ -441,7 +449,7 @@ def test_masked_gptq_feeds_back_what_the_mask_takes(name: str, act_order: bool) 
     weight = _least_squares(weight, mask, hessian).float()  # nothing is left to take over before rounding
     solution = gptq.solve(weight, gram, codec, GptqOptions(damping=0.02, act_order=act_order, **PLAIN), mask)
     w, inverse = weight.double(), torch.linalg.inv(hessian)
-    scale, zero = _columns(solution.grid.scale, codec), _columns(solution.grid.zero, codec)
+    scale, zero = _columns(solution.grid.scale, codec), _columns(_zeros(solution.grid), codec)
     units = torch.zeros_like(w)
     for (j,) in _order(hessian, 1, act_order):
         nearest = codec.nearest((w[:, j] / scale[:, j]).float()[:, None], torch.ones(1), None, zero[:, j].float())
@@ -464,7 +472,7 @@ def test_masked_two_bit_rows_come_near_the_best_codes(name: str) -> None:
         solution = gptq.solve(weight, gram, codec, options, mask)
         assert solution.mask is mask or torch.equal(solution.mask, mask)
         costs[sweeps] = (((weight - solution.decode()).double() @ factor) ** 2).sum(1)
-    scale, zero = solution.grid.scale[:, 0].double(), solution.grid.zero[:, 0].double()
+    scale, zero = solution.grid.scale[:, 0].double(), _zeros(solution.grid)[:, 0].double()
     best = torch.zeros(rows, dtype=torch.float64)
     for row in range(rows):
         levels = torch.arange(codec.low, codec.high + 1, dtype=torch.float64) - zero[row]

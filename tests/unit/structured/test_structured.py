@@ -17,8 +17,8 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.models import ModelSpec, load_spec
-from compress.models.spec import Branch
 from compress.models.forward import Taps, forward_block, forward_branch
+from compress.models.spec import Branch
 from compress.statistics import Moments
 from compress.streaming.activations import Activations
 from compress.structured.decide import decide, split_loss
