@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs import get_codec
+from compress.decode import decode
 from compress.limits import BATCH_TOKENS, LOGIT_VALUES
 from compress.models.forward import forward_block, rms_norm
 from compress.models.spec import ModelSpec
@@ -38,7 +39,7 @@ from compress.recover.parameters import (
     tunables,
 )
 from compress.solve.files import load_outcomes
-from compress.solve.tensor import Outcome, decode
+from compress.solve.tensor import Outcome
 from compress.solvers.options import RecoverOptions
 from compress.streaming.journal import Activations, Journal, mapped
 from compress.streaming.walk import embed

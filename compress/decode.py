@@ -1,0 +1,30 @@
+"""Packed tensors back to the float32 values that an engine computes with: codecs, factors and incoherence undone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compress.codecs import get_codec
+from compress.codecs.factors import split
+from compress.codecs.names import codec_info
+from compress.transforms.incoherence import Incoherence, unpack_signs
+from compress.weights import Packed
+
+
+def decode(packed: Packed) -> Tensor:
+    """What an engine computes with: float32 of the packed shape."""
+    if codec_info(packed.codec).kind == "factors":
+        return product(packed)
+    values = get_codec(packed.codec).unpack(packed)
+    if "signs_in" not in packed.parts:
+        return values
+    rows, columns = packed.shape
+    signs_in, signs_out = unpack_signs(packed.parts["signs_in"], columns), unpack_signs(packed.parts["signs_out"], rows)
+    return Incoherence(signs_in, signs_out).restore(values)
+
+
+def product(packed: Packed) -> Tensor:
+    """What a factored tensor stands for, float32 [m, n]."""
+    factors = split(packed.codec, packed.shape, packed.parts)
+    dictionary, coefficients = (get_codec(factor.codec).unpack(factor) for factor in factors)
+    return coefficients @ dictionary
