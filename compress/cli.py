@@ -119,8 +119,9 @@ def plan(
 
 
 @app.command()
-def methods(as_json: JsonOption = False) -> None:
+def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     """List what a recipe can be made of: steps, solvers, codecs with bits a weight, containers and their engines."""
+    _load_plugins(plugin)
     if as_json:
         from compress.catalog import as_dict
 
