@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from compress.containers import gguf
+from compress.containers.base import WriteRequest
 from compress.engines.ggml import quantize
 from compress.engines.llama_cpp import LlamaCpp
 from compress.engines.streamed import StreamedSource
@@ -86,7 +87,7 @@ def ours(plan: Plan, checkpoint: Checkpoint, folder: Path) -> tuple[Path, float]
     journal = Journal.open(folder / "work", plan.digest, fresh=True)
     with torch.inference_mode():
         compress_model(plan, checkpoint, journal, Reporter(0))
-    files = gguf.write(folder / "ours.gguf", plan.spec, plan.tensors, journal.fetch, source=plan.source)
+    files = gguf.write(WriteRequest(folder / "ours.gguf", plan.spec, plan.tensors, journal.fetch, source=plan.source))
     return files[0], time.monotonic() - started
 
 
@@ -99,7 +100,7 @@ def reference(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Path:
         values = checkpoint.load(name).float()
         return Packed("f32", tuple(values.shape), {"values": values})
 
-    return gguf.write(folder / "original.gguf", plan.spec, tensors, fetch, source=plan.source)[0]
+    return gguf.write(WriteRequest(folder / "original.gguf", plan.spec, tensors, fetch, source=plan.source))[0]
 
 
 def exact(plan: Plan, checkpoint: Checkpoint, theirs: Path, mine: Path, windows: np.ndarray) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
+from compress.containers.base import LLAMA_CPP, Container, Files, Options, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models.config import Config
 from compress.models.layers.rope import Rope
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from compress.weights import Packed
 
 _METADATA_BYTES = 32 << 20  # room for tokenizer and tensor list when the free space is checked
+_ENTRY_BYTES = 56  # of a tensor in the list beside its name and shape, with the padding of its data
 _MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 
 # codec with the most bytes -> general.file_type, which engines only show
@@ -41,24 +43,6 @@ _FILE_TYPES = {
     "tq1_0": "MOSTLY_TQ1_0", "tq2_0": "MOSTLY_TQ2_0", "mxfp4": "MOSTLY_MXFP4_MOE",
 }  # fmt: skip
 _FLOATS = ("f32", "f16", "bf16")
-
-
-class PlannedTensor(Protocol):
-    """One line of the plan: what `write` reads of it."""
-
-    @property
-    def spec(self) -> TensorSpec: ...
-    @property
-    def codec(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """`max_shard_size` in bytes (None: one file); `name` becomes general.name; `tokenizer` False writes none."""
-
-    max_shard_size: int | None = None
-    name: str | None = None
-    tokenizer: bool = True
 
 
 # --- what llama.cpp can hold ------------------------------------------------------------------------------------------
@@ -108,7 +92,7 @@ def heads_fill_width(spec: ModelSpec) -> bool:
     return spec.family.gguf.heads_fill_width
 
 
-def tensor_bytes(planned: PlannedTensor) -> int:
+def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
     """Bytes of one tensor in the file."""
     return stored_bytes(planned.codec, planned.spec.shape)
 
@@ -286,42 +270,33 @@ def _stored(entry: _Entry, fetch: Callable[[str], Packed]) -> np.ndarray:
     return out
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write `path`, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
+def write(request: WriteRequest) -> list[Path]:
+    """Write the file, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
 
-    `fetch(checkpoint name)` is called once per tensor, in file order, and only one GGUF tensor (a layer's stacked
-    experts at most) is in memory at a time. `source` is the model folder with the tokenizer. `provenance` lands as
-    string keys (`compress.recipe.schema`, ...). OutputError for a plan that does not fit the format or a full disk;
-    UnsupportedModel for a tokenizer llama.cpp has no equivalent of. Nothing partial ever has a final name.
+    `fetch` is called once per tensor, and only one GGUF tensor (a layer's stacked experts at most) is in memory at a
+    time. `options.name` becomes general.name, `provenance` lands as string keys (`compress.recipe.schema`, ...).
+    OutputError for a plan that does not fit the format or a full disk; UnsupportedModel for a tokenizer llama.cpp has
+    no equivalent of. Nothing partial ever has a final name.
     """
     import gguf
     import numpy as np
 
-    options = options or Options()
-    path = Path(path)
-    entries = _entries(spec, tensors)
+    spec, options = request.spec, request.options
+    path, source = Path(request.path), Path(request.source)
+    entries = _entries(spec, request.tensors)
     factors = next((f for rope in _ropes(spec) if (f := rope.llama3_factors()) is not None), None)
     total = sum(_bytes(entry) for entry in entries)
     split = options.max_shard_size if options.max_shard_size and total > options.max_shard_size else 0
     with atomic_files(path, total + _METADATA_BYTES) as folder:
         writer = gguf.GGUFWriter(folder / path.name, spec.family.gguf.arch, split_max_size=split)
         try:
-            _add_general(writer, spec, entries, Path(source), options)
+            _add_general(writer, spec, entries, source, options)
             _add_architecture(writer, spec)
             if options.tokenizer:
-                _add_tokenizer(writer, spec, Path(source))
+                _add_tokenizer(writer, spec, source)
             else:
                 writer.add_tokenizer_model("none")
-            for key, value in (provenance or {}).items():
+            for key, value in request.provenance.items():
                 writer.add_string(key, value)
             if factors is not None:
                 writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("f4"), factors.nbytes, _type("f32"))
@@ -333,7 +308,7 @@ def write(
             if factors is not None:
                 writer.write_tensor_data(factors)
             for entry in entries:
-                writer.write_tensor_data(_stored(entry, fetch))
+                writer.write_tensor_data(_stored(entry, request.fetch))
             writer.flush()
             names = [Path(file.name).name for file in writer.fout or ()]
         finally:
@@ -517,7 +492,7 @@ def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32).reshape(_shape(tensor))
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor by its checkpoint name to float32: experts unstacked, q and k rows back in
     transformers' order.
 
@@ -557,7 +532,60 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     return load
 
 
-def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
     """All tensors of `open_dense` at once."""
     load = open_dense(path, spec)
     return {tensor.name: load(tensor.name) for tensor in spec.tensors()}
+
+
+# --- what is said about it --------------------------------------------------------------------------------------------
+
+
+def _heads_stay(spec: ModelSpec) -> str | None:
+    if not heads_fill_width(spec):
+        return None
+    return f"llama.cpp's {spec.family.gguf.arch} takes no fewer heads than fill the hidden size"
+
+
+def _require_vocabulary(source: Path, spec: ModelSpec) -> None:
+    from compress.containers._gguf_tokenizer import read_vocabulary
+
+    read_vocabulary(source, spec.config, spec.vocab_size)
+
+
+def _overhead(tensors: Sequence[PlannedTensor], source: Path) -> int:
+    """The list of tensors, in which the experts of a layer are one, and the vocabulary."""
+    from compress.containers._gguf_tokenizer import vocabulary_bytes
+
+    names = {piece.name: piece_shape(t.spec, piece) for t in tensors for piece in t.spec.pieces}
+    return sum(len(n) + _ENTRY_BYTES + 8 * len(shape) for n, shape in names.items()) + vocabulary_bytes(source)
+
+
+def _codecs(files: Sequence[Path], spec: ModelSpec) -> dict[str, str]:
+    stored = inventory(files[0])
+    return {tensor.name: stored[tensor.pieces[0].name][0] for tensor in spec.tensors()}
+
+
+CONTAINER = Container(
+    name="gguf",
+    rank=1,
+    engines="llama.cpp and what is built on it",
+    kinds=frozenset({"float", "ggml"}),
+    precise_float="f32",
+    pieces=True,
+    masks="GGUF has no sparse types: zeros take as many bits as other weights",
+    suffix=".gguf",
+    magic=b"GGUF",
+    files=shards,
+    engine=LLAMA_CPP,
+    tensor_bytes=tensor_bytes,
+    overhead=_overhead,
+    unrepresentable=check_representable,
+    caveats=caveats,
+    heads_stay=_heads_stay,
+    require=_require_vocabulary,
+    check_plan=check_plan,
+    write=write,
+    open_dense=open_dense,
+    inventory=_codecs,
+)

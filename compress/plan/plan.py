@@ -13,7 +13,7 @@ from typing import Any
 
 from compress import __version__, plugins
 from compress.codecs.names import codec_info
-from compress.containers import container_module
+from compress.containers import Container, packed_layout
 from compress.errors import OutputError, PlanError, UnsupportedModel
 from compress.models.checkpoint import FLOAT_CODEC, Checkpoint, checkpoint_problems
 from compress.models.locate import model_location
@@ -26,8 +26,8 @@ from compress.plan.checks import (
     tensor_problems,
     text_problems,
 )
-from compress.plan.savings import STRUCTURAL, Saving, container_bytes, shrinking, structural
-from compress.plan.tensor import PlannedTensor, Rules, factored, in_pieces, planned_tensor, pruned
+from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
+from compress.plan.tensor import PlannedTensor, Rules, factored, in_pieces, planned_tensor, precise_float, pruned
 from compress.recipe.rules import FLOAT_ROLES
 from compress.recipe.schema import Recipe
 from compress.solvers.options import RecoverOptions
@@ -111,14 +111,14 @@ class Plan:
 
     def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
         """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""
-        kinds = {e.container for e in self.recipe.export}
+        containers = self.recipe.containers
 
         def settle(planned: PlannedTensor) -> PlannedTensor:
             if planned.name in patterns:
-                planned = pruned(planned, patterns[planned.name], kinds)
+                planned = pruned(planned, patterns[planned.name], containers)
             if planned.name in shares:
                 planned = factored(planned, shares[planned.name])
-            return replace(planned, bytes=_bytes(planned, self.recipe))
+            return replace(planned, bytes=_bytes(planned, self.recipe, self.own_codec))
 
         return replace(self, tensors=tuple(settle(t) for t in self.tensors))
 
@@ -207,7 +207,7 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
             "containers": [e.container for e in self.recipe.export],
-            "file_bytes": {e.container: footprint.file_bytes(self, e.container) for e in self.recipe.export},
+            "file_bytes": {c.name: footprint.file_bytes(self, c) for c in self.recipe.containers},
             "warnings": list(self.warnings),
             "savings": [{**asdict(line), "nothing": line.nothing} for line in self.savings],
             "tensors": [
@@ -249,7 +249,6 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     problems += reduction_problems(turned, *steps) if any(steps) else container_problems(recipe, turned)
     if problems:
         raise PlanError(problems)
-    kinds = {e.container for e in recipe.export}
     own = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
     shapes: tuple[Reduction, ...] = ()
     if spec is None:
@@ -260,11 +259,11 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     problems += _storage_problems(recipe, spec, tensors)
     if problems := list(dict.fromkeys(problems)):
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-    tensors = [replace(t, bytes=_bytes(t, recipe)) for t in tensors]
+    tensors = [replace(t, bytes=_bytes(t, recipe, own)) for t in tensors]
     savings = _structural_savings(recipe, turned, checkpoint, own)
-    savings += shrinking(tensors, (e.container for e in recipe.export), own)
+    savings += shrinking(tensors, recipe.containers, own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in unused]
-    warnings += _warnings(recipe, spec, original, tensors, kinds, own) + [str(line) for line in savings if line.nothing]
+    warnings += _warnings(recipe, spec, original, tensors, own) + [str(line) for line in savings if line.nothing]
     warnings += narrow_calibration(recipe)
     source = sum(2 * t.parameters for t in original.tensors())
     if checkpoint.entries:
@@ -299,11 +298,11 @@ def _shape(
 def _storage_problems(recipe: Recipe, spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[str]:
     """Why a container cannot hold a model or its tensors as planned."""
     problems = container_problems(recipe, spec)
-    for kind in sorted({e.container for e in recipe.export} - {"safetensors"}):
+    for container in sorted(recipe.containers, key=lambda c: c.name):
         try:
-            container_module(kind).check_plan(spec, tensors)
+            container.check_plan(spec, tensors)
         except OutputError as error:
-            problems.append(f"{kind}: {error}")
+            problems.append(f"{container.name}: {error}")
     return problems
 
 
@@ -321,30 +320,28 @@ def cuts(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
     return steps
 
 
-def _heads_stay(recipe: Recipe, spec: ModelSpec) -> bool:
-    from compress.containers.gguf import heads_fill_width
-
-    if spec.family.fixed_heads:
-        return True
-    return any(e.container == "gguf" for e in recipe.export) and heads_fill_width(spec)
+def _heads_stay(recipe: Recipe, spec: ModelSpec) -> str | None:
+    """Why no head can go, or None."""
+    engines = (why for container in recipe.containers if (why := container.heads_stay(spec)))
+    return spec.family.fixed_heads or next(engines, None)
 
 
 def _plan_tensors(
     recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint, own: str
 ) -> tuple[list[PlannedTensor], list[str], list[str]]:
     """Every tensor of a model, bytes not counted; rules of the recipe that match none; why some cannot be stored."""
-    kinds = {e.container for e in recipe.export}
+    containers = recipe.containers
     matchers = {kind: step.matcher(spec) for kind in MATCHING if (step := recipe.step(kind)) is not None}
     tensors, problems = [], []
     for tensor in spec.tensors():
         found = {
             kind: (recipe.step(kind), rule) for kind, m in matchers.items() if (rule := m.match(tensor)) is not None
         }
-        codec = found["quantize"][1].codec if "quantize" in found else _unmatched(tensor, checkpoint, own, kinds)
-        planned = in_pieces(planned_tensor(spec, tensor, codec, Rules(**found), kinds), own, kinds)
+        codec = found["quantize"][1].codec if "quantize" in found else _unmatched(tensor, checkpoint, own, containers)
+        planned = in_pieces(planned_tensor(spec, tensor, codec, Rules(**found), containers), own, containers)
         if "prune" in found and "factorize" in found:
             problems.append(f"{tensor.role}: prune and factorize both name it; factors have a mask already")
-        problems += tensor_problems(planned, kinds)
+        problems += tensor_problems(planned, containers)
         tensors.append(planned)
     unused = [str(rule) for kind, m in matchers.items() for rule in m.unused() if rule in recipe.step(kind).rules]
     return tensors, unused, problems
@@ -360,38 +357,35 @@ def _structural_savings(recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint,
             found = candidates(spec, *steps.values())
             chain.append((kind, reduced(spec, likeliest(spec, found, steps["prune_structured"]))))
 
-    def size(container: str, model: ModelSpec) -> int:
-        return sum(container_bytes(container, t, own) for t in _plan_tensors(recipe, model, checkpoint, own)[0])
+    def size(container: Container, model: ModelSpec) -> int:
+        return sum(container.tensor_bytes(t, own) for t in _plan_tensors(recipe, model, checkpoint, own)[0])
 
-    return structural(chain, (e.container for e in recipe.export), size) if len(chain) > 1 else ()
+    return structural(chain, recipe.containers, size) if len(chain) > 1 else ()
 
 
-def _bytes(planned: PlannedTensor, recipe: Recipe) -> int:
-    """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as
-    `compress` would store it where the recipe only writes decoded values."""
-    container = next((e.container for e in recipe.export if e.container != "safetensors"), "compress")
-    return container_module(container).tensor_bytes(planned)
+def _bytes(planned: PlannedTensor, recipe: Recipe, own: str) -> int:
+    """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as our own
+    would store it where the recipe only writes decoded values."""
+    container = next((c for c in recipe.containers if not c.dense), packed_layout())
+    return container.tensor_bytes(planned, own)
 
 
 def _warnings(
-    recipe: Recipe, spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], kinds: set[str], own: str
+    recipe: Recipe, spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], own: str
 ) -> list[str]:
     """What users should know before they start."""
-    warnings = []
-    if "gguf" in kinds:
-        from compress.containers.gguf import caveats
-
-        warnings += caveats(spec)
+    warnings = [line for container in recipe.containers for line in container.caveats(spec)]
     structured = recipe.step("prune_structured")
-    if structured is not None and structured.ratio is not None and _heads_stay(recipe, spec):
-        warnings.append(
-            f"llama.cpp's {spec.family.gguf.arch} takes no fewer heads than fill the hidden size: heads stay, channels alone make "
-            f"up the {structured.ratio:.0%} of prune_structured"
-        )
+    if structured is not None and structured.ratio is not None and (why := _heads_stay(recipe, spec)):
+        warnings.append(f"{why}: heads stay, channels alone make up the {structured.ratio:.0%} of prune_structured")
     if original.tied and not spec.tied:
         warnings.append("rotate unties the head from the embeddings: both are stored")
-    if "safetensors" in kinds and any(codec_info(t.codec).kind != "float" for t in tensors):
-        warnings.append(f"safetensors is dense: decoded weights are rounded to the checkpoint's own type ({own})")
+    if any(codec_info(t.codec).kind != "float" for t in tensors):
+        warnings += [
+            f"{container.name} is dense: decoded weights are rounded to the checkpoint's own type ({own})"
+            for container in recipe.containers
+            if container.dense
+        ]
     for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
         warnings.append(
             f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
@@ -399,8 +393,9 @@ def _warnings(
     return warnings
 
 
-def _unmatched(tensor: TensorSpec, checkpoint: Checkpoint, own: str, kinds: set[str]) -> str:
+def _unmatched(tensor: TensorSpec, checkpoint: Checkpoint, own: str, containers: Sequence[Container]) -> str:
     """No rule: the checkpoint's own float type, float32 for what engines want in float32."""
     entry = checkpoint.entries.get(tensor.name)
     codec = FLOAT_CODEC.get(entry.dtype, own) if entry else own
-    return "f32" if "gguf" in kinds and tensor.role in FLOAT_ROLES else codec
+    precise = precise_float(containers) if tensor.role in FLOAT_ROLES else None
+    return precise or codec

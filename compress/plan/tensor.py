@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from compress.codecs.names import CONTAINERS, codec_info, ggml_fallback, sparse_name, stored_bytes
+from compress.codecs.names import codec_info, ggml_fallback, sparse_name, stored_bytes
+from compress.containers import Container
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.plan.allocation import factor_sizes
 from compress.recipe.rules import FactorizeRule, PruneRule, Rule
@@ -106,11 +107,11 @@ class Rules:
 
 
 def planned_tensor(
-    spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, kinds: Collection[str]
+    spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, containers: Sequence[Container]
 ) -> PlannedTensor:
-    """What becomes of one tensor, its bytes still to be counted. codec: of its numbers; kinds: the containers."""
-    if len(tensor.shape) == 1 and "gguf" in kinds:
-        codec = "f32"  # llama.cpp's norms and biases are float32
+    """What becomes of one tensor, its bytes still to be counted. codec: of its numbers."""
+    if len(tensor.shape) == 1:
+        codec = precise_float(containers) or codec
     wanted = None
     if codec_info(codec).kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
         wanted, codec = codec, replacement
@@ -125,17 +126,17 @@ def planned_tensor(
         out = replace(out, solver=solver, incoherence=incoherence, activations=rule.activations)
     if rules.prune is not None:
         prune, line = rules.prune
-        return pruned(replace(out, pruner=prune.solver, joint=prune.joint), line.sparsity, kinds)
+        return pruned(replace(out, pruner=prune.solver, joint=prune.joint), line.sparsity, containers)
     if rules.factorize is not None:
         factorize, division = rules.factorize
         return factored(replace(out, factorizer=factorize.solver), 1 - division.ratio)
     return out
 
 
-def in_pieces(planned: PlannedTensor, own: str, kinds: Collection[str]) -> PlannedTensor:
+def in_pieces(planned: PlannedTensor, own: str, containers: Iterable[Container]) -> PlannedTensor:
     """As a container stores it that takes tensors apart: solved in its order of columns, since blocks follow them, and left
     in the checkpoint's own float type where a piece is more than a choice of rows."""
-    if "gguf" not in kinds or planned.solver is None:
+    if not any(c.pieces for c in containers) or planned.solver is None:
         return planned
     if any(piece.swapped or piece.map is not None for piece in planned.spec.declared.pieces):
         wanted = planned.wanted or planned.codec
@@ -143,11 +144,16 @@ def in_pieces(planned: PlannedTensor, own: str, kinds: Collection[str]) -> Plann
     return replace(planned, ordered=planned.spec.column_order is not None)
 
 
-def pruned(planned: PlannedTensor, pattern: Pattern, kinds: Collection[str]) -> PlannedTensor:
+def pruned(planned: PlannedTensor, pattern: Pattern, containers: Iterable[Container]) -> PlannedTensor:
     """With another mask: a sparse codec where every container has one for these values, else zeros like other values."""
-    sparse = all("sparse" in CONTAINERS[kind].kinds for kind in kinds) and holds_zero(planned.values)
+    sparse = all("sparse" in container.kinds for container in containers) and holds_zero(planned.values)
     codec = sparse_name(planned.values, pattern) if sparse else planned.values
     return replace(planned, pattern=pattern, codec=codec)
+
+
+def precise_float(containers: Iterable[Container]) -> str | None:
+    """The float codec that an engine of these containers wants norms, biases and routers in, or None."""
+    return next((c.precise_float for c in containers if c.precise_float is not None), None)
 
 
 def factored(planned: PlannedTensor, share: float) -> PlannedTensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs import get_codec
+from compress.decode import decode
 from compress.limits import BATCH_TOKENS, LOGIT_VALUES
 from compress.models.forward import final_norm, forward_block
 from compress.models.spec import ModelSpec
@@ -35,7 +36,7 @@ from compress.recover.parameters import (
     stored_values,
     tunables,
 )
-from compress.solve.tensor import Outcome, decode
+from compress.solve.tensor import Outcome
 from compress.solvers.options import RecoverOptions
 from compress.streaming.activations import Activations
 from compress.streaming.placement import CPU, Placement

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.codecs import get_codec
+from compress.decode import decode
 from compress.errors import GateFailed, OutputError
 from compress.export.deliver import deliver, require_texts
 from compress.files import write_synced
@@ -31,7 +32,7 @@ from compress.run.sublayer import Job, compress_sublayer
 from compress.run.summary import make_scorecard
 from compress.run.surveys import settle
 from compress.solve.files import save_outcomes
-from compress.solve.tensor import Outcome, as_stored, decode, solve_tensor
+from compress.solve.tensor import Outcome, as_stored, solve_tensor
 from compress.streaming.activations import Activations
 from compress.streaming.journal import Journal
 from compress.streaming.placement import CPU, Placement

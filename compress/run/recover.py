@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compress.decode import decode
 from compress.plan.plan import Plan
 from compress.recover.end_to_end import Compressed, Original, finetune
 from compress.solve.files import load_outcomes
-from compress.solve.tensor import decode
 from compress.streaming.activations import Activations, mapped
 from compress.streaming.journal import Journal
 from compress.streaming.walk import embed

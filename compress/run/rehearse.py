@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.decode import decode
 from compress.errors import OutputError
 from compress.limits import BATCH_TOKENS
 from compress.models.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from compress.run.source import working_model
 from compress.run.sublayer import Job, Result, compress_sublayer
 from compress.run.surveys import stand_in
 from compress.scoring.divergence import token_stats
-from compress.solve.tensor import Outcome, decode, solve_tensor
+from compress.solve.tensor import Outcome, solve_tensor
 from compress.statistics import Statistics
 from compress.streaming.activations import Activations
 from compress.streaming.journal import Journal

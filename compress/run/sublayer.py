@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from compress.decode import decode
 from compress.models.spec import Branch
 from compress.plan.tensor import PlannedTensor
 from compress.run.collect import Site, collect, counted, stage_groups, statistics_of
 from compress.run.scaling import Folded, scale_sublayer
-from compress.solve.tensor import Outcome, Shipped, Solved, as_stored, decode, solve_tensor
+from compress.solve.tensor import Outcome, Shipped, Solved, as_stored, solve_tensor
 from compress.statistics import Moments
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import Streams

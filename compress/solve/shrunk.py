@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
-from compress.codecs.factors import join, split
+from compress.codecs.factors import join
 from compress.codecs.names import codec_info
+from compress.decode import product
 from compress.errors import CheckpointError
 from compress.solvers.base import Solution, damped_gram, relative_error
 from compress.solvers.options import SolverOptions
@@ -84,13 +85,6 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
     packed = join(planned.codec, tuple(target.shape), dictionary.parts, coefficients.parts)
     dense = product(packed)
     return Shrunk(packed, dense, damping, retries, relative_error(target, dense, gram.float()))
-
-
-def product(packed: Packed) -> Tensor:
-    """What a factored tensor stands for, float32 [m, n]."""
-    factors = split(packed.codec, packed.shape, packed.parts)
-    dictionary, coefficients = (get_codec(factor.codec).unpack(factor) for factor in factors)
-    return coefficients @ dictionary
 
 
 def _solve(weight: Tensor, gram: Tensor, codec: str, options: SolverOptions, mask: Tensor | None = None) -> Solution:

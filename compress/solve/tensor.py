@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.codecs import block_codec, get_codec
-from compress.codecs.names import codec_info
+from compress.codecs import block_codec
+from compress.decode import decode, in_checkpoint_order
 from compress.models.spec import TensorSpec
-from compress.solve.shrunk import Shrunk, as_floats, factorize_tensor, product, prune_tensor
+from compress.solve.shrunk import Shrunk, as_floats, factorize_tensor, prune_tensor
 from compress.solvers.base import Solution
 from compress.solvers.options import Asks
 from compress.statistics import Statistics, corrected_target
-from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
+from compress.transforms.incoherence import Incoherence, pack_signs
 from compress.weights import Packed
 
 if TYPE_CHECKING:
@@ -132,13 +132,6 @@ def column_order(planned: PlannedTensor) -> Tensor | None:
     return None if not planned.ordered or order is None else torch.from_numpy(order.index(planned.spec.shape[-1]))
 
 
-def in_checkpoint_order(values: Tensor, order: Tensor) -> Tensor:
-    """values: [m, n] with column order[i] of the checkpoint at i -> the checkpoint's."""
-    out = torch.empty_like(values)
-    out[:, order.long()] = values
-    return out
-
-
 def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> Shipped:
     gram = torch.eye(weight.shape[1], device=weight.device) if statistics is None else statistics.gram
     target = weight if statistics is None else _corrected(weight, statistics, planned.asks)
@@ -157,20 +150,6 @@ def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Stati
         None if statistics is None else statistics.tokens,
         0.0 if statistics is None else statistics.borrowed,
     )
-
-
-def decode(packed: Packed) -> Tensor:
-    """What an engine computes with: float32 of the packed shape."""
-    if codec_info(packed.codec).kind == "factors":
-        return product(packed)
-    values = get_codec(packed.codec).unpack(packed)
-    if "columns" in packed.parts:
-        return in_checkpoint_order(values, packed.parts["columns"])
-    if "signs_in" not in packed.parts:
-        return values
-    rows, columns = packed.shape
-    signs_in, signs_out = unpack_signs(packed.parts["signs_in"], columns), unpack_signs(packed.parts["signs_out"], rows)
-    return Incoherence(signs_in, signs_out).restore(values)
 
 
 def _sign_seeds(spec: TensorSpec, seed: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.codecs import block_codec
+from compress.decode import decode
 from compress.models.checkpoint import Checkpoint
 from compress.models.forward import forward_block, rms_norm
 from compress.plan import Plan, make_plan
@@ -25,7 +26,7 @@ from compress.report.progress import Reporter
 from compress.run import compress_model, load_calibration, run
 from compress.run.source import working_model
 from compress.solve.files import load_outcomes, save_outcomes
-from compress.solve.tensor import Outcome, Solved, decode
+from compress.solve.tensor import Outcome, Solved
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
 from compress.streaming.activations import Activations

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.containers import gguf
+from compress.containers.base import Options, WriteRequest
 from compress.engines.streamed import StreamedSource
 from compress.streaming.activations import Activations
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
@@ -137,12 +138,12 @@ def test_cut_is_masked_in_transformers_and_llama_cpp_agrees(
     from compress.engines.llama_cpp import LlamaCpp
 
     lines = plan(result.spec, "f32")
-    options = gguf.Options(tokenizer=False)
+    options = Options(tokenizer=False)
     provenance = {"compress.recipe": "test", "compress.version": "0"}
-    files = gguf.write(
+    files = gguf.write(WriteRequest(
         tmp_path / "small.gguf", result.spec, lines, fetcher(tensors, lines), source=small, options=options,
         provenance=provenance,
-    )  # fmt: skip
+    ))  # fmt: skip
     with LlamaCpp(files[0], threads=1) as engine:
         assert np.abs(next(engine.logits([ids])) - logits).max() < ENGINE * logits.std()
 

@@ -65,6 +65,8 @@ SAME_FORMAT = {
 }
 """Imports between two files of one folder that share a table, each with its reason."""
 
+CONTAINERS_MAY_IMPORT = ("containers", "codecs", "models.spec", "models.checkpoint", "decode", "errors", "weights")
+
 LOWER = ("codecs", "solvers", "transforms", "models", "containers")
 UPPER = ("compress.cli", "compress.run", "compress.plan", "compress.report")
 
@@ -80,6 +82,7 @@ TORCH_FREE = (
     "compress.codecs", "compress.codecs.names", "compress.solvers.options", "compress.models", "compress.models.spec",
     "compress.models.checkpoint", "compress.structured.options", "compress.structured.shapes", "compress.text",
     "compress.errors", "compress.weights", "compress.catalog", "compress.cli",
+    "compress.containers", *(f"compress.containers.{p.stem}" for p in sorted((PACKAGE / "containers").glob("[!_]*.py"))),
 )  # fmt: skip
 
 
@@ -174,6 +177,63 @@ def test_pure_layers_do_not_touch_the_world(path: Path) -> None:
 def test_lower_layers_know_nothing_of_the_upper_ones(path: Path) -> None:
     wrong = {name for name in _imports(TREES[path]) if name.startswith(UPPER)}
     assert not wrong
+
+
+def test_containers_know_nothing_of_plans_runs_and_engines() -> None:
+    for path in (PACKAGE / "containers").glob("*.py"):
+        inside = {name.removeprefix("compress.") for name in _imports(TREES[path]) if name.startswith("compress.")}
+        wrong = {
+            name
+            for name in inside
+            if not any(name == may or name.startswith(f"{may}.") for may in CONTAINERS_MAY_IMPORT)
+        }
+        assert not wrong, f"{path} imports {sorted(wrong)}"
+
+
+def test_packed_tensors_are_decoded_below_containers() -> None:
+    inside = {name for name in _imports(TREES[PACKAGE / "decode.py"]) if name.startswith("compress.")}
+    assert {name.split(".")[1] for name in inside} == {"codecs", "transforms", "weights"}
+
+
+OUTSIDE = [path for path in FILES if path.relative_to(PACKAGE).parts[0] != "containers"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=_id)
+def test_only_a_container_knows_its_name(path: Path) -> None:
+    """Nothing compares with a container's name, keeps a table by it, or imports its module: a container is a value that
+    answers for itself. Our own runtime reads what the container `compress` writes, of course."""
+    from compress.containers import CONTAINERS
+    from compress.recipe.schema import STEP_KINDS
+    from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS
+
+    names = {name for container in CONTAINERS.values() for name in (container.name, container.suffix) if name}
+    ambiguous = {*SOLVERS, *PRUNERS, *FACTORIZERS, *STEP_KINDS, "compress"}  # the package's own name
+
+    def literals(node: ast.AST | None) -> set[str]:
+        nodes = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
+        return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)} & names
+
+    found = []
+    for node in ast.walk(TREES[path]):
+        used: set[str] = set()
+        if isinstance(node, ast.Compare):
+            used = set().union(*(literals(side) for side in (node.left, *node.comparators)))
+        elif isinstance(node, ast.Subscript):
+            used = literals(node.slice)
+        elif isinstance(node, ast.Dict):
+            used = set().union(*(literals(key) for key in node.keys))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
+            used = set().union(*(literals(argument) for argument in node.args[:1]))
+        elif isinstance(node, ast.MatchValue):
+            used = literals(node.value)
+        if used - ambiguous or (used and "container" in ast.unparse(node).lower()):
+            found.append(ast.unparse(node))
+    assert not found
+    modules = {f"compress.containers.{file.stem}" for file in (PACKAGE / "containers").glob("*.py")}
+    if path.parent.name == "runtime":
+        modules.remove("compress.containers.compress")
+    wrong = (_imports(TREES[path]) & modules) - {"compress.containers.base", "compress.containers.__init__"}
+    assert not wrong, f"imports {sorted(wrong)}"
 
 
 def test_the_runtime_needs_nothing_that_makes_models() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
 from compress.codecs.scales import half
+from compress.decode import decode
 from compress.models.checkpoint import Checkpoint
 from compress.models.forward import Taps, forward_block, forward_branch, rms_norm
 from compress.models.spec import ModelSpec, load_spec
@@ -24,7 +25,7 @@ from compress.recover.parameters import nearest_units
 from compress.recover.sensitivity import output_sensitivity
 from compress.report.progress import Reporter
 from compress.run import compress_model
-from compress.solve.tensor import Outcome, Solved, decode
+from compress.solve.tensor import Outcome, Solved
 from compress.solvers import rtn
 from compress.solvers.options import RecoverOptions, RtnOptions
 from compress.streaming.activations import Activations
