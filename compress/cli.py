@@ -100,7 +100,7 @@ def plan(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
 ) -> None:
     """Prove a recipe legal for its model and show sizes, memory and disk; reads no weights."""
-    from compress.plan.plan import make_plan
+    from compress.plan.make import make_plan
     from compress.recipe import load_recipe
 
     _load_plugins(plugin)

@@ -254,6 +254,16 @@ class Branch:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
+        return self._placed(self.sublayer.weights)
+
+    @property
+    def samples(self) -> tuple[tuple[TensorSpec, int], ...]:
+        """Its tensors, those of the first routed expert for all of them, and how many each stands for."""
+        weights = [w for w in self.sublayer.weights if not w.expert]
+        counts = (1 if w.expert is None else self.sublayer.routed for w in weights)
+        return tuple(zip(self._placed(weights), counts, strict=True))
+
+    def _placed(self, weights: Iterable[Weight]) -> tuple[TensorSpec, ...]:
         root, gguf, signs = self.root, f"blk.{self.layer}.", self.sublayer.signs
         return tuple(
             TensorSpec(
@@ -268,7 +278,7 @@ class Branch:
                 w,
                 signs[w.input],
             )
-            for w in self.sublayer.weights
+            for w in weights
         )
 
     def __str__(self) -> str:

@@ -298,6 +298,11 @@ class RuleMatcher:
                 return self.rules[index]
         return None
 
+    @property
+    def reads_names(self) -> bool:
+        """Whether any pattern is tried, so that tensors of one role may be told apart."""
+        return bool(self._ignored.patterns) or any(targets.patterns for targets in self._targets)
+
     def unused(self) -> tuple[AnyRule, ...]:
         """The rules that decided about no tensor so far, in order."""
         return tuple(rule for index, rule in enumerate(self.rules) if index not in self._used)

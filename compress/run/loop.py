@@ -18,7 +18,8 @@ from compress.errors import GateFailed, OutputError
 from compress.export.deliver import deliver, require_texts
 from compress.files import write_synced
 from compress.models.checkpoint import Checkpoint
-from compress.plan.plan import Plan, make_plan
+from compress.plan.make import make_plan
+from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, surveys_head
 from compress.recipe.schema import Recipe
 from compress.recover.block import SolvedBlock, recover_block
