@@ -125,9 +125,9 @@ def _gradients(made: stage._Run, picks: list[int]) -> dict[str, Tensor]:
     """Gradient of every tuned tensor's first parameter, from Adam's first mean."""
     made.step(picks, 0, 0.0)
     out = {}
-    for layer in range(made.spec.layers):
-        tuned, _, optimizer = made.read(layer)
-        assert not made.states[layer][CHANGE].any()  # a step of size zero
+    for block in made.model.blocks():
+        tuned, _, optimizer = made.read(block)
+        assert not made.states[block.layer][CHANGE].any()  # a step of size zero
         assert all(len(t.steps) == 1 for t in tuned.values())
         for name, (mean, _) in zip(tuned, optimizer.moments, strict=True):
             out[name] = mean / (1 - BETAS[0])
