@@ -24,6 +24,7 @@ from compress.recover.end_to_end import CHANGE, Compressed, Original
 from compress.recover.parameters import BETAS, TunedScales
 from compress.report.progress import Reporter
 from compress.run import compress_model, load_calibration, run
+from compress.run import recover as caller
 from compress.run.source import working_model
 from compress.solve.files import load_outcomes, save_outcomes
 from compress.solve.tensor import Outcome, Solved
@@ -110,7 +111,7 @@ def _stopped(plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     """A run that has come to this stage, and the stage about to take its first step."""
     held: list[tuple] = []
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "finetune", lambda *a, **k: held.append(a) or (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(caller, "finetune", lambda *a, **k: held.append(a) or (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             _carry_out(plan, folder)
     model, original, inputs, options, scratch, *_ = held[0]
