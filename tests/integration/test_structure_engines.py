@@ -41,7 +41,6 @@ CHANNELS = PruneStructuredOptions(channels=0.25, repair=False)
 BOTH = PruneStructuredOptions(heads=0.5, channels=0.25, repair=False)
 
 
-
 def _most(family: str) -> tuple[None, PruneExpertsOptions | None, PruneStructuredOptions | None]:
     """As much of all that can go as the family allows, layers apart."""
     spec = load_spec(tiny_config(family))
