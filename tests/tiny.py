@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,19 @@ def demo_model() -> Path:
     return Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3-moe"
 
 
+def _config(family: str, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    prefix, defaults = FAMILIES[family]
+    kind = f"{prefix}TextConfig" if hasattr(transformers, f"{prefix}TextConfig") else f"{prefix}Config"
+    return getattr(transformers, kind)(**{**_COMMON, **defaults, **overrides})
+
+
+def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
+    """The config.json that transformers writes for a tiny model."""
+    return json.loads(json.dumps(_config(family, overrides).to_dict()))
+
+
 def tiny_model(
     family: str,
     folder: Path,
@@ -99,9 +113,7 @@ def tiny_model(
     import torch
     import transformers
 
-    prefix, defaults = FAMILIES[family]
-    kind = f"{prefix}TextConfig" if hasattr(transformers, f"{prefix}TextConfig") else f"{prefix}Config"
-    config = getattr(transformers, kind)(**{**_COMMON, **defaults, **overrides})
+    prefix, config = FAMILIES[family][0], _config(family, overrides)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -176,7 +176,7 @@ def test_read_back_is_what_was_written(family: str, codec: str, tmp_path: Path) 
     seen = {name: (kind, shape) for name, kind, shape, values in tensors if values.shape == shape}
     assert seen == container.inventory(files[0])
     assert {kind for kind, _ in seen.values()} == {"f32", codec}
-    assert fields["general.architecture"] == spec.family.gguf_arch
+    assert fields["general.architecture"] == spec.family.gguf.arch
     assert fields["compress.recipe"] == "test"
     assert not [key for key in fields if "imatrix" in key]
 

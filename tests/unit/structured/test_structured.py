@@ -38,7 +38,7 @@ from compress.structured.shapes import (
 )
 from compress.structured.survey import LayerScores, outlier_ratios, survey
 from compress.structured.view import KeptLayer, StructureView
-from tests.tiny import FAMILIES, demo_model
+from tests.tiny import FAMILIES, demo_model, tiny_config
 
 DENSE = {
     "model_type": "llama",
@@ -102,16 +102,6 @@ def _written(path: Path, values: Tensor) -> Activations:
     return stream
 
 
-def _config(family: str) -> dict[str, Any]:
-    """The config.json that transformers writes for a tiny model."""
-    import transformers
-
-    from tests.tiny import _COMMON
-
-    prefix, own = FAMILIES[family]
-    return json.loads(json.dumps(getattr(transformers, f"{prefix}Config")(**{**_COMMON, **own}).to_dict()))
-
-
 # -- options
 @pytest.mark.parametrize(
     ("options", "wrong"),
@@ -163,7 +153,7 @@ def _matrices(spec: ModelSpec) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_structured_ratio_is_a_share_of_the_blocks_matrices(family: str, ratio: float) -> None:
     """Every candidate, counted tensor by tensor, misses the ratio by half a step of the channels at most."""
-    spec = load_spec(_config(family))
+    spec = load_spec(tiny_config(family))
     shapes = candidates(spec, structured=PruneStructuredOptions(ratio=ratio))
     assert shapes
     for shape in shapes:
@@ -201,7 +191,7 @@ def test_shapes_to_choose_from_have_about_the_same_size() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_channels_alone_pay_for_the_same_budget_with_all_heads_left(family: str) -> None:
-    spec, options = load_spec(_config(family)), PruneStructuredOptions(ratio=0.3)
+    spec, options = load_spec(tiny_config(family)), PruneStructuredOptions(ratio=0.3)
     experts = PruneExpertsOptions(ratio=0.5) if spec.experts else None
     alone = channels_only(spec, None, experts, options)
     assert candidates(spec, None, experts, alone) == tuple(
@@ -228,7 +218,7 @@ def test_channels_come_in_steps_that_divide_the_width(width: int, multiple: int)
 def test_reduced_configs_are_stock_and_say_what_the_spec_says(family: str) -> None:
     import transformers
 
-    spec = load_spec(_config(family))
+    spec = load_spec(tiny_config(family))
     steps = {"drop": DropLayersOptions(count=1), "structured": PruneStructuredOptions(heads=0.5, channels=0.25)}
     if spec.experts:
         steps["experts"] = PruneExpertsOptions(ratio=0.5)
@@ -672,7 +662,7 @@ def test_moments_beyond_memory_take_more_passes_and_change_nothing(
 
 
 def test_what_cannot_stand_for_the_whole_half_is_left_alone() -> None:
-    shared = load_spec({**_config("qwen2_moe"), "norm_topk_prob": True})
+    shared = load_spec({**tiny_config("qwen2_moe"), "norm_topk_prob": True})
     assert repairable(_half(shared, "ffn")) == []
     assert repairable(_half(load_spec({**MOE, "norm_topk_prob": False}), "ffn")) == []
     assert repairable(_half(shared, "attention")) == ["model.layers.0.self_attn.o_proj.weight"]

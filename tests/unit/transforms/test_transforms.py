@@ -106,7 +106,7 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_folds_reach_every_linear_of_a_block_once(models, variant: str) -> None:
-    spec, weights = models(variant)
+    spec, _ = models(variant)
     for layer in range(spec.layers):
         block = list(spec.block_tensors(layer))
         found = _folds(spec, layer)
