@@ -97,6 +97,11 @@ LLAMA_CPP = Engine("llama.cpp", "llama_cpp", "llama-cpp-python", "llama")
 TRANSFORMERS = Engine("transformers", "transformers", "transformers", largest=4 * 2**30)
 
 
+def folder_of(path: Files) -> Path:
+    """The folder of an artifact, given as itself or as its weight files."""
+    return Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+
+
 def _any_codec(info: CodecInfo) -> bool:
     return True
 
