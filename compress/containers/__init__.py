@@ -41,8 +41,10 @@ CONTAINERS: dict[str, Container] = {c.name: c for c in sorted(_found(), key=lamb
 
 
 def register(container: Container) -> None:
-    """Add a container from outside this package. Raises ValueError when its name is taken or not lower case, or it names
-    a kind of codec that there is not."""
+    """Add a container from outside this package.
+
+    Raises ValueError when its name is taken or not lower case, or it names a kind of codec that there is not.
+    """
     if container.name in CONTAINERS:
         raise ValueError(f"there is a container called {container.name} already; give yours another name")
     if container.name != container.name.strip().lower() or not container.name:

@@ -345,8 +345,8 @@ CONTAINER = Container(
     holds=_holds,
     float_roles=("embeddings",),
     activations=True,
-    masks="its sparse formats (sparse-bitmask, sparse-24-bitmask, marlin-24) are no longer loaded by the package (0.19), "
-    "transformers or vLLM, so zeros are stored like other weights",
+    masks="its sparse formats (sparse-bitmask, sparse-24-bitmask, marlin-24) are no longer loaded by the package "
+    "(0.19), transformers or vLLM, so zeros are stored like other weights",
     quant_method="compressed-tensors",
     engine=replace(TRANSFORMERS, package="compressed_tensors", distribution="compressed-tensors", extra="ct"),
     tensor_bytes=tensor_bytes,

@@ -1,4 +1,4 @@
-"""An artifact against what was solved: every tensor read back, the engine's logits beside those of the in-memory model."""
+"""An artifact against what was solved: every tensor read back, its logits beside those of the in-memory model."""
 
 from __future__ import annotations
 
