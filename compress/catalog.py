@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress.codecs.names import FIXED_NAMES, UNIFORM_NAMES, codec_info, stored_bytes
+from compress.codecs.names import FIXED_NAMES, UNIFORM_NAMES, codec_info, registered, stored_bytes
 from compress.containers import CONTAINERS
 from compress.recipe.schema import Factorize, Prune
 from compress.recipe.schemes import SCHEMES
@@ -73,7 +73,7 @@ def steps() -> tuple[Method, ...]:
 def codecs() -> tuple[CodecLine, ...]:
     """Every codec a recipe may name, smallest first."""
     lines = []
-    for name in (*FIXED_NAMES, *UNIFORM_NAMES):
+    for name in (*FIXED_NAMES, *UNIFORM_NAMES, *registered()):
         bits = 8 * stored_bytes(name, REFERENCE) / (REFERENCE[0] * REFERENCE[1])
         takers = tuple(container.name for container in CONTAINERS.values() if container.takes(name))
         lines.append(CodecLine(name, codec_info(name).kind, bits, takers))

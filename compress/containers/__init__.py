@@ -1,7 +1,7 @@
 """Containers: the files that ship, one format a module, found by themselves.
 
-A module of this folder without a leading underscore that has a `CONTAINER` is one; `register` adds those from outside.
-No torch.
+A module of this folder without a leading underscore that has a `CONTAINER` is one; `register` adds those from outside
+(docs/adding-a-container.md is a worked example). No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import pkgutil
 from importlib import import_module
 
 from compress.codecs.names import KIND_NAMES
-from compress.containers.base import Container, Engine, Options, WriteRequest
+from compress.containers._atomic import atomic_files, atomic_folder
+from compress.containers.base import Container, Engine, Options, WriteRequest, folder_of
 
 __all__ = [
     "CONTAINERS",
@@ -19,6 +20,9 @@ __all__ = [
     "Options",
     "WriteRequest",
     "activation_problem",
+    "atomic_files",
+    "atomic_folder",
+    "folder_of",
     "incoherence_problem",
     "original_layout",
     "packed_layout",
@@ -37,8 +41,10 @@ CONTAINERS: dict[str, Container] = {c.name: c for c in sorted(_found(), key=lamb
 
 
 def register(container: Container) -> None:
-    """Add a container from outside this package. Raises ValueError when its name is taken or not lower case, or it names
-    a kind of codec that there is not."""
+    """Add a container from outside this package.
+
+    Raises ValueError when its name is taken or not lower case, or it names a kind of codec that there is not.
+    """
     if container.name in CONTAINERS:
         raise ValueError(f"there is a container called {container.name} already; give yours another name")
     if container.name != container.name.strip().lower() or not container.name:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import codec_info
 from compress.containers._atomic import atomic_folder
-from compress.containers.base import Files, PlannedTensor, WriteRequest
+from compress.containers.base import PlannedTensor, WriteRequest
 from compress.errors import OutputError
 
 if TYPE_CHECKING:
@@ -47,11 +47,6 @@ class Slot:
 
 def total_bytes(sources: Iterable[tuple[str, Sequence[Slot]]]) -> int:
     return sum(slot.bytes for _, slots in sources for slot in slots)
-
-
-def folder_of(path: Files) -> Path:
-    """The folder of a checkpoint, given as itself or as its weight files."""
-    return Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
 
 
 def header_bytes(tensors: Sequence[PlannedTensor], source: Path) -> int:

@@ -24,8 +24,8 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import Slot, folder_of, header_bytes
-from compress.containers.base import Container, Files, PlannedTensor, WriteRequest
+from compress.containers._safetensors import Slot, header_bytes
+from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 

@@ -1,7 +1,7 @@
 """What a container is: one frozen value that answers whatever the rest of the package asks about a file format.
 
-A container module ends with `CONTAINER = Container(...)`; the registry in this folder's `__init__` finds it. Nothing here
-or in a container module imports torch before a tensor is written or read.
+A container module ends with `CONTAINER = Container(...)`; the registry in this folder's `__init__` finds it. Nothing
+here or in a container module imports torch before a tensor is written or read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Files = Path | Iterable[Path]
 """An artifact as it is opened: its folder or (first) file, or the weight files that `write` returned."""
 
 DECODE_TOLERANCE = 1e-5
-"""Relative to a tensor's largest value: the file's own decoder and ours do the same float32 arithmetic in another order."""
+"""Relative to a tensor's largest value: the file's reader and our decoder do the same float32 arithmetic, in another
+order."""
 ROUNDED_TOLERANCE = 2**-8
 """The same where decoded values were rounded to a 16-bit float, whose mantissa has eight bits (bfloat16)."""
 
@@ -50,8 +51,8 @@ class Options:
     """What a run knows and a container may use.
 
     max_shard_size: in bytes, None: the container's own limit; replace: an existing folder; name: of the model, where a
-    file has a place for it; dtype: f32, f16 or bf16, what dense containers round to; tokenizer: False leaves it out of a
-    file that would hold one.
+    file has a place for it; dtype: f32, f16 or bf16, what dense containers round to; tokenizer: False leaves it out of
+    a file that would hold one.
     """
 
     max_shard_size: int | None = None
@@ -82,8 +83,8 @@ class WriteRequest:
 class Engine:
     """What runs an artifact to score it.
 
-    name: a key of `compress.engines.open.ENGINES`; package: the module that must be importable, called `distribution` by
-    pip, which `extra` of ours brings; largest: bytes of float32 weights up to which it is given a model.
+    name: a key of `compress.engines.open.ENGINES`; package: the module that must be importable, called `distribution`
+    by pip, which `extra` of ours brings; largest: bytes of float32 weights up to which it is given a model.
     """
 
     name: str
@@ -95,6 +96,11 @@ class Engine:
 
 LLAMA_CPP = Engine("llama.cpp", "llama_cpp", "llama-cpp-python", "llama")
 TRANSFORMERS = Engine("transformers", "transformers", "transformers", largest=4 * 2**30)
+
+
+def folder_of(path: Files) -> Path:
+    """The folder of an artifact, given as itself or as its weight files."""
+    return Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
 
 
 def _any_codec(info: CodecInfo) -> bool:
@@ -140,11 +146,11 @@ class Container:
     kinds: frozenset[str]
     """Kinds of codec that it holds."""
     write: Callable[[WriteRequest], list[Path]]
-    """Write an artifact and return its weight files in order. OutputError for a plan that the format cannot hold, a full
-    disk, or a folder that holds something else; nothing partial ever has a final name."""
+    """Write an artifact and return its weight files in order. OutputError for a plan that the format cannot hold, a
+    full disk, or a folder that holds something else; nothing partial ever has a final name."""
     open_dense: Callable[[Files, ModelSpec], Callable[[str], Tensor]]
-    """A function that decodes one tensor by its checkpoint name to float32, not by inverting the writer. CheckpointError
-    for what is missing, misshapen or of a layout that is not read."""
+    """A function that decodes one tensor by its checkpoint name to float32, not by inverting the writer.
+    CheckpointError for what is missing, misshapen or of a layout that is not read."""
     tensor_bytes: Callable[[PlannedTensor, str], int]
     """Bytes of one tensor in the file; the second argument is the checkpoint's own float codec."""
 

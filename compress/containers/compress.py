@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.codecs.factors import join, split
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
-from compress.containers._safetensors import Slot, folder_of, header_bytes, write_checkpoint
-from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest
+from compress.containers._safetensors import Slot, header_bytes, write_checkpoint
+from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 

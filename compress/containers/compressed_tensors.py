@@ -36,8 +36,8 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import Slot, folder_of, header_bytes
-from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest
+from compress.containers._safetensors import Slot, header_bytes
+from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec
 
@@ -345,8 +345,8 @@ CONTAINER = Container(
     holds=_holds,
     float_roles=("embeddings",),
     activations=True,
-    masks="its sparse formats (sparse-bitmask, sparse-24-bitmask, marlin-24) are no longer loaded by the package (0.19), "
-    "transformers or vLLM, so zeros are stored like other weights",
+    masks="its sparse formats (sparse-bitmask, sparse-24-bitmask, marlin-24) are no longer loaded by the package "
+    "(0.19), transformers or vLLM, so zeros are stored like other weights",
     quant_method="compressed-tensors",
     engine=replace(TRANSFORMERS, package="compressed_tensors", distribution="compressed-tensors", extra="ct"),
     tensor_bytes=tensor_bytes,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import KIND_NAMES, stored_bytes
-from compress.containers._safetensors import Slot, dense_header_bytes, folder_of, write_checkpoint
+from compress.containers._safetensors import Slot, dense_header_bytes, write_checkpoint
 from compress.containers.base import (
     ROUNDED_TOLERANCE,
     TRANSFORMERS,
@@ -15,6 +15,7 @@ from compress.containers.base import (
     Files,
     PlannedTensor,
     WriteRequest,
+    folder_of,
 )
 from compress.models.spec import ModelSpec
 

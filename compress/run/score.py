@@ -46,9 +46,9 @@ class Target:
 def score_target(target: str, against: str | None, suite: str, reporter: Reporter) -> Scorecard:
     """Score `target` on a suite and, when `against` names the original, say how far the two are apart.
 
-    target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model. against: a
-    dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task accuracy
-    only. The gate passes when the scores are finite.
+    target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model.
+    against: a dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task
+    accuracy only. The gate passes when the scores are finite.
 
     Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary), UnsupportedModel,
     CalibrationError (no such suite) and NumericalError (logits that are not finite).

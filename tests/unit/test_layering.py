@@ -140,7 +140,7 @@ TORCH_FREE = (
     "compress.codecs", "compress.codecs.names", "compress.solvers.options", "compress.models", "compress.models.spec",
     "compress.models.checkpoint", "compress.structured.options", "compress.structured.shapes", "compress.text",
     "compress.errors", "compress.weights", "compress.catalog", "compress.cli",
-    "compress.containers", *(f"compress.containers.{p.stem}" for p in sorted((PACKAGE / "containers").glob("[!_]*.py"))),
+    "compress.containers", *(f"compress.containers.{p.stem}" for p in sorted(PACKAGE.glob("containers/[!_]*.py"))),
 )  # fmt: skip
 
 
