@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
-from compress.codecs.factors import join, split
+from compress.codecs.factors import join
 from compress.codecs.names import codec_info
 from compress.errors import CheckpointError
 from compress.solvers.base import Solution, damped_gram, relative_error
@@ -60,7 +60,7 @@ def prune_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk
             solved = _solve(wanted, gram, planned.values, solver, masked.mask)
         mask, inner = solved.mask, solved.pack()
     info = codec_info(planned.codec)
-    packed = get_codec(planned.codec).pack(inner, mask) if info.kind == "sparse" else inner
+    packed = get_codec(planned.codec).pack(inner, mask) if info.has_mask else inner
     dense = get_codec(packed.codec).unpack(packed)
     return Shrunk(packed, dense, solved.damping, solved.retries, relative_error(target, dense, gram.float()))
 
@@ -83,15 +83,8 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
         damping = max(damping, atoms.damping, rows.damping)
         retries = max(retries, atoms.retries, rows.retries)
     packed = join(planned.codec, tuple(target.shape), dictionary.parts, coefficients.parts)
-    dense = product(packed)
+    dense = get_codec(packed.codec).unpack(packed)
     return Shrunk(packed, dense, damping, retries, relative_error(target, dense, gram.float()))
-
-
-def product(packed: Packed) -> Tensor:
-    """What a factored tensor stands for, float32 [m, n]."""
-    factors = split(packed.codec, packed.shape, packed.parts)
-    dictionary, coefficients = (get_codec(factor.codec).unpack(factor) for factor in factors)
-    return coefficients @ dictionary
 
 
 def _solve(weight: Tensor, gram: Tensor, codec: str, options: SolverOptions, mask: Tensor | None = None) -> Solution:

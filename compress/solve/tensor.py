@@ -1,7 +1,7 @@
 """One tensor: from its float weight to what ships, and back. Here transforms, solvers and codecs meet; `shrink` has what
 is pruned or factorised.
 
-Codecs of kind `vector` (and any other whose rule says `incoherence`) are solved in incoherent space: the weight between
+Codecs made for it (and any other whose rule says `incoherence`) are solved in incoherent space: the weight between
 two randomised Hadamard transforms, the gram of its inputs turned with it. The signs ship beside the codes.
 """
 
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
-from compress.codecs.names import codec_info
 from compress.models.spec import TensorSpec
-from compress.solve.shrunk import Shrunk, as_floats, factorize_tensor, product, prune_tensor
+from compress.solve.shrunk import Shrunk, as_floats, factorize_tensor, prune_tensor
 from compress.solvers.base import Solution
 from compress.statistics import Statistics, corrected_target
 from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
@@ -133,8 +132,6 @@ def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Stati
 
 def decode(packed: Packed) -> Tensor:
     """What an engine computes with: float32 of the packed shape."""
-    if codec_info(packed.codec).kind == "factors":
-        return product(packed)
     values = get_codec(packed.codec).unpack(packed)
     if "signs_in" not in packed.parts:
         return values

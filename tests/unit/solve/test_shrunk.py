@@ -16,7 +16,7 @@ from compress.containers.compress import Setting, packed_of, stored_parts
 from compress.models.spec import TensorSpec
 from compress.plan.tensor import PlannedTensor, factored, pruned
 from compress.runtime.factored import FactoredLinear
-from compress.solve.shrunk import factorize_tensor, product, prune_tensor
+from compress.solve.shrunk import factorize_tensor, prune_tensor
 from compress.solve.tensor import decode, solve_tensor
 from compress.solvers import compot, rtn
 from compress.solvers.options import (
@@ -170,7 +170,7 @@ def test_split_undoes_join() -> None:
     first, second = split(packed.codec, packed.shape, packed.parts)
     assert join(packed.codec, packed.shape, first.parts, second.parts).parts.keys() == packed.parts.keys()
     dense = get_codec(second.codec).unpack(second) @ get_codec(first.codec).unpack(first)
-    assert torch.equal(dense, product(packed))
+    assert torch.equal(dense, decode(packed))
 
 
 def test_drift_moves_the_target_of_pruners_that_ask_for_it() -> None:
