@@ -1,4 +1,4 @@
-"""Packed tensors back to the float32 values that an engine computes with: codecs, factors and incoherence undone."""
+"""Packed tensors back to the float32 values that an engine computes with: codecs, incoherence and orders of columns undone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 from compress.codecs import get_codec
-from compress.codecs.factors import split
-from compress.codecs.names import codec_info
 from compress.transforms.incoherence import Incoherence, unpack_signs
 from compress.weights import Packed
 
 
 def decode(packed: Packed) -> Tensor:
     """What an engine computes with: float32 of the packed shape."""
-    if codec_info(packed.codec).kind == "factors":
-        return product(packed)
     values = get_codec(packed.codec).unpack(packed)
     if "columns" in packed.parts:
         return in_checkpoint_order(values, packed.parts["columns"])
@@ -24,13 +20,6 @@ def decode(packed: Packed) -> Tensor:
     rows, columns = packed.shape
     signs_in, signs_out = unpack_signs(packed.parts["signs_in"], columns), unpack_signs(packed.parts["signs_out"], rows)
     return Incoherence(signs_in, signs_out).restore(values)
-
-
-def product(packed: Packed) -> Tensor:
-    """What a factored tensor stands for, float32 [m, n]."""
-    factors = split(packed.codec, packed.shape, packed.parts)
-    dictionary, coefficients = (get_codec(factor.codec).unpack(factor) for factor in factors)
-    return coefficients @ dictionary
 
 
 def in_checkpoint_order(values: Tensor, order: Tensor) -> Tensor:

@@ -43,10 +43,14 @@ def get_codec(name: str) -> Codec:
 
         group = None if match[2] == "row" else int(match[2][1:])
         return UniformCodec(name, int(match[1]), group, match[3] is None)
-    if codec_info(name).kind == "sparse":
+    if (info := codec_info(name)).has_mask:
         from compress.codecs.sparse import SparseCodec
 
         return SparseCodec(name)
+    if info.is_factored:
+        from compress.codecs.factors import FactorsCodec
+
+        return FactorsCodec(name, *(get_codec(part) for part in info.parts))
     if name.startswith("e8p"):
         return importlib.import_module("compress.codecs.e8p").E8P_CODECS[name]
     if name.startswith("trellis"):
@@ -61,7 +65,9 @@ def get_codec(name: str) -> Codec:
 
 def block_codec(name: str, in_features: int) -> BlockCodec:
     """The codec as a solver needs it, with row-wide groups bound to the row length."""
+    from compress.codecs.base import BlockCodec
+
     codec = get_codec(name)
-    if codec.kind == "float":
-        raise TypeError(f"{name} stores values as they are; there is nothing to solve")
-    return codec.for_row(in_features) if codec.kind in ("uniform", "vector") else codec
+    if not isinstance(codec, BlockCodec):
+        raise TypeError(f"{name} has no codes of its own; there is nothing to solve")
+    return codec.for_row(in_features)

@@ -9,6 +9,7 @@ only this picture: they choose units through `nearest`, improve scales through `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Generic, cast
@@ -17,9 +18,13 @@ import torch
 from torch import Tensor
 
 from compress.codecs.grid import G, ScaleGrid, SuperBlockGrid, SuperBlockMinGrid, rows_joined
+from compress.codecs.names import CodecInfo, codec_info
 from compress.codecs.refit import descend, numbers, refitted
 from compress.codecs.scales import TINY, IntegerScale, half, safe_divisor
 from compress.weights import Packed
+
+Rows = slice | Tensor
+"""Rows a to b (multiples of what the codec codes together), or int64 [k] of any rows."""
 
 
 class Codec(ABC):
@@ -28,6 +33,11 @@ class Codec(ABC):
     name: str
     kind: str
 
+    @property
+    def info(self) -> CodecInfo:
+        """What is declared of the codec without torch."""
+        return codec_info(self.name)
+
     @abstractmethod
     def bits_per_weight(self, in_features: int) -> float:
         """Everything stored, scales and padding included, over the number of weights in a row."""
@@ -35,6 +45,22 @@ class Codec(ABC):
     @abstractmethod
     def unpack(self, packed: Packed) -> Tensor:
         """Decode to float32 of the packed shape."""
+
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some rows of a stored matrix: values [k, n] of `dtype` and, for codecs with one scale a row, those scales
+        float32 [k, 1], still to be multiplied.
+
+        shape: of the whole matrix; parts: as our own container stores them, without the signs of incoherence. This one
+        goes by `unpack`: of the rows alone where each has its own entry in every part. Formats with faster look-ups
+        override it.
+        """
+        if all(part.dim() and part.shape[0] == shape[0] for part in parts.values()):
+            chosen = {name: part[rows] for name, part in parts.items()}
+            count = len(next(iter(chosen.values())))
+            return self.unpack(Packed(self.name, (count, shape[1]), chosen)).to(dtype), None
+        return self.unpack(Packed(self.name, shape, dict(parts)))[rows].to(dtype), None
 
 
 class BlockCodec(Codec, Generic[G]):
@@ -56,6 +82,10 @@ class BlockCodec(Codec, Generic[G]):
 
     def bits_per_weight(self, in_features: int) -> float:
         return 8.0 * self.block_bytes / self.span
+
+    def for_row(self, in_features: int) -> BlockCodec[G]:
+        """The codec for rows of `in_features` columns, where its spans depend on them; else itself."""
+        return self
 
     # -- the solver's view -------------------------------------------------------------------------------------
     @abstractmethod
@@ -157,6 +187,19 @@ class BlockCodec(Codec, Generic[G]):
         if offset is not None:
             out = out - offset.repeat_interleave(self.sub, dim=1)
         return out.reshape(rows, n)
+
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Codec; `BlockCodec.unpack` without columns of repeated scales."""
+        if type(self).unpack is not BlockCodec.unpack:
+            return super().decode_rows(shape, parts, rows, dtype)
+        blocks = parts["blocks"][rows]
+        units, scale, offset = self.unpack_blocks(blocks.reshape(-1, self.block_bytes))
+        values = units.reshape(*scale.shape, self.sub) * scale[..., None]
+        if offset is not None:
+            values -= offset[..., None]
+        return values.reshape(len(blocks), shape[1]).to(dtype), None
 
     def pack_blocks(self, units: Tensor, grid: G) -> Tensor:
         """units [B, span], grid with one block a row -> uint8 [B, block_bytes]."""

@@ -19,15 +19,16 @@ short vectors of E8, or E8P again, times a fixed ratio. Meant for rows of roughl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from compress.codecs.base import BlockCodec
+from compress.codecs.base import BlockCodec, Rows
 from compress.codecs.grid import ScaleGrid
+from compress.codecs.lookup import look_up
 from compress.codecs.scales import TINY, half
 from compress.weights import Packed
 
@@ -299,6 +300,28 @@ class E8PCodec(BlockCodec[ScaleGrid]):
     def unpack(self, packed: Packed) -> Tensor:
         planes = [packed.parts[name] for name in ("codes", "residual") if name in packed.parts]
         return self.decode_codes(*planes) * packed.parts["scales"].float()[:, None]
+
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Codec; one look-up for eight columns of a plane."""
+        planes = [parts[name][rows] for name in ("codes", "residual") if name in parts]
+        # sums of two planes are exact in half precision, but not in bfloat16
+        exact = dtype if dtype == torch.bfloat16 and self.info.exact_bfloat16 else torch.float16
+        tables = _whole_tables(self, planes[0].device, exact)
+        first, *rest = (
+            look_up((plane.view(torch.uint16) if plane.dtype == torch.int16 else plane).to(torch.int32), table)
+            for plane, table in zip(planes, tables, strict=True)
+        )
+        for values in rest:
+            first += values
+        return first.reshape(-1, shape[1]).to(dtype), parts["scales"][rows].float()[:, None]
+
+
+@cache
+def _whole_tables(codec: E8PCodec, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Its tables, kept as whole rows in memory."""
+    return tuple(table.contiguous() for table in codec.tables(device, dtype))
 
 
 class ResidualCodec(E8PCodec):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Codec
+from compress.codecs.base import Codec, Rows
 from compress.weights import Packed
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -27,3 +29,9 @@ class FloatCodec(Codec):
 
     def unpack(self, packed: Packed) -> Tensor:
         return packed.parts["values"].float()
+
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Codec."""
+        return parts["values"][rows].to(dtype), None

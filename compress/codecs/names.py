@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, comb, prod
@@ -21,6 +22,44 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compress.weights import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What holds for all codecs of one kind: the facts that planners, solvers, containers and runtimes ask for.
+
+    is_float: values are stored as they are; is_integer: intN codes with a scale, and maybe a zero point, for every group;
+    stores_zero: a zero is stored exactly whatever its neighbours are, and can go beside a mask, so that single weights
+    may be pruned; incoherent: made for weights between random Hadamard transforms, where its codes live unless a recipe
+    says otherwise; needs_full_blocks: rows must be a multiple of `CodecInfo.block`; falls_back: llama.cpp stores
+    something else where they are not; fixed_rows: every row by itself takes the same number of bytes; small_units: units
+    are small integers, a byte each while a model is worked on; codes_a_byte: so are the codes until a container packs
+    them; has_mask, is_factored: made by a plan of other codecs, with a mask or as the product of two matrices.
+    """
+
+    is_float: bool = False
+    is_integer: bool = False
+    stores_zero: bool = False
+    incoherent: bool = False
+    needs_full_blocks: bool = True
+    falls_back: bool = False
+    fixed_rows: bool = False
+    small_units: bool = False
+    codes_a_byte: bool = False
+    has_mask: bool = False
+    is_factored: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "float": Kind(is_float=True, stores_zero=True, needs_full_blocks=False, fixed_rows=True),
+    "ggml": Kind(falls_back=True, fixed_rows=True, small_units=True),
+    "uniform": Kind(is_integer=True, stores_zero=True, needs_full_blocks=False, small_units=True, codes_a_byte=True),
+    "bnb": Kind(),
+    "vector": Kind(incoherent=True),
+    "block": Kind(fixed_rows=True),
+    "sparse": Kind(has_mask=True),
+    "factors": Kind(needs_full_blocks=False, is_factored=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +71,8 @@ class CodecInfo:
     of one code, `symmetric` says that the zero point is fixed at 2^(bits-1), `rows` how many rows must be coded
     together. `fallback_only` codecs cannot be asked for in a recipe. `parts` are the codecs that a sparse one (of its
     values) or a factored one (dictionary, coefficients) is made of; `keep` of `of` columns stay in an n:m codec.
+    `double_quantized`: the scales are quantized, too; `exact_bfloat16`: units are bfloat16 numbers; `scales_by`: the codec
+    on which scalings are judged in its place, where it is slow to search. The other facts are those of its `Kind`.
     """
 
     name: str
@@ -46,14 +87,79 @@ class CodecInfo:
     parts: tuple[str, ...] = ()
     keep: int = 0
     of: int = 0
+    double_quantized: bool = False
+    exact_bfloat16: bool = False
+    scales_by: str | None = None
+
+    @property
+    def facts(self) -> Kind:
+        """What holds for its kind."""
+        return KINDS[self.kind]
 
     @property
     def derived(self) -> bool:
         """Whether a plan makes it of other codecs, so that a recipe cannot name it."""
-        return self.kind in DERIVED
+        return self.has_mask or self.is_factored
 
+    @property
+    def is_float(self) -> bool:
+        """See Kind."""
+        return self.facts.is_float
 
-DERIVED = ("sparse", "factors")
+    @property
+    def is_integer(self) -> bool:
+        """See Kind."""
+        return self.facts.is_integer
+
+    @property
+    def stores_zero(self) -> bool:
+        """See Kind."""
+        return self.facts.stores_zero
+
+    @property
+    def incoherent(self) -> bool:
+        """See Kind."""
+        return self.facts.incoherent
+
+    @property
+    def needs_full_blocks(self) -> bool:
+        """See Kind."""
+        return self.facts.needs_full_blocks
+
+    @property
+    def falls_back(self) -> bool:
+        """See Kind."""
+        return self.facts.falls_back
+
+    @property
+    def fixed_rows(self) -> bool:
+        """See Kind."""
+        return self.facts.fixed_rows
+
+    @property
+    def has_mask(self) -> bool:
+        """See Kind."""
+        return self.facts.has_mask
+
+    @property
+    def is_factored(self) -> bool:
+        """See Kind."""
+        return self.facts.is_factored
+
+    @property
+    def stores_mask(self) -> bool:
+        """Whether a mask is stored anywhere: its own, or one of its factors'."""
+        return self.has_mask or any(codec_info(part).has_mask for part in self.parts)
+
+    @property
+    def one_scale_a_row(self) -> str:
+        """The codec with the same codes and one scale a row; itself where scales have no groups to choose."""
+        return f"int{self.bits}-row" if self.is_integer else self.name
+
+    @property
+    def is_row_int8(self) -> bool:
+        """Whether codes are signed bytes with one scale a row, which multiply 8-bit activations as integers."""
+        return self.is_integer and self.bits == 8 and self.symmetric and self.block == 0
 
 
 def _ggml(name: str, block: int, size: int, fallback: str | None = None, *, only: bool = False) -> CodecInfo:
@@ -89,11 +195,15 @@ _FIXED = {
         _ggml("tq1_0", 256, 54, "q4_0"),
         _ggml("mxfp4", 32, 17),
         CodecInfo("nf4", "bnb", 64, 32 + 4, bits=4),
-        CodecInfo("nf4-dq", "bnb", 64, 32 + 1, bits=4),
+        CodecInfo("nf4-dq", "bnb", 64, 32 + 1, bits=4, double_quantized=True),
         CodecInfo("fp4", "bnb", 64, 32 + 4, bits=4),
-        CodecInfo("fp4-dq", "bnb", 64, 32 + 1, bits=4),
-        *(CodecInfo(f"e8p{bits if bits > 2 else ''}", "vector", 8, bits, bits=bits) for bits in (2, 3, 4)),
-        *(CodecInfo(f"trellis{bits}", "vector", 16, 2 * bits, bits=bits, rows=16) for bits in (2, 3, 4)),
+        CodecInfo("fp4-dq", "bnb", 64, 32 + 1, bits=4, double_quantized=True),
+        CodecInfo("e8p", "vector", 8, 2, bits=2, exact_bfloat16=True),
+        CodecInfo("e8p3", "vector", 8, 3, bits=3),
+        CodecInfo("e8p4", "vector", 8, 4, bits=4),
+        CodecInfo("trellis2", "vector", 16, 4, bits=2, rows=16, scales_by="e8p"),
+        CodecInfo("trellis3", "vector", 16, 6, bits=3, rows=16, scales_by="e8p3"),
+        CodecInfo("trellis4", "vector", 16, 8, bits=4, rows=16, scales_by="e8p4"),
     )
 }
 _UNIFORM = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
@@ -115,7 +225,9 @@ _REGISTERED: dict[str, CodecInfo] = {}
 
 
 def register_info(info: CodecInfo) -> None:
-    """Make a codec from outside known by name. Raises ValueError when the name is taken."""
+    """Make a codec from outside known by name. Raises ValueError when the name is taken or its kind is unknown."""
+    if info.kind not in KINDS:
+        raise ValueError(f"{info.name} is of an unknown kind {info.kind!r}; kinds are {', '.join(KINDS)}")
     known = _REGISTERED.get(info.name)
     if info.name in _FIXED or _UNIFORM.fullmatch(info.name) or known not in (None, info):
         raise ValueError(f"there is a codec called {info.name} already; give yours another name")
@@ -139,9 +251,9 @@ def codec_info(name: str) -> CodecInfo:
         bits, group, asymmetric = match.groups()
         block = 0 if group == "row" else int(group[1:])
         return CodecInfo(canonical, "uniform", block, bits=int(bits), symmetric=asymmetric is None)
-    if (match := _FACTORS.fullmatch(canonical)) and all(codec_info(part).kind != "factors" for part in match.groups()):
+    if (match := _FACTORS.fullmatch(canonical)) and not any(codec_info(part).is_factored for part in match.groups()):
         return CodecInfo(canonical, "factors", 1, parts=match.groups())
-    if (match := _SPARSE.fullmatch(canonical)) and (inner := codec_info(match[3])).kind in SPARSE_VALUES:
+    if (match := _SPARSE.fullmatch(canonical)) and (inner := codec_info(match[3])).stores_zero:
         keep, of = int(match[1] or 0), int(match[2] or 0)
         return CodecInfo(canonical, "sparse", inner.block, bits=inner.bits, symmetric=inner.symmetric,
                          parts=(inner.name,), keep=keep, of=of)  # fmt: skip
@@ -149,7 +261,7 @@ def codec_info(name: str) -> CodecInfo:
     raise KeyError(f"unknown codec {name!r}; nearest: {', '.join(near) or ', '.join(FIXED_NAMES)}")
 
 
-SPARSE_VALUES = ("float", "uniform")
+SPARSE_VALUES = tuple(kind for kind, facts in KINDS.items() if facts.stores_zero)
 """Kinds of codec that hold a zero exactly, so that kept values can be stored beside a mask."""
 
 
@@ -172,18 +284,19 @@ def block_columns(codec: str) -> int:
 def fits(codec: str, in_features: int) -> bool:
     """Whether rows of `in_features` can be stored at all; uniform codecs allow a last group that is not full."""
     info = codec_info(codec)
-    return info.kind == "uniform" or in_features % info.block == 0
+    return not info.needs_full_blocks or in_features % (info.block or 1) == 0
 
 
 def ggml_fallback(codec: str, in_features: int) -> str | None:
-    """What llama.cpp stores instead when rows of `in_features` do not divide into blocks; None when they do.
+    """What llama.cpp stores instead of a ggml codec when rows of `in_features` do not divide into its blocks; None when
+    they do, and for all other codecs.
 
     Types with 256 columns a block fall to one with 32 (iq2/iq3/iq4_xs -> iq4_nl, q2_k/q3_k -> q4_0, q4_k ->
     q5_0, q5_k -> q5_1, q6_k -> q8_0), and to f16 where 32 does not divide either. Types that start at 32 have
     no rule there (llama-quantize stops); they fall to f16 here. Source: tensor_type_fallback in llama-
     quant.cpp.
     """
-    if fits(codec, in_features):
+    if fits(codec, in_features) or not codec_info(codec).falls_back:
         return None
     fallback = codec_info(codec).fallback
     return fallback if fallback is not None and fits(fallback, in_features) else "f16"
@@ -192,7 +305,7 @@ def ggml_fallback(codec: str, in_features: int) -> str | None:
 def row_bytes(codec: str, in_features: int) -> int:
     """Bytes of one row of a float or ggml matrix. Raises ValueError for other codecs, whose rows share something."""
     info = codec_info(codec)
-    if info.kind not in ("float", "ggml", "block"):
+    if not info.fixed_rows:
         raise ValueError(f"rows of {info.name} share something; use stored_bytes(codec, shape)")
     if not fits(codec, in_features):
         raise ValueError(f"{info.name} needs rows of a multiple of {info.block} columns, not {in_features}")
@@ -208,13 +321,13 @@ def stored_bytes(codec: str, shape: tuple[int, ...]) -> int:
     sign bit a row and a sign bit a column.
     """
     info = codec_info(codec)
-    if info.kind in ("float", "ggml", "block"):
+    if info.fixed_rows:
         return prod(shape[:-1]) * row_bytes(codec, shape[-1])
     *lead, rows, columns = shape
     if info.kind == "bnb":
         blocks = rows * columns // info.block
-        return prod(lead) * (blocks * info.block_bytes + (4 * (ceil(blocks / 256) + 1) if "dq" in info.name else 0))
-    if info.kind == "vector":
+        return prod(lead) * (blocks * info.block_bytes + (4 * (ceil(blocks / 256) + 1) if info.double_quantized else 0))
+    if info.incoherent:
         codes = rows * columns * info.bits // 8
         return prod(lead) * (codes + 2 * rows + ceil(rows / 8) + ceil(columns / 8))
     if info.derived:
@@ -233,16 +346,16 @@ def packed_bytes(codec: str, shape: tuple[int, ...], kept: int | None = None, at
     of its dictionary.
     """
     info, (rows, columns) = codec_info(codec), (1, *shape)[-2:]
-    if info.kind == "factors":
+    if info.is_factored:
         assert atoms is not None
         return packed_bytes(info.parts[0], (atoms, columns)) + packed_bytes(info.parts[1], (rows, atoms), kept)
-    if info.kind == "vector":
+    if info.incoherent:
         return stored_bytes(info.name, shape) - ceil(rows / 8) - ceil(columns / 8)
-    if info.kind not in ("uniform", "sparse"):
+    if not info.is_integer and not info.has_mask:
         return stored_bytes(info.name, shape)
     groups = (ceil(columns / info.block) if info.block else 1) if info.bits else 0
     scales = rows * (2 * groups + (0 if info.symmetric else ceil(groups * info.bits / 8)))
-    if info.kind == "uniform":
+    if info.is_integer:
         return scales + rows * ceil(columns * info.bits / 8)
     assert kept is not None
     mask = rows * ceil(columns // info.of * mask_bits(codec) / 8 if info.of else columns / 8)

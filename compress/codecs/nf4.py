@@ -10,13 +10,15 @@ mean is subtracted, and 256 of them, row after row, share one float32. The 8-bit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from compress.codecs.base import ScalarCodec
+from compress.codecs.base import Rows, ScalarCodec
 from compress.codecs.grid import DoubleQuantizedGrid, ScaleGrid
+from compress.codecs.lookup import look_up
 from compress.codecs.scales import TINY
 from compress.weights import Packed
 
@@ -159,6 +161,15 @@ class FourBit(ScalarCodec[BlockGrid]):
             grid = ScaleGrid(parts["absmax"])
         return self.decode(self.table.to(codes.device)[codes.int()], grid)
 
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Codec."""
+        data = parts["codes"][rows].to(torch.int32)
+        values = look_up(data, _pairs(self, data.device)).reshape(len(data), -1, BLOCK)
+        scales = _nested_scales(parts, rows) if self.nested else parts["absmax"][rows]
+        return values.mul_(scales[..., None]).reshape(len(data), shape[1]).to(dtype), None
+
 
 class _AnyLevels:
     """Scales that can be any number."""
@@ -199,6 +210,26 @@ class _NestedLevels(_AnyLevels):
 def _per_scale(nested: Tensor, count: int) -> Tensor:
     """[ceil(count / 256)] -> [count], every value for the 256 scales that share it."""
     return nested.repeat_interleave(NESTED_BLOCK)[:count]
+
+
+def _nested_scales(parts: Mapping[str, Tensor], rows: Rows) -> Tensor:
+    """Block scales of double quantization, float32 [k, blocks]: 256 of them share a scale, row after row."""
+    codes, nested = parts["absmax"], parts["nested_absmax"]
+    starts = torch.arange(len(codes), device=codes.device)[rows] * codes.shape[1]
+    place = (starts[:, None] + torch.arange(codes.shape[1], device=codes.device)) // NESTED_BLOCK
+    return _dynamic_levels(codes.device)[codes[rows].long()] * nested[place] + parts["offset"]
+
+
+@cache
+def _dynamic_levels(device: torch.device) -> Tensor:
+    return dynamic_map().to(device)
+
+
+@cache
+def _pairs(codec: FourBit, device: torch.device) -> Tensor:
+    """Entry i: the levels of the two codes in byte i, the high half first; float32 [256, 2]."""
+    octets = torch.arange(256, device=device)
+    return codec.table.to(device)[torch.stack((octets >> 4, octets & 0xF), dim=1)]
 
 
 CODEC = FourBit("nf4", LEVELS, nested=False)

@@ -21,8 +21,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from compress.codecs.base import Codec
-from compress.codecs.names import codec_info, mask_bits, packed_bytes
+from compress.codecs.base import Codec, Rows
+from compress.codecs.lookup import codes as looked_up
+from compress.codecs.names import CodecInfo, codec_info, mask_bits, packed_bytes
 from compress.codecs.packing import pack_bits, unpack_bits, unpack_run
 from compress.weights import Packed
 
@@ -33,8 +34,12 @@ class SparseCodec(Codec):
     kind = "sparse"
 
     def __init__(self, name: str):
-        self.name, self.info = name, codec_info(name)
+        self.name, self._info = name, codec_info(name)
         self.values = codec_info(self.info.parts[0])
+
+    @property
+    def info(self) -> CodecInfo:
+        return self._info
 
     def bits_per_weight(self, in_features: int) -> float:
         """Of an n:m codec; for masks of any shape with half of the weights kept."""
@@ -44,7 +49,7 @@ class SparseCodec(Codec):
     def pack(self, inner: Packed, mask: Tensor) -> Packed:
         """inner: the matrix [R, n] in the codec of the values; mask: bool [R, n], True where a weight stays."""
         parts = {"mask": self._pack_mask(mask)}
-        if self.values.kind == "float":
+        if self.values.is_float:
             parts["values"] = inner.parts["values"][mask]
         else:
             parts["codes"] = pack_bits(inner.parts["codes"][mask][None], self.info.bits)[0]
@@ -63,7 +68,7 @@ class SparseCodec(Codec):
         mask = self.mask(parts["mask"][rows], columns)
         first, last = int(starts[rows.start]), int(starts[rows.stop])
         out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        if self.values.kind == "float":
+        if self.values.is_float:
             return out.masked_scatter_(mask, parts["values"][first:last].float())
         codes = unpack_run(parts["codes"], self.info.bits, first, last).float()
         scales = parts["scales"][rows].float()
@@ -75,6 +80,37 @@ class SparseCodec(Codec):
             out.masked_scatter_(mask, codes)
             out -= zeros.repeat_interleave(columns // groups, 1) * mask
         return out.reshape(len(mask), groups, -1).mul_(scales[..., None]).reshape(mask.shape)
+
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Codec; rows: a slice, parts: also "starts", of `row_starts`.
+
+        Every column looks up its value: where the values of its group of columns start, plus its place among those that
+        stay there; all that do not look at a zero in front.
+        """
+        assert isinstance(rows, slice)
+        info, columns = self.info, shape[1]
+        first, last = parts["starts"][[rows.start, rows.stop]].tolist()
+        if not info.bits:
+            values = parts["values"][first:last].to(dtype)
+        else:
+            start = first // 8 * 8  # eight codes fill whole bytes
+            run = parts["codes"][start * info.bits // 8 : -(-last * info.bits // 8)]
+            middle = 2 ** (info.bits - 1) if info.symmetric else 0
+            values = looked_up(run[None], info.bits, last - start, middle)[0, first - start :]
+        index = _places(info, columns, parts["mask"][rows])
+        out = torch.cat((values.new_zeros(1), values)).index_select(0, index).reshape(-1, columns)
+        if not info.bits:
+            return out, None
+        scales = parts["scales"][rows].float()
+        grouped = out.reshape(*scales.shape, -1)
+        if not info.symmetric:
+            zeros = looked_up(parts["zeros"][rows], info.bits, scales.shape[1])[..., None]
+            grouped.sub_(zeros * (index > 0).reshape(grouped.shape))
+        elif scales.shape[1] == 1:
+            return out.to(dtype), scales
+        return grouped.mul_(scales[..., None]).reshape(-1, columns).to(dtype), None
 
     # -- masks -----------------------------------------------------------------------------------------------------
     def mask(self, data: Tensor, columns: int) -> Tensor:
@@ -120,3 +156,36 @@ def _ones(device: torch.device) -> Tensor:
     """Set bits of every byte."""
     octets = torch.arange(256, device=device)
     return ((octets[:, None] >> torch.arange(8, device=device)) & 1).sum(1)
+
+
+def _places(info: CodecInfo, columns: int, mask: Tensor) -> Tensor:
+    """One more than each column's place among all kept values of some rows, 0 where nothing is kept; int32 [k * columns].
+
+    mask: their bytes.
+    """
+    count, table = _mask_table(info.keep, info.of, mask.device)
+    if info.of:
+        bits, many = mask_bits(info.name), columns // info.of
+        numbers = looked_up(mask, bits, many) if bits in (2, 3, 4, 8) else unpack_bits(mask, bits, many)
+        groups = numbers.reshape(-1).int()
+        starts = torch.arange(len(groups), dtype=torch.int32, device=mask.device) * info.keep
+    else:
+        groups = mask.reshape(-1).int()
+        counts = count.index_select(0, groups)
+        starts = counts.cumsum(0, dtype=torch.int32) - counts
+    places = table.index_select(0, groups).add_(starts[:, None]).clamp_min_(0)
+    if not info.of and columns % 8:
+        places = places.reshape(len(mask), -1)[:, :columns]
+    return places.reshape(-1)
+
+
+@cache
+def _mask_table(keep: int, of: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """By the number of a group's mask: how many columns stay [m], and one more than the place of each among them, far
+    below zero for those that do not, [m, of]; a group is a byte's eight columns where `of` is 0. int32."""
+    if of:
+        kept = combinations_table(keep, of, device)
+    else:
+        kept = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1 > 0
+    places = kept.int().cumsum(1, dtype=torch.int32)
+    return kept.int().sum(1, dtype=torch.int32), torch.where(kept, places, torch.iinfo(torch.int32).min // 2)

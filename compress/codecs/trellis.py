@@ -9,6 +9,7 @@ stores exactly K bits a weight. The value is `code_table(L, K)[state]`, in units
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from functools import cache
 from math import lcm, prod
 from statistics import NormalDist
@@ -16,8 +17,9 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from compress.codecs.base import BlockCodec
+from compress.codecs.base import BlockCodec, Rows
 from compress.codecs.grid import ScaleGrid
+from compress.codecs.lookup import look_up
 from compress.codecs.scales import half
 from compress.weights import Packed
 
@@ -235,6 +237,35 @@ class TrellisCodec(BlockCodec[ScaleGrid]):
         bands = packed.parts["codes"].split(_bands(packed.shape[1]))
         units = torch.cat([self.decode_codes(band) for band in bands])
         return units.mul_(packed.parts["scales"].float()[:, None])
+
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Codec; rows: a slice. One look-up for two columns, by the bits that make both states."""
+        assert isinstance(rows, slice)
+        codes = parts["codes"][rows.start // TILE : rows.stop // TILE]
+        high, wide = codes.shape[:2]
+        # every byte with the two before it on the tile's circle, which hold all bits of the states that end in it
+        octets = torch.cat((codes[..., -2:], codes), dim=-1).to(torch.int32)
+        words = octets[..., 2:] | octets[..., 1:-1] << 8 | octets[..., :-2] << 16
+        group = 3 if self.bits == 3 else 1  # bytes after which pairs end at the same bits again
+        words = words.reshape(high, wide, TILE, -1, group)
+        pairs = 4 * group // self.bits
+        index = torch.empty((high, TILE, wide, TILE // 2 // pairs, pairs), dtype=torch.int32, device=codes.device)
+        table = _pairs(self, codes.device)
+        for pair in range(pairs):
+            octet, bit = divmod(2 * self.bits * (pair + 1) - 1, 8)
+            index[..., pair] = ((words[..., octet] >> (7 - bit)) & (len(table) - 1)).transpose(1, 2)
+        values = look_up(index, table).reshape(-1, shape[1])
+        return values.to(dtype), parts["scales"][rows].float()[:, None]
+
+
+@cache
+def _pairs(codec: TrellisCodec, device: torch.device) -> Tensor:
+    """Entry i: the values of the two states within i, in half precision, which holds them; [2^(state_bits + bits), 2]."""
+    windows = torch.arange(1 << (codec.state_bits + codec.bits), device=device)
+    states = torch.stack((windows >> codec.bits, windows & ((1 << codec.state_bits) - 1)), dim=1)
+    return codec.table(device)[states].half()
 
 
 def _bands(n: int) -> int:

@@ -5,11 +5,14 @@ Names: `int{2,3,4,8}-{g32,g64,g128,row}[-asym]`. Symmetric codecs have the zero 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from compress.codecs.base import ScalarCodec
+from compress.codecs.base import Rows, ScalarCodec
 from compress.codecs.grid import ScaleGrid, ZeroPointGrid
+from compress.codecs.lookup import codes as looked_up
 from compress.codecs.scales import TINY, half
 from compress.weights import Packed
 
@@ -93,3 +96,18 @@ class UniformCodec(ScalarCodec[ScaleGrid | ZeroPointGrid]):
         codes, scales, zeros = (packed.parts[k].float() for k in ("codes", "scales", "zeros"))
         repeat = self.group or packed.shape[1]
         return (codes - zeros.repeat_interleave(repeat, 1)) * scales.repeat_interleave(repeat, 1)
+
+    def decode_rows(
+        self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Codec; the parts' codes and zero points packed to their bits."""
+        scales = parts["scales"][rows].float()
+        count, groups = scales.shape
+        middle = 2 ** (self.bits - 1) if self.symmetric else 0
+        values = looked_up(parts["codes"][rows], self.bits, shape[1], middle)
+        if self.symmetric and groups == 1:
+            return values.to(dtype), scales
+        grouped = values.reshape(count, groups, -1)
+        if not self.symmetric:
+            grouped.sub_(looked_up(parts["zeros"][rows], self.bits, groups)[..., None])
+        return grouped.mul_(scales[..., None]).reshape(count, shape[1]).to(dtype), None

@@ -96,7 +96,7 @@ def _codec(planned: PlannedTensor) -> str:
     for a dictionary and its coefficients."""
     if planned.factors is not None:
         return " x ".join(codec_info(planned.codec).parts)
-    turned = planned.incoherence and codec_info(planned.codec).kind != "vector"  # those never are anything else
+    turned = planned.incoherence and not codec_info(planned.codec).incoherent  # those never are anything else
     return planned.codec + (" had" if turned else "") + (" a8" if planned.activations else "")
 
 

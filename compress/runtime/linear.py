@@ -62,8 +62,7 @@ class PackedLinear(PackedWeight):
 
     @property
     def _integer(self) -> bool:
-        info = codec_info(self.setting.codec)
-        return info.kind == "uniform" and info.bits == 8 and info.symmetric and info.block == 0
+        return codec_info(self.setting.codec).is_row_int8
 
     def _integer_product(self, codes: Tensor) -> Tensor:
         """int8 [tokens, in] -> float32 [tokens, out]: exact sums of integers, times the rows' scales."""

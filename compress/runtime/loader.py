@@ -154,7 +154,7 @@ def _packed_linear(
     from compress.runtime.factored import FactoredLinear
     from compress.runtime.linear import PackedLinear
 
-    kind = FactoredLinear if codec_info(setting.codec).kind == "factors" else PackedLinear
+    kind = FactoredLinear if codec_info(setting.codec).is_factored else PackedLinear
     return kind(setting, shape, parts, bias)
 
 

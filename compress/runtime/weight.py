@@ -38,7 +38,7 @@ class PackedWeight(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         """What the codec reads: all parts but the signs of incoherence."""
         parts = {name: getattr(self, name) for name in self.part_names if name not in SIGNS}
-        if codec_info(self.setting.codec).kind == "sparse":
+        if codec_info(self.setting.codec).has_mask:
             parts["starts"] = self._row_starts()
         return parts
 
@@ -70,7 +70,7 @@ class PackedWeight(nn.Module):
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        exact = self.setting.codec == "e8p" and x.dtype == torch.bfloat16  # decodes in bfloat16
+        exact = codec_info(self.setting.codec).exact_bfloat16 and x.dtype == torch.bfloat16
         few = x.device.type == "cpu" and len(x) <= FEW_TOKENS and not exact
         dtype = torch.float32 if few else x.dtype
         turned = x.to(dtype).T

@@ -16,7 +16,6 @@ from torch import Tensor
 from compress.codecs import block_codec, get_codec
 from compress.codecs.factors import join
 from compress.codecs.names import codec_info
-from compress.decode import product
 from compress.errors import CheckpointError
 from compress.solvers.base import Solution, damped_gram, relative_error
 from compress.solvers.options import SolverOptions
@@ -60,7 +59,7 @@ def prune_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk
             solved = _solve(wanted, gram, planned.values, solver, masked.mask)
         mask, inner = solved.mask, solved.pack()
     info = codec_info(planned.codec)
-    packed = get_codec(planned.codec).pack(inner, mask) if info.kind == "sparse" else inner
+    packed = get_codec(planned.codec).pack(inner, mask) if info.has_mask else inner
     dense = get_codec(packed.codec).unpack(packed)
     return Shrunk(packed, dense, solved.damping, solved.retries, relative_error(target, dense, gram.float()))
 
@@ -83,7 +82,7 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
         damping = max(damping, atoms.damping, rows.damping)
         retries = max(retries, atoms.retries, rows.retries)
     packed = join(planned.codec, tuple(target.shape), dictionary.parts, coefficients.parts)
-    dense = product(packed)
+    dense = get_codec(packed.codec).unpack(packed)
     return Shrunk(packed, dense, damping, retries, relative_error(target, dense, gram.float()))
 
 

@@ -1,7 +1,7 @@
 """One tensor: from its float weight to what ships, and back. Here transforms, solvers and codecs meet; `shrink` has what
 is pruned or factorised.
 
-Codecs of kind `vector` (and any other whose rule says `incoherence`) are solved in incoherent space: the weight between
+Codecs made for it (and any other whose rule says `incoherence`) are solved in incoherent space: the weight between
 two randomised Hadamard transforms, the gram of its inputs turned with it. The signs ship beside the codes.
 """
 

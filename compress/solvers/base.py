@@ -75,7 +75,7 @@ def of_size_one(gram: Tensor) -> Tensor:
 
 def check_prunable(codec: BlockCodec) -> None:
     """Raises ValueError where a unit of zero is not coded by itself or does not decode to zero."""
-    if codec.kind != "uniform":
+    if not codec.info.stores_zero:
         raise ValueError(f"{codec.name} cannot leave single weights out; use an intN codec")
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 import compress.codecs
 import compress.solvers
 from compress.codecs import block_codec, get_codec
+from compress.codecs import names as codec_names
 from compress.codecs.base import BlockCodec, Codec
-from compress.codecs.names import UNIFORM_NAMES, codec_info
+from compress.codecs.names import UNIFORM_NAMES, codec_info, row_bytes
 from compress.solvers.base import Solution, relative_error
 from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS
 from compress.weights import Factors, Masked, Pattern
@@ -39,6 +40,7 @@ SHARED = {
     "lattice",
     "packing",
     "grid",
+    "lookup",
     "scales",
     "refit",
     "factors",
@@ -64,7 +66,7 @@ FAMILIES = {
     "uniform": ("int2-g64", "int3-g128-asym", "int4-g128", "int4-row", "int8-g32-asym"),
 }
 CODECS = [name for stem in CODEC_FILES for name in FAMILIES.get(stem, (stem,))]
-SOLVABLE = [name for name in CODECS if get_codec(name).kind not in ("float", "sparse")]
+SOLVABLE = [name for name in CODECS if isinstance(get_codec(name), BlockCodec)]
 PAIRS = [(solver, codec) for solver in SOLVER_NAMES for codec in SOLVABLE]
 N = 256
 
@@ -134,6 +136,37 @@ def test_every_known_name_has_a_file() -> None:
     for name in (*_FIXED, *UNIFORM_NAMES):
         assert re.fullmatch(r"[a-z][a-z0-9_-]*", name) and get_codec(name).name == name
     assert {n for n in CODECS if codec_info(n).kind not in ("uniform", "sparse")} == set(_FIXED)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_declared_facts_are_those_of_the_codec(name: str) -> None:
+    """What `names.py` says without torch, against what the codec does."""
+    codec, info = get_codec(name), codec_info(name)
+    assert codec.info == info
+    assert info.is_float == (info.kind == "float") == hasattr(codec, "encode")
+    assert info.derived == (name not in codec_names._FIXED and not info.is_integer)
+    assert (info.kind in codec_names.SPARSE_VALUES) == info.stores_zero == _has_sparse_form(name)
+    if info.fixed_rows:
+        assert 8 * row_bytes(name, 2 * info.block) == codec.bits_per_weight(2 * info.block) * 2 * info.block
+    if info.scales_by is not None:
+        other = codec_info(info.scales_by)
+        assert (other.incoherent, other.bits, other.rows) == (info.incoherent, info.bits, 1)
+    if info.exact_bfloat16:
+        assert all(torch.equal(t, t.bfloat16().float()) for t in codec.tables())
+    if isinstance(codec, BlockCodec) and info.stores_zero:
+        weight, gram = _fixture(name)
+        mask = torch.arange(weight.shape[1]).expand_as(weight) % 3 > 0
+        solution = importlib.import_module("compress.solvers.rtn").solve(
+            weight, gram, block_codec(name, weight.shape[1]), SOLVERS["rtn"](), mask
+        )
+        assert not codec.unpack(solution.pack())[~mask].any()
+
+
+def _has_sparse_form(name: str) -> bool:
+    try:
+        return codec_info(f"sparse-{name}").has_mask
+    except KeyError:
+        return False
 
 
 @pytest.mark.parametrize("name", SOLVABLE)

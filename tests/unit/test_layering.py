@@ -49,6 +49,7 @@ PURE_MAY_IMPORT = {
         "codecs.lattice",
         "codecs.names",
         "codecs.packing",
+        "codecs.lookup",
         *VALUES,
     ),
 }
@@ -63,6 +64,7 @@ SAME_FORMAT = {
     ("compress.codecs", "compress.codecs.float"),  # the package's own look-up
     ("compress.codecs", "compress.codecs.uniform"),
     ("compress.codecs", "compress.codecs.sparse"),
+    ("compress.codecs", "compress.codecs.factors"),
 }
 """Imports between two files of one folder that share a table, each with its reason."""
 

@@ -14,7 +14,7 @@ from compress.codecs.factors import join, split
 from compress.codecs.names import packed_bytes
 from compress.containers import CONTAINERS
 from compress.containers.compress import Setting, packed_of, stored_parts
-from compress.decode import decode, product
+from compress.decode import decode
 from compress.models.spec import TensorSpec
 from compress.plan.tensor import PlannedTensor, factored, pruned
 from compress.runtime.factored import FactoredLinear
@@ -172,7 +172,7 @@ def test_split_undoes_join() -> None:
     first, second = split(packed.codec, packed.shape, packed.parts)
     assert join(packed.codec, packed.shape, first.parts, second.parts).parts.keys() == packed.parts.keys()
     dense = get_codec(second.codec).unpack(second) @ get_codec(first.codec).unpack(first)
-    assert torch.equal(dense, product(packed))
+    assert torch.equal(dense, decode(packed))
 
 
 def test_drift_moves_the_target_of_pruners_that_ask_for_it() -> None:
