@@ -44,6 +44,14 @@ class Target:
         return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
 
 
+def score(target: str, against: str | None = None, *, suite: str = "quick", device: str | None = None) -> Scorecard:
+    """Perplexity, KL divergence and task accuracy of a GGUF file or folder, against its original where that is named.
+
+    Arguments and errors as of `score_target`; device as of `compress.run`.
+    """
+    return score_target(target, against, suite, Reporter(0), device)
+
+
 def score_target(
     target: str, against: str | None, suite: str, reporter: Reporter, device: str | None = None
 ) -> Scorecard:
