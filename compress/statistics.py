@@ -33,13 +33,22 @@ class Moments:
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, n: int, *, drift: bool = False, residual: int | None = None, magnitudes: bool = False) -> Moments:
+    def zeros(
+        cls,
+        n: int,
+        *,
+        drift: bool = False,
+        residual: int | None = None,
+        magnitudes: bool = False,
+        device: torch.device | None = None,
+    ) -> Moments:
+        """Nothing seen yet, of what is asked for; on the CPU unless a device is given."""
         return cls(
-            torch.zeros(n, n),
-            torch.zeros(n, n) if drift else None,
-            torch.zeros(residual, n) if residual else None,
-            torch.zeros(n) if magnitudes else None,
-            torch.zeros(n) if magnitudes else None,
+            torch.zeros(n, n, device=device),
+            torch.zeros(n, n, device=device) if drift else None,
+            torch.zeros(residual, n, device=device) if residual else None,
+            torch.zeros(n, device=device) if magnitudes else None,
+            torch.zeros(n, device=device) if magnitudes else None,
         )
 
     def add(

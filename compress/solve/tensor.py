@@ -100,10 +100,12 @@ def solve_tensor(
     gram = None if statistics is None else statistics.gram
     target = weight if statistics is None else _corrected(weight, statistics, options)
     if gram is None and module.NEEDS_GRAM:
-        gram = torch.eye(weight.shape[1])  # rows that are looked up, not multiplied: plain squared error
+        gram = torch.eye(
+            weight.shape[1], device=weight.device
+        )  # rows that are looked up, not multiplied: plain squared error
     incoherence = None
     if planned.incoherence:
-        incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed))
+        incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed), device=weight.device)
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
     solution = module.solve(target, gram, codec, options)
@@ -111,7 +113,7 @@ def solve_tensor(
 
 
 def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> Shipped:
-    gram = torch.eye(weight.shape[1]) if statistics is None else statistics.gram
+    gram = torch.eye(weight.shape[1], device=weight.device) if statistics is None else statistics.gram
     target = weight if statistics is None else _corrected(weight, statistics, planned.method)
     shrunk = (prune_tensor if planned.pattern is not None else factorize_tensor)(planned, target, gram)
     return Shipped(shrunk.packed, _report(planned, shrunk, statistics))
