@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from compress.containers import gguf
+from compress.containers.base import WriteRequest
 from compress.engines.ggml import quantize
 from compress.engines.llama_cpp import LlamaCpp
 from compress.engines.streamed import StreamedSource
 from compress.models.checkpoint import Checkpoint
-from compress.models.forward import forward_attention, forward_ffn
+from compress.models.forward import Taps
 from compress.models.spec import ModelSpec
 from compress.plan import Plan, make_plan
 from compress.recipe import load_recipe
@@ -30,6 +31,7 @@ from compress.report.progress import Reporter
 from compress.run import compress_model, load_calibration
 from compress.scoring.divergence import paired_ratio, score_many
 from compress.streaming.journal import Journal
+from compress.streaming.walk import walk
 from compress.text import eval_windows, load_tokenizer
 from compress.weights import Packed
 
@@ -64,15 +66,12 @@ def imatrix(checkpoint: Checkpoint, spec: ModelSpec, ids: np.ndarray, batch: int
 
         return see
 
-    table = checkpoint.load("model.embed_tokens.weight").float()
+    table = checkpoint.load(spec.embeddings).float()
     hidden = [
         table[torch.from_numpy(np.ascontiguousarray(ids[i : i + batch])).long()] for i in range(0, len(ids), batch)
     ]
-    for layer in range(spec.layers):
-        weights = {t.name: checkpoint.load(t.name).float() for t in spec.block_tensors(layer)}
-        for i, states in enumerate(hidden):
-            middle = forward_attention(spec, layer, weights, states, observe=observer(layer))
-            hidden[i] = forward_ffn(spec, layer, weights, middle, observe=observer(layer))
+    for block in walk(spec, checkpoint.load):
+        hidden = [block.forward(states, Taps(observer(block.layer))) for states in hidden]
     out: dict[str, list[np.ndarray]] = {}
     for tensor in spec.tensors():
         if tensor.input is None or tensor.layer is None or tensor.role == "router":
@@ -88,7 +87,7 @@ def ours(plan: Plan, checkpoint: Checkpoint, folder: Path) -> tuple[Path, float]
     journal = Journal.open(folder / "work", plan.digest, fresh=True)
     with torch.inference_mode():
         compress_model(plan, checkpoint, journal, Reporter(0))
-    files = gguf.write(folder / "ours.gguf", plan.spec, plan.tensors, journal.fetch, source=plan.source)
+    files = gguf.write(WriteRequest(folder / "ours.gguf", plan.spec, plan.tensors, journal.fetch, source=plan.source))
     return files[0], time.monotonic() - started
 
 
@@ -101,7 +100,7 @@ def reference(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Path:
         values = checkpoint.load(name).float()
         return Packed("f32", tuple(values.shape), {"values": values})
 
-    return gguf.write(folder / "original.gguf", plan.spec, tensors, fetch, source=plan.source)[0]
+    return gguf.write(WriteRequest(folder / "original.gguf", plan.spec, tensors, fetch, source=plan.source))[0]
 
 
 def exact(plan: Plan, checkpoint: Checkpoint, theirs: Path, mine: Path, windows: np.ndarray) -> str:

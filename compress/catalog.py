@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress.codecs.names import CONTAINERS, FIXED_NAMES, UNIFORM_NAMES, codec_info, stored_bytes
+from compress.codecs.names import FIXED_NAMES, UNIFORM_NAMES, codec_info, registered, stored_bytes
+from compress.containers import CONTAINERS
 from compress.recipe.schema import Factorize, Prune
 from compress.recipe.schemes import SCHEMES
 from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS, RecoverOptions
@@ -72,22 +73,11 @@ def steps() -> tuple[Method, ...]:
 def codecs() -> tuple[CodecLine, ...]:
     """Every codec a recipe may name, smallest first."""
     lines = []
-    for name in (*FIXED_NAMES, *UNIFORM_NAMES):
-        kind = codec_info(name).kind
+    for name in (*FIXED_NAMES, *UNIFORM_NAMES, *registered()):
         bits = 8 * stored_bytes(name, REFERENCE) / (REFERENCE[0] * REFERENCE[1])
-        takers = tuple(c for c, info in CONTAINERS.items() if kind in info.kinds and _takes(c, name))
-        lines.append(CodecLine(name, kind, bits, takers))
+        takers = tuple(container.name for container in CONTAINERS.values() if container.takes(name))
+        lines.append(CodecLine(name, codec_info(name).kind, bits, takers))
     return tuple(sorted(lines, key=lambda line: (line.bits_per_weight, line.name)))
-
-
-def _takes(container: str, codec: str) -> bool:
-    """Whether a container that holds the kind holds this codec of it."""
-    info = codec_info(codec)
-    if info.kind != "uniform":
-        return True
-    if container == "awq":
-        return info.bits == 4 and info.block > 0
-    return container != "compressed-tensors" or info.bits in (4, 8)
 
 
 def as_dict() -> Mapping[str, Any]:
@@ -98,6 +88,6 @@ def as_dict() -> Mapping[str, Any]:
         "pruners": [asdict(m) for m in pruners()],
         "factorizers": [asdict(m) for m in factorizers()],
         "codecs": [asdict(c) for c in codecs()],
-        "containers": {name: info.engines for name, info in CONTAINERS.items()},
+        "containers": {name: container.engines for name, container in CONTAINERS.items()},
         "schemes": list(SCHEMES),
     }

@@ -24,7 +24,8 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub 
 OutputOption = Annotated[str | None, typer.Option("--output", help="Output folder, instead of the recipe's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, as calibration.samples=64; repeatable.")]
 PluginOption = Annotated[
-    list[str] | None, typer.Option("--plugin", help="A Python file that registers a codec; its code runs. Repeatable.")
+    list[str] | None,
+    typer.Option("--plugin", help="A Python file that registers codecs or containers; its code runs. Repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
@@ -99,7 +100,7 @@ def plan(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
 ) -> None:
     """Prove a recipe legal for its model and show sizes, memory and disk; reads no weights."""
-    from compress.plan.plan import make_plan
+    from compress.plan.make import make_plan
     from compress.recipe import load_recipe
 
     _load_plugins(plugin)
@@ -118,8 +119,9 @@ def plan(
 
 
 @app.command()
-def methods(as_json: JsonOption = False) -> None:
+def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     """List what a recipe can be made of: steps, solvers, codecs with bits a weight, containers and their engines."""
+    _load_plugins(plugin)
     if as_json:
         from compress.catalog import as_dict
 

@@ -43,12 +43,16 @@ class Moments:
         device: torch.device | None = None,
     ) -> Moments:
         """Nothing seen yet, of what is asked for; on the CPU unless a device is given."""
+
+        def sums(*shape: int) -> Tensor:
+            return torch.zeros(*shape, device=device)
+
         return cls(
-            torch.zeros(n, n, device=device),
-            torch.zeros(n, n, device=device) if drift else None,
-            torch.zeros(residual, n, device=device) if residual else None,
-            torch.zeros(n, device=device) if magnitudes else None,
-            torch.zeros(n, device=device) if magnitudes else None,
+            sums(n, n),
+            sums(n, n) if drift else None,
+            sums(residual, n) if residual else None,
+            sums(n) if magnitudes else None,
+            sums(n) if magnitudes else None,
         )
 
     def add(

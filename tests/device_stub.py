@@ -105,7 +105,8 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _placed(leaf: Any, device: torch.device) -> Any:
     """A result on the device where it belongs."""
-    return on_device(leaf) if device == DEVICE and isinstance(leaf, Tensor) else leaf
+    plain = isinstance(leaf, Tensor) and not isinstance(leaf, StubTensor)
+    return on_device(leaf) if plain and device == DEVICE else leaf
 
 
 def _check(name: str, tensors: Sequence[Tensor]) -> None:

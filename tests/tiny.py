@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ _COMMON = {
     "tie_word_embeddings": False,
 }
 
+_EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_DELTA = {
+    "num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 8, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}  # fmt: skip
+_LATENT = {
+    "num_hidden_layers": 3, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1,
+    "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 20,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
@@ -46,12 +56,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
-}
+    "qwen3_next": (
+        "Qwen3Next",
+        {**_DELTA, **_EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 48, "norm_topk_prob": True},
+    ),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", {**_DELTA, **_EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 48}),
+    "qwen3_5_text": ("Qwen3_5", _DELTA),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {**_LATENT, **_EXPERTS, "q_lora_rank": None, "routed_scaling_factor": 1.5, "topk_method": "greedy"},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **_LATENT, **_EXPERTS, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+        },
+    ),
+}  # fmt: skip
 
 
 def demo_model() -> Path:
     """The trained demo model that ships in models/ (its tokenizer is the tiny models' tokenizer)."""
     return Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3-moe"
+
+
+def _config(family: str, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    prefix, defaults = FAMILIES[family]
+    kind = f"{prefix}TextConfig" if hasattr(transformers, f"{prefix}TextConfig") else f"{prefix}Config"
+    return getattr(transformers, kind)(**{**_COMMON, **defaults, **overrides})
+
+
+def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
+    """The config.json that transformers writes for a tiny model."""
+    return json.loads(json.dumps(_config(family, overrides).to_dict()))
 
 
 def tiny_model(
@@ -73,15 +113,18 @@ def tiny_model(
     import torch
     import transformers
 
-    prefix, defaults = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**_COMMON, **defaults, **overrides})
+    prefix, config = FAMILIES[family][0], _config(family, overrides)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("A_log"):
+                parameter.copy_(torch.rand(parameter.shape, generator=generator).log())
+            elif "norm" in name and parameter.abs().max() == 0:  # of 1 + w
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("bias"):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
             elif parameter.dim() == 1:
                 parameter.copy_(1.0 + 0.2 * torch.randn(parameter.shape, generator=generator))
@@ -89,6 +132,9 @@ def tiny_model(
                 fan_in = parameter.shape[-1]
                 scale = 1.0 if "embed" in name else 2.0 / fan_in**0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

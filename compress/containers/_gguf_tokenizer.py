@@ -328,3 +328,16 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | tuple[Map
     if isinstance(template, list):
         return tuple({"name": entry["name"], "template": entry["template"]} for entry in template)
     return template
+
+
+def vocabulary_bytes(source: Path) -> int:
+    """About what the vocabulary takes in the file: lengths, texts and kinds of tokens, and merges. 0 where it cannot be
+    read: the run itself will say what is wrong with it."""
+    try:
+        model = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        tokens, merges = model.get("vocab") or (), model.get("merges") or ()
+        texts = [token if isinstance(token, str) else token[0] for token in tokens]
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return 0
+    return sum(len(t.encode()) + 12 for t in texts) + sum(len(p.encode()) + 8 for p in pairs)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from compress.containers._safetensors import Options, Slot, write_checkpoint
+from compress.containers._safetensors import Slot, write_checkpoint
+from compress.containers.base import PlannedTensor, WriteRequest
 from compress.errors import OutputError
-from compress.models.spec import ModelSpec, TensorSpec
+from compress.models.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,26 +19,6 @@ if TYPE_CHECKING:
 
 FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 """Float codecs: their safetensors and their torch name."""
-
-_FUSED = {
-    **dict.fromkeys(("attention.q", "attention.k", "attention.v"), "q, k and v"),
-    **dict.fromkeys(("mlp.gate", "mlp.up"), "gate and up"),
-    **dict.fromkeys(("shared_experts.gate", "shared_experts.up"), "the shared expert's gate and up"),
-    **dict.fromkeys(
-        ("routed_experts.gate", "routed_experts.up", "routed_experts.down"), "the routed experts of a layer"
-    ),
-}
-
-
-class PlannedTensor(Protocol):
-    """One line of the plan: what `check_plan` and `write` read of it."""
-
-    @property
-    def spec(self) -> TensorSpec: ...
-    @property
-    def codec(self) -> str: ...
-    @property
-    def activations(self) -> str | None: ...
 
 
 def module_of(tensor: TensorSpec) -> str:
@@ -58,7 +39,7 @@ def fused_problem(tensors: Sequence[PlannedTensor], form: Callable[[PlannedTenso
     """
     first: dict[tuple[int | None, str], PlannedTensor] = {}
     for planned in tensors:
-        if (together := _FUSED.get(planned.spec.role)) is None:
+        if (together := planned.spec.declared.fused) is None:
             continue
         other = first.setdefault((planned.spec.layer, together), planned)
         if form(other) != form(planned):
@@ -95,16 +76,10 @@ def check_arrival(packed: Packed, planned: PlannedTensor, groups: int) -> None:
 
 
 def write_folder(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
+    request: WriteRequest,
     slots: Callable[[PlannedTensor], list[Slot]],
-    encode: Callable[[PlannedTensor], Mapping[str, Tensor]],
+    encode: Callable[[Packed, PlannedTensor], Mapping[str, Tensor]],
     quantization: Mapping[str, Any],
-    *,
-    source: Path,
-    options: Options,
-    provenance: Mapping[str, str] | None,
     beside: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """A `write_checkpoint` with `quantization` in its config.json; returns the weight files in order.
@@ -112,18 +87,15 @@ def write_folder(
     `slots` says what a planned tensor becomes, `encode` makes it; each is called once per tensor, in file order. The
     config's dtype is the commonest float type of the matrices, float16 when none is float.
     """
+    tensors = request.tensors
     by_name = {planned.spec.name: planned for planned in tensors}
     sources = [(planned.spec.name, slots(planned)) for planned in tensors]
     floats = Counter(planned.codec for planned in tensors if planned.codec in FLOATS and len(planned.spec.shape) == 2)
     dtype = FLOATS[floats.most_common(1)[0][0] if floats else "f16"][1]
     return write_checkpoint(
-        path,
-        spec,
+        request,
         sources,
-        lambda name: encode(by_name[name]),
+        lambda name: encode(request.fetch(name), by_name[name]),
         {"dtype": dtype, "quantization_config": quantization},
-        source=source,
-        options=options,
-        provenance=provenance,
-        beside=beside,
+        beside,
     )

@@ -14,28 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.codecs.names import codec_info
 from compress.containers._atomic import atomic_folder
+from compress.containers.base import PlannedTensor, WriteRequest
 from compress.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.spec import ModelSpec
-
 _COMPANION_BYTES = 32 << 20  # room for tokenizer and configs when the free space is checked
+_SHARD_BYTES = 5_000_000_000
+_ENTRY_BYTES = 85  # a header spends on a tensor beside its name
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _COMPANIONS = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
     "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Options:
-    """`max_shard_size` in bytes; `replace` an existing folder."""
-
-    max_shard_size: int = 5_000_000_000
-    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,37 +49,45 @@ def total_bytes(sources: Iterable[tuple[str, Sequence[Slot]]]) -> int:
     return sum(slot.bytes for _, slots in sources for slot in slots)
 
 
-def folder_of(path: Path | Iterable[Path]) -> Path:
-    """The folder of a checkpoint, given as itself or as its weight files."""
-    return Path(path) if isinstance(path, (str, Path)) else Path(next(iter(path))).parent
+def header_bytes(tensors: Sequence[PlannedTensor], source: Path) -> int:
+    """About what the headers take where the parts of a coded tensor are tensors of the file. An `overhead`."""
+    return sum((len(planned.spec.name) + _ENTRY_BYTES) * _parts(planned) for planned in tensors)
+
+
+def dense_header_bytes(tensors: Sequence[PlannedTensor], source: Path) -> int:
+    """About what the headers take where every tensor is one of the file. An `overhead`."""
+    return sum(len(planned.spec.name) + _ENTRY_BYTES for planned in tensors)
+
+
+def _parts(planned: PlannedTensor) -> int:
+    """Tensors of the file that a tensor becomes."""
+    info = codec_info(planned.codec)
+    codecs = [codec_info(part) for part in info.parts] if planned.factors else [info]
+    each = [(1 if not c.bits else 2 if c.symmetric else 3) + (c.kind == "sparse") for c in codecs]
+    return sum(each) + (2 if planned.incoherence else 0)
 
 
 def write_checkpoint(
-    path: Path,
-    spec: ModelSpec,
+    request: WriteRequest,
     sources: Sequence[tuple[str, Sequence[Slot]]],
     produce: Callable[[str], Mapping[str, Tensor]],
     settings: Mapping[str, Any],
-    *,
-    source: Path,
-    options: Options,
-    provenance: Mapping[str, str] | None,
     beside: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """The folder `path`: weights, the model's config.json with `settings` (dtype, quantization_config) on top, the
-    companions of `source`, compress.json; returns the weight files in order.
+    """The folder `request.path`: weights, the model's config.json with `settings` (dtype, quantization_config) on top,
+    the companions of the model folder, compress.json; returns the weight files in order.
 
     sources, produce: as in `write_shards`; beside: more JSON files, by name. OutputError for a full disk or a folder
     that holds something else.
     """
-    path = Path(path)
+    path, options = Path(request.path), request.options
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
-        files = write_shards(folder, sources, produce, options.max_shard_size)
-        config = {key: value for key, value in spec.config.items() if key != "torch_dtype"}
+        files = write_shards(folder, sources, produce, options.max_shard_size or _SHARD_BYTES)
+        config = {key: value for key, value in request.spec.config.items() if key != "torch_dtype"}
         for name, value in {"config.json": {**config, **settings}, **(beside or {})}.items():
             write_json(folder / name, value)
-        copy_companions(Path(source), folder)
-        write_json(folder / "compress.json", provenance or {})
+        copy_companions(Path(request.source), folder)
+        write_json(folder / "compress.json", request.provenance)
     return [path / file.name for file in files]
 
 

@@ -9,16 +9,14 @@ awq/modules/linear/gemm.py. The name is that of the file format: any solver may 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.codecs.names import codec_info
+from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._quantized import (
     FLOATS,
-    Options,
-    PlannedTensor,
     check_arrival,
     fused_problem,
     int32_words,
@@ -26,7 +24,8 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import Slot, folder_of
+from compress.containers._safetensors import Slot, header_bytes
+from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.weights import Packed
-
-__all__ = ["Options", "check_plan", "codec_problem", "open_dense", "quantization_config", "tensor_bytes", "write"]
 
 _CODEC = re.compile(r"int4-g(32|64|128)(-asym)?")
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs comes first, second, ... from the lowest bits
@@ -128,7 +125,7 @@ def _slots(planned: PlannedTensor) -> list[Slot]:
     ]
 
 
-def tensor_bytes(planned: PlannedTensor) -> int:
+def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
     """Bytes of one tensor in the file."""
     return sum(slot.bytes for slot in _slots(planned))
 
@@ -157,34 +154,14 @@ def _encode(packed: Packed, planned: PlannedTensor) -> dict[str, Tensor]:
     }
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+def write(request: WriteRequest) -> list[Path]:
+    """Write the folder (weights, config.json, tokenizer, compress.json) and return its weight files in order.
 
-    int4 tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor, in
-    file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
-    folder that holds something else.
+    int4 tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor.
+    OutputError for a plan the format cannot hold, a full disk, or a folder that holds something else.
     """
-    check_plan(spec, tensors)
-    return write_folder(
-        path,
-        spec,
-        tensors,
-        _slots,
-        lambda planned: _encode(fetch(planned.spec.name), planned),
-        quantization_config(tensors),
-        source=source,
-        options=options or Options(),
-        provenance=provenance,
-    )
+    check_plan(request.spec, request.tensors)
+    return write_folder(request, _slots, _encode, quantization_config(request.tensors))
 
 
 def _unpack(words: Tensor) -> Tensor:
@@ -197,7 +174,7 @@ def _unpack(words: Tensor) -> Tensor:
     return out
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of an AWQ folder by its checkpoint name to float32.
 
     The group size follows from the tensors' shapes. CheckpointError for another layout than GEMM, missing tensors or
@@ -228,3 +205,24 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
         return (_unpack(qweight) - zeros) * scales.T.repeat_interleave(group, 1)
 
     return load
+
+
+def _holds(info: CodecInfo) -> bool:
+    return info.kind == "float" or _group(info.name) is not None
+
+
+CONTAINER = Container(
+    name="awq",
+    rank=3,
+    engines="vLLM, SGLang, gptqmodel",
+    kinds=frozenset({"float", "uniform"}),
+    holds=_holds,
+    float_roles=("embeddings", "lm_head"),
+    masks="the AWQ layout has no masks: zeros take as many bits as other weights",
+    quant_method="awq",
+    tensor_bytes=tensor_bytes,
+    overhead=header_bytes,
+    check_plan=check_plan,
+    write=write,
+    open_dense=open_dense,
+)

@@ -16,20 +16,21 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import CodecInfo, codec_info
-from compress.containers._quantized import FLOATS, Options, check_arrival, module_of, write_folder
-from compress.containers._safetensors import Slot, folder_of
+from compress.containers._quantized import FLOATS, check_arrival, module_of, write_folder
+from compress.containers._safetensors import Slot, header_bytes
+from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.containers.gguf import PlannedTensor
     from compress.weights import Packed
 
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -137,7 +138,7 @@ def _slots(planned: PlannedTensor, dtype: str) -> list[Slot]:
     return slots
 
 
-def tensor_bytes(planned: PlannedTensor) -> int:
+def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
     """Bytes of one tensor in the file, to the one by which the name of the float type may be shorter."""
     return sum(slot.bytes for slot in _slots(planned, "bfloat16"))
 
@@ -172,38 +173,23 @@ def _encode(packed: Packed, planned: PlannedTensor, dtype: str) -> dict[str, Ten
     return tensors
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+def write(request: WriteRequest) -> list[Path]:
+    """Write the folder (weights, config.json, tokenizer, compress.json) and return its weight files in order.
 
-    4-bit tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor, in
-    file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
-    folder that holds something else.
+    4-bit tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor.
+    OutputError for a plan the format cannot hold, a full disk, or a folder that holds something else.
     """
-    check_plan(spec, tensors)
-    dtype = _float_type(tensors)
+    check_plan(request.spec, request.tensors)
+    dtype = _float_type(request.tensors)
     return write_folder(
-        path,
-        spec,
-        tensors,
+        request,
         lambda planned: _slots(planned, dtype),
-        lambda planned: _encode(fetch(planned.spec.name), planned, dtype),
-        quantization_config(tensors),
-        source=source,
-        options=options or Options(),
-        provenance=provenance,
+        lambda packed, planned: _encode(packed, planned, dtype),
+        quantization_config(request.tensors),
     )
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of such a folder by its checkpoint name to float32.
 
     Levels, scales and shapes are read from the file. CheckpointError for a folder of bitsandbytes' 8-bit format, missing
@@ -242,7 +228,24 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     return load
 
 
-def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
     """All tensors of `open_dense` at once."""
     load = open_dense(path, spec)
     return {tensor.name: load(tensor.name) for tensor in spec.tensors()}
+
+
+CONTAINER = Container(
+    name="bitsandbytes",
+    rank=4,
+    engines="transformers with bitsandbytes",
+    kinds=frozenset({"float", "bnb"}),
+    float_roles=("embeddings", "lm_head"),
+    masks="bitsandbytes has no masks: zeros take as many bits as other weights",
+    quant_method="bitsandbytes",
+    engine=replace(TRANSFORMERS, package="bitsandbytes", distribution="bitsandbytes", extra="bnb"),
+    tensor_bytes=tensor_bytes,
+    overhead=header_bytes,
+    check_plan=check_plan,
+    write=write,
+    open_dense=open_dense,
+)

@@ -24,15 +24,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from compress.codecs.factors import join, split
-from compress.codecs.names import codec_info, packed_bytes
-from compress.containers._safetensors import Options, Slot, folder_of, write_checkpoint
+from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
+from compress.containers._safetensors import Slot, header_bytes, write_checkpoint
+from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 
@@ -47,23 +48,6 @@ SIGNS = ("signs_in", "signs_out")
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
            "int8": "I8", "uint8": "U8"}  # fmt: skip
 _EXPERT, _LAYER = re.compile(r"\.experts\.\d+\."), re.compile(r"\.layers\.\d+\.")
-
-
-class PlannedTensor(Protocol):
-    """What of a plan's line is looked at here; see plan.PlannedTensor."""
-
-    @property
-    def spec(self) -> TensorSpec: ...
-    @property
-    def codec(self) -> str: ...
-    @property
-    def incoherence(self) -> bool: ...
-    @property
-    def activations(self) -> str | None: ...
-    @property
-    def kept(self) -> int | None: ...
-    @property
-    def factors(self) -> tuple[int, int] | None: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -102,7 +86,7 @@ def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
             )
 
 
-def tensor_bytes(planned: PlannedTensor) -> int:
+def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
     """Bytes of one tensor in the file: intN codes packed to their bits row by row, zero points where they differ."""
     rows, columns = (1, *planned.spec.shape)[-2:]
     atoms = planned.factors[0] if planned.factors else None
@@ -267,28 +251,20 @@ class _Layouts:
         return dict(sorted(names.items()))
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write the folder `path` and return its weight files in order.
+def write(request: WriteRequest) -> list[Path]:
+    """Write the folder and return its weight files in order.
 
-    Coded tensors keep the very codes of `fetch`, floats are stored as planned. `fetch` is called in file order, one
-    tensor is in memory at a time; the first tensor of every codec and shape is fetched twice. OutputError for a plan
-    the runtime cannot run, a full disk, or a folder that holds something else.
+    Coded tensors keep the very codes of `fetch`, floats are stored as planned; the first tensor of every codec and
+    shape is fetched twice. OutputError for a plan the runtime cannot run, a full disk, or a folder that holds something
+    else.
     """
+    spec, tensors = request.spec, request.tensors
     check_plan(spec, tensors)
     by_name = {planned.spec.name: planned for planned in tensors}
-    layouts = _Layouts(fetch)
+    layouts = _Layouts(request.fetch)
 
     def produce(name: str) -> dict[str, Tensor]:
-        return _encode(fetch(name), by_name[name].spec, by_name[name].codec)
+        return _encode(request.fetch(name), by_name[name].spec, by_name[name].codec)
 
     sources = [(planned.spec.name, layouts.slots(planned)) for planned in tensors]
     modules = {
@@ -296,25 +272,16 @@ def write(
     }
     quantization = {"quant_method": METHOD, "format": FORMAT, "parts": layouts.parts(), "modules": modules}
     dtype = spec.config.get("dtype") or spec.config.get("torch_dtype") or "float32"
-    return write_checkpoint(
-        path,
-        spec,
-        sources,
-        produce,
-        {"dtype": dtype, "quantization_config": quantization},
-        source=source,
-        options=options or Options(),
-        provenance=provenance,
-    )
+    return write_checkpoint(request, sources, produce, {"dtype": dtype, "quantization_config": quantization})
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of such a folder by its checkpoint name to float32.
 
     CheckpointError for a missing tensor, or a folder of a newer format.
     """
+    from compress.decode import decode
     from compress.models.checkpoint import Checkpoint
-    from compress.solve.tensor import decode
 
     folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)
@@ -338,3 +305,32 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
 def part_names(parts: Mapping[str, Sequence[str]], setting: Setting) -> tuple[str, ...]:
     """Parts of a module. parts: those of `quantization_config`."""
     return (*parts[setting.codec], *(SIGNS if setting.incoherence else ()))
+
+
+# -- what is said about it ---------------------------------------------------------------------------------------------
+def _shrunk(tensors: Sequence[PlannedTensor]) -> str:
+    """How the runtime computes with masks and factors."""
+    if any(t.factors is not None for t in tensors):
+        dense = sum(t.spec.parameters for t in tensors)
+        used = sum((t.factors or (0, 0))[0] * t.spec.shape[1] + (t.kept or 0) for t in tensors)
+        return f"two products instead of one, {used / dense:.0%} of the multiplications"
+    return "masks and values stay packed, rows are expanded a MiB at a time; no faster than dense"
+
+
+CONTAINER = Container(
+    name="compress",
+    rank=6,
+    engines="transformers after `import compress`",
+    kinds=frozenset(KIND_NAMES),  # every codec as it is
+    incoherence=True,
+    activations=True,
+    mask_row_bytes=8,  # where the values of a row begin
+    shrunk=_shrunk,
+    quant_method=METHOD,
+    engine=TRANSFORMERS,
+    tensor_bytes=tensor_bytes,
+    overhead=header_bytes,
+    check_plan=check_plan,
+    write=write,
+    open_dense=open_dense,
+)

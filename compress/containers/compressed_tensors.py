@@ -21,16 +21,14 @@ bfloat16 round the scales to it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.codecs.names import codec_info
+from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._quantized import (
     FLOATS,
-    Options,
-    PlannedTensor,
     check_arrival,
     fused_problem,
     int32_words,
@@ -38,7 +36,8 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import Slot, folder_of
+from compress.containers._safetensors import Slot, header_bytes
+from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec
 
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.weights import Packed
-
-__all__ = ["Options", "check_plan", "codec_problem", "open_dense", "quantization_config", "tensor_bytes", "write"]
 
 _FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
 
@@ -248,7 +245,7 @@ def _slots(planned: PlannedTensor) -> list[Slot]:
     return slots
 
 
-def tensor_bytes(planned: PlannedTensor) -> int:
+def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
     """Bytes of one tensor in the file."""
     return sum(slot.bytes for slot in _slots(planned))
 
@@ -276,34 +273,14 @@ def _encode(packed: Packed, planned: PlannedTensor) -> dict[str, Tensor]:
     return out
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+def write(request: WriteRequest) -> list[Path]:
+    """Write the folder (weights, config.json, tokenizer, compress.json) and return its weight files in order.
 
-    intN tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor, in
-    file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
-    folder that holds something else.
+    intN tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor.
+    OutputError for a plan the format cannot hold, a full disk, or a folder that holds something else.
     """
-    check_plan(spec, tensors)
-    return write_folder(
-        path,
-        spec,
-        tensors,
-        _slots,
-        lambda planned: _encode(fetch(planned.spec.name), planned),
-        quantization_config(spec, tensors),
-        source=source,
-        options=options or Options(),
-        provenance=provenance,
-    )
+    check_plan(request.spec, request.tensors)
+    return write_folder(request, _slots, _encode, quantization_config(request.spec, request.tensors))
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
@@ -314,7 +291,7 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1).float()
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of a compressed-tensors folder by its checkpoint name to float32.
 
     Bits and groups follow from the tensors' shapes. CheckpointError for formats and parts that `write` never writes
@@ -354,3 +331,27 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
         return codes * scales.float().repeat_interleave(repeat, 1)
 
     return load
+
+
+def _holds(info: CodecInfo) -> bool:
+    return info.kind == "float" or info.bits in (4, 8)
+
+
+CONTAINER = Container(
+    name="compressed-tensors",
+    rank=5,
+    engines="vLLM, transformers with compressed-tensors",
+    kinds=frozenset({"float", "uniform"}),
+    holds=_holds,
+    float_roles=("embeddings",),
+    activations=True,
+    masks="its sparse formats (sparse-bitmask, sparse-24-bitmask, marlin-24) are no longer loaded by the package "
+    "(0.19), transformers or vLLM, so zeros are stored like other weights",
+    quant_method="compressed-tensors",
+    engine=replace(TRANSFORMERS, package="compressed_tensors", distribution="compressed-tensors", extra="ct"),
+    tensor_bytes=tensor_bytes,
+    overhead=header_bytes,
+    check_plan=check_plan,
+    write=write,
+    open_dense=open_dense,
+)

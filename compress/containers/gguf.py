@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
+from compress.containers.base import LLAMA_CPP, Container, Files, Options, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
+from compress.models.config import Config
+from compress.models.layers.rope import Rope
+from compress.models.layers.views import Piece
 from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from compress.weights import Packed
 
 _METADATA_BYTES = 32 << 20  # room for tokenizer and tensor list when the free space is checked
+_ENTRY_BYTES = 56  # of a tensor in the list beside its name and shape, with the padding of its data
 _MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 
 # codec with the most bytes -> general.file_type, which engines only show
@@ -40,68 +45,54 @@ _FILE_TYPES = {
 _FLOATS = ("f32", "f16", "bf16")
 
 
-class PlannedTensor(Protocol):
-    """One line of the plan: what `write` reads of it."""
-
-    @property
-    def spec(self) -> TensorSpec: ...
-    @property
-    def codec(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """`max_shard_size` in bytes (None: one file); `name` becomes general.name; `tokenizer` False writes none."""
-
-    max_shard_size: int | None = None
-    name: str | None = None
-    tokenizer: bool = True
-
-
 # --- what llama.cpp can hold ------------------------------------------------------------------------------------------
 
 
 def check_representable(spec: ModelSpec) -> list[str]:
     """Reasons why llama.cpp would refuse this model or compute something else; empty when there are none.
 
-    From llama.cpp's src/models/{llama,qwen2,qwen2moe,qwen3,qwen3moe}.cpp and src/llama-model.cpp. No torch.
+    From llama.cpp's src/models/*.cpp and src/llama-model.cpp, as the families declare it. No torch.
     """
-    arch, reasons = spec.family.gguf_arch, []
-    if spec.experts and arch in ("llama", "qwen3moe") and not spec.norm_topk:
-        reasons.append(f"llama.cpp's {arch} always normalises the chosen experts' weights; this model does not")
-    if spec.experts and arch == "qwen2moe" and spec.norm_topk:
-        reasons.append("llama.cpp's qwen2moe never normalises the chosen experts' weights; this model does")
-    if arch in ("qwen2moe", "qwen3moe") and len(spec.sparse_layers) < spec.layers:
+    engine, reasons = spec.family.gguf, []
+    arch = engine.arch
+    if spec.experts and engine.normalises is not None and engine.normalises != spec.norm_topk:
+        always, model = ("always", "does not") if engine.normalises else ("never", "does")
+        reasons.append(f"llama.cpp's {arch} {always} normalises the chosen experts' weights; this model {model}")
+    if spec.experts and not engine.dense_layers and len(spec.sparse_layers) < spec.layers:
         dense = next(layer for layer in range(spec.layers) if not spec.is_sparse(layer))
         reasons.append(f"llama.cpp's {arch} wants experts in every layer; layer {dense} is dense")
     if spec.experts > _MAX_EXPERTS:
         reasons.append(f"llama.cpp holds at most {_MAX_EXPERTS} experts; this model has {spec.experts}")
-    if heads_fill_width(spec) and spec.heads * spec.head_dim != spec.hidden_size:
+    if engine.heads_fill_width and spec.heads * spec.head_dim != spec.hidden_size:
         reasons.append(
             f"llama.cpp's {arch} wants heads x head_dim = hidden_size; {spec.heads} x {spec.head_dim} is not"
         )
-    if arch == "qwen2moe" and spec.tied:
-        reasons.append("llama.cpp's qwen2moe has no tied output head")
-    biases = {tensor.gguf.split(".", 2)[-1] for tensor in spec.tensors() if tensor.gguf.endswith(".bias")}
-    allowed = {"attn_q.bias", "attn_k.bias", "attn_v.bias"} if arch != "llama" else biases
-    if arch in ("qwen3", "qwen3moe"):
-        allowed = set()
-    if arch == "llama" and spec.experts:
-        allowed = {"attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"}
-    if biases - allowed:
-        reasons.append(f"llama.cpp's {arch} has no {', '.join(sorted(biases - allowed))}")
+    if spec.tied and not engine.tied:
+        reasons.append(f"llama.cpp's {arch} has no tied output head")
+    biases = {w.gguf for block in spec.blocks for s in block for w in s.weights if w.role == "biases"}
+    lost = biases - {f"{name}.bias" for name in engine.biases or ()} if engine.biases is not None else set()
+    if lost:
+        reasons.append(f"llama.cpp's {arch} has no {', '.join(sorted(lost))}")
     if spec.config.get("hidden_act", "silu") not in ("silu", "swish"):
         reasons.append(f"llama.cpp's {arch} computes silu, not {spec.config['hidden_act']}")
-    reasons.extend(_rope_problems(spec))
+    reasons.extend(engine.problems(Config(spec.config, spec.family.defaults)))
+    for rope in _ropes(spec):
+        reasons.extend(rope.problems(arch, engine.llama3))
     return reasons
+
+
+def _ropes(spec: ModelSpec) -> list[Rope]:
+    """The rotary positions of the model's mixers, each once."""
+    found = (getattr(sublayer, "rope", None) for block in spec.blocks for sublayer in block)
+    return list(dict.fromkeys(rope for rope in found if rope is not None))
 
 
 def heads_fill_width(spec: ModelSpec) -> bool:
     """Whether llama.cpp wants heads x head_dim to be the hidden size, so that no head can go."""
-    return spec.family.gguf_arch in ("qwen2", "qwen2moe")
+    return spec.family.gguf.heads_fill_width
 
 
-def tensor_bytes(planned: PlannedTensor) -> int:
+def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
     """Bytes of one tensor in the file."""
     return stored_bytes(planned.codec, planned.spec.shape)
 
@@ -113,45 +104,9 @@ def caveats(spec: ModelSpec) -> list[str]:
         lines.append(
             f"llama.cpp ignores this model's sliding window: texts over {spec.sliding_window} tokens are attended in full"
         )
-    if _rope_type(spec) == "dynamic":
+    if any(rope.type == "dynamic" for rope in _ropes(spec)):
         lines.append(f"llama.cpp ignores dynamic rope scaling: texts over {spec.max_positions} tokens differ")
     return lines
-
-
-def _rope_type(spec: ModelSpec) -> str:
-    scaling = spec.rope_scaling or {}
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
-def _rope_problems(spec: ModelSpec) -> list[str]:
-    kind, scaling = _rope_type(spec), spec.rope_scaling or {}
-    arch = spec.family.gguf_arch
-    if kind in ("default", "linear", "dynamic"):
-        return []
-    if kind == "llama3":
-        return [] if arch == "llama" else [f"llama.cpp's {arch} has no llama3 rope scaling"]
-    if kind != "yarn":
-        return [f"rope scaling {kind!r} cannot be expressed in GGUF for {arch}"]
-    unusual = []
-    if (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1) != (32, 1):
-        unusual.append("beta_fast and beta_slow other than 32 and 1")  # keys exist, these architectures ignore them
-    if scaling.get("truncate", True) is False:
-        unusual.append("truncate: false")
-    return [f"llama.cpp's yarn for {arch} has no {' and no '.join(unusual)}"] if unusual else []
-
-
-def _yarn_attention(scaling: Mapping[str, Any]) -> float:
-    """llama.cpp's attn_factor, which multiplies yarn's own 1 + 0.1 ln(factor); transformers takes it as the whole."""
-    own = 1.0 + 0.1 * math.log(float(scaling["factor"]))
-
-    def mscale(value: float) -> float:  # transformers' get_mscale
-        return 1.0 + (own - 1.0) * value
-
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"]) / own
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(float(scaling["mscale"])) / mscale(float(scaling["mscale_all_dim"])) / own
-    return 1.0
 
 
 def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
@@ -170,28 +125,30 @@ def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One GGUF tensor: a matrix, a vector, or the stack of a layer's experts."""
+    """One GGUF tensor: a matrix, a vector, part of one, or the stack of a layer's experts."""
 
     name: str
     codec: str
     shape: tuple[int, ...]
     parts: tuple[TensorSpec, ...]
+    piece: Piece
 
 
 def _entries(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[_Entry]:
-    groups: dict[str, list[PlannedTensor]] = {}
+    groups: dict[str, list[tuple[PlannedTensor, Piece]]] = {}
     for planned in tensors:
         problem = codec_problem(planned.spec, planned.codec)
         if problem:
             raise OutputError(problem)
-        groups.setdefault(planned.spec.gguf, []).append(planned)
+        for piece in planned.spec.pieces:
+            groups.setdefault(piece.name, []).append((planned, piece))
     entries = []
     for name, group in groups.items():
-        codecs, shapes = {planned.codec for planned in group}, {planned.spec.shape for planned in group}
+        codecs, shapes = {planned.codec for planned, _ in group}, {planned.spec.shape for planned, _ in group}
         if len(codecs) > 1 or len(shapes) > 1:
             raise OutputError(f"{name} stacks experts of one codec and shape; got {', '.join(sorted(codecs))}")
-        parts = [planned.spec for planned in group]
-        shape = parts[0].shape
+        parts, piece = [planned.spec for planned, _ in group], group[0][1]
+        shape = piece_shape(parts[0], piece)
         if parts[0].expert is not None:
             parts.sort(key=lambda part: part.expert or 0)
             if [part.expert for part in parts] != list(range(spec.experts)):
@@ -199,8 +156,16 @@ def _entries(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[_Entry]:
             shape = (len(parts), *shape)
         elif len(parts) > 1:
             raise OutputError(f"{name} is planned {len(parts)} times")
-        entries.append(_Entry(name, codecs.pop(), shape, tuple(parts)))
+        entries.append(_Entry(name, codecs.pop(), shape, tuple(parts), piece))
     return entries
+
+
+def piece_shape(tensor: TensorSpec, piece: Piece) -> tuple[int, ...]:
+    """Of one GGUF tensor that a checkpoint's becomes, experts not stacked."""
+    if piece.shape is not None:
+        return piece.shape
+    rows, *columns = tensor.shape
+    return (rows if piece.rows is None else len(piece.rows.index(rows)), *columns)
 
 
 def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
@@ -227,24 +192,8 @@ def _bytes(entry: _Entry) -> int:
     return math.prod(entry.shape[:-1]) * _row_bytes(entry.codec, entry.shape[-1])
 
 
-def _row_order(spec: ModelSpec, tensor: TensorSpec) -> np.ndarray | None:
-    """GGUF row -> checkpoint row, where they differ.
-
-    llama.cpp's `llama` architecture rotates neighbouring pairs where transformers rotates halves of a head; its
-    converter interleaves the rows of q and k (LlamaModel.permute in conversion/llama.py).
-    """
-    import numpy as np
-
-    leaf = tensor.gguf.split(".")[-2]
-    if spec.family.gguf_arch != "llama" or leaf not in ("attn_q", "attn_k"):
-        return None
-    heads = spec.heads if leaf == "attn_q" else spec.kv_heads
-    rows = np.arange(tensor.shape[0]).reshape(heads, 2, tensor.shape[0] // heads // 2)
-    return rows.swapaxes(1, 2).reshape(-1)
-
-
-def _rows(packed: Packed, tensor: TensorSpec, codec: str, spec: ModelSpec) -> np.ndarray:
-    """The bytes of one checkpoint tensor, uint8 [rows, row_bytes], in GGUF's row order."""
+def _rows(packed: Packed, tensor: TensorSpec, codec: str, piece: Piece) -> np.ndarray:
+    """The bytes of one piece of a checkpoint's tensor, uint8 [rows, row_bytes], in GGUF's order."""
     import numpy as np
     import torch
 
@@ -252,67 +201,102 @@ def _rows(packed: Packed, tensor: TensorSpec, codec: str, spec: ModelSpec) -> np
         raise OutputError(
             f"{tensor.name} arrived as {packed.codec} {tuple(packed.shape)}, planned as {codec} {tensor.shape}"
         )
+    if codec in _FLOATS and (piece.columns is not None or not piece.exact):
+        return _converted(packed.parts["values"], piece)
+    if piece.columns is not None and "columns" not in packed.parts:
+        raise OutputError(f"{tensor.name} was solved in the checkpoint's order of columns, GGUF has another")
     part = packed.parts["values" if codec in _FLOATS else "blocks"].detach().cpu().contiguous()
     rows = math.prod(tensor.shape[:-1])
     data = part.reshape(rows, -1).view(torch.uint8).numpy()
     expected = (rows, _row_bytes(codec, tensor.shape[-1]))
     if data.shape != expected:
         raise OutputError(f"{tensor.name} packs to {data.shape} bytes, {codec} needs {expected}")
-    order = _row_order(spec, tensor)
-    if order is None:
+    if piece.rows is None:
         return data
+    order = piece.rows.index(tensor.shape[0])
     if len(tensor.shape) == 1:
-        return np.ascontiguousarray(data.reshape(len(order), -1)[order]).reshape(expected)
+        return np.ascontiguousarray(data.reshape(tensor.shape[0], -1)[order]).reshape(1, -1)
     return np.ascontiguousarray(data[order])
 
 
-def _stored(entry: _Entry, spec: ModelSpec, fetch: Callable[[str], Packed]) -> np.ndarray:
+def _converted(values: Tensor, piece: Piece) -> np.ndarray:
+    """A piece of a float tensor whose numbers or columns change: its bytes, a row."""
+    import numpy as np
+    import torch
+
+    dtype, whole = values.dtype, values.detach().cpu().float().numpy()
+    if piece.rows is not None:
+        whole = whole[piece.rows.index(whole.shape[0])]
+    if piece.columns is not None:
+        whole = whole[:, piece.columns.index(whole.shape[1])]
+    if piece.map is not None:
+        whole = piece.map.apply(whole)
+    if piece.swapped:
+        assert piece.shape is not None
+        heads, columns, rows = piece.shape
+        whole = whole.reshape(heads, rows, columns).swapaxes(1, 2)
+    out = torch.from_numpy(np.array(whole, dtype=np.float32)).to(dtype)
+    return out.reshape(1, -1).view(torch.uint8).numpy()
+
+
+def _restored(pieces: Sequence[tuple[Piece, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
+    """A checkpoint's tensor from its pieces as the file has them, float32."""
     import numpy as np
 
-    if len(entry.parts) == 1:
-        return _rows(fetch(entry.parts[0].name), entry.parts[0], entry.codec, spec)
-    out = np.empty((len(entry.parts), _bytes(entry) // len(entry.parts)), dtype=np.uint8)
-    for target, tensor in zip(out, entry.parts, strict=True):
-        target[:] = _rows(fetch(tensor.name), tensor, entry.codec, spec).reshape(-1)
+    out = np.empty(shape, dtype=np.float32)
+    for piece, values in pieces:
+        if piece.swapped:
+            values = values.swapaxes(1, 2)
+        if piece.map is not None:
+            values = piece.map.undo(values)
+        count = shape[0] if piece.rows is None else len(piece.rows.index(shape[0]))
+        values = values.reshape(count, *shape[1:])
+        if piece.columns is not None:
+            columns = np.empty_like(values)
+            columns[:, piece.columns.index(shape[1])] = values
+            values = columns
+        out[slice(None) if piece.rows is None else piece.rows.index(shape[0])] = values
     return out
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write `path`, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
+def _stored(entry: _Entry, fetch: Callable[[str], Packed]) -> np.ndarray:
+    import numpy as np
 
-    `fetch(checkpoint name)` is called once per tensor, in file order, and only one GGUF tensor (a layer's stacked
-    experts at most) is in memory at a time. `source` is the model folder with the tokenizer. `provenance` lands as
-    string keys (`compress.recipe.schema`, ...). OutputError for a plan that does not fit the format or a full disk;
-    UnsupportedModel for a tokenizer llama.cpp has no equivalent of. Nothing partial ever has a final name.
+    if len(entry.parts) == 1:
+        return _rows(fetch(entry.parts[0].name), entry.parts[0], entry.codec, entry.piece)
+    out = np.empty((len(entry.parts), _bytes(entry) // len(entry.parts)), dtype=np.uint8)
+    for target, tensor in zip(out, entry.parts, strict=True):
+        target[:] = _rows(fetch(tensor.name), tensor, entry.codec, entry.piece).reshape(-1)
+    return out
+
+
+def write(request: WriteRequest) -> list[Path]:
+    """Write the file, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
+
+    `fetch` is called once per tensor, and only one GGUF tensor (a layer's stacked experts at most) is in memory at a
+    time. `options.name` becomes general.name, `provenance` lands as string keys (`compress.recipe.schema`, ...).
+    OutputError for a plan that does not fit the format or a full disk; UnsupportedModel for a tokenizer llama.cpp has
+    no equivalent of. Nothing partial ever has a final name.
     """
     import gguf
     import numpy as np
 
-    options = options or Options()
-    path = Path(path)
-    entries = _entries(spec, tensors)
-    factors = _llama3_factors(spec)
+    spec, options = request.spec, request.options
+    path, source = Path(request.path), Path(request.source)
+    entries = _entries(spec, request.tensors)
+    factors = next((f for rope in _ropes(spec) if (f := rope.llama3_factors()) is not None), None)
     total = sum(_bytes(entry) for entry in entries)
     split = options.max_shard_size if options.max_shard_size and total > options.max_shard_size else 0
     with atomic_files(path, total + _METADATA_BYTES) as folder:
-        writer = gguf.GGUFWriter(folder / path.name, spec.family.gguf_arch, split_max_size=split)
+        writer = gguf.GGUFWriter(folder / path.name, spec.family.gguf.arch, split_max_size=split)
         try:
-            _add_general(writer, spec, entries, Path(source), options)
+            _add_general(writer, spec, entries, source, options)
             _add_architecture(writer, spec)
             if options.tokenizer:
-                _add_tokenizer(writer, spec, Path(source))
+                _add_tokenizer(writer, spec, source)
             else:
                 writer.add_tokenizer_model("none")
-            for key, value in (provenance or {}).items():
+            for key, value in request.provenance.items():
                 writer.add_string(key, value)
             if factors is not None:
                 writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("f4"), factors.nbytes, _type("f32"))
@@ -324,7 +308,7 @@ def write(
             if factors is not None:
                 writer.write_tensor_data(factors)
             for entry in entries:
-                writer.write_tensor_data(_stored(entry, spec, fetch))
+                writer.write_tensor_data(_stored(entry, request.fetch))
             writer.flush()
             names = [Path(file.name).name for file in writer.fout or ()]
         finally:
@@ -375,56 +359,51 @@ def _license(readme: Path) -> str | None:
     return found[1] if found else None
 
 
-def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
-    import gguf
+# Where the first versions of this writer put what sub-layers declare; other keys follow in the order of their declaration.
+_ORDER = (
+    "vocab_size", "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count", "rope.freq_base", "attention.sliding_window", "expert_count", "expert_used_count",
+    "expert_feed_forward_length", "expert_shared_feed_forward_length",
+)  # fmt: skip
 
-    writer.add_vocab_size(spec.vocab_size)
-    writer.add_block_count(spec.layers)
-    writer.add_context_length(spec.max_positions)
-    writer.add_embedding_length(spec.hidden_size)
-    writer.add_feed_forward_length(spec.intermediate_size)
-    writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(spec.norm_eps)
-    writer.add_rope_dimension_count(spec.rope_dim)
-    writer.add_rope_freq_base(spec.rope_theta)
+
+def architecture_keys(spec: ModelSpec) -> dict[str, Any]:
+    """Metadata of the architecture, without its name in front: the model's, its sub-layers', its family's own."""
+    keys: dict[str, Any] = {}
+    for sublayer in dict.fromkeys(s for block in spec.blocks for s in block):
+        for key, value in sublayer.gguf_keys().items():
+            keys.setdefault(key, value)
+    keys |= {
+        "vocab_size": spec.vocab_size,
+        "block_count": spec.layers,
+        "context_length": spec.max_positions,
+        "embedding_length": spec.hidden_size,
+    }
+    if spec.intermediate_size:
+        keys["feed_forward_length"] = spec.intermediate_size
     if spec.sliding_window:
-        writer.add_sliding_window(spec.sliding_window)
-    if spec.experts:
-        writer.add_expert_count(spec.experts)
-        writer.add_expert_used_count(spec.experts_per_token)
-        if spec.family.gguf_arch != "llama":  # Mixtral's experts are as wide as feed_forward_length
-            writer.add_expert_feed_forward_length(spec.moe_intermediate_size)
-        if spec.shared_intermediate_size:
-            writer.add_expert_shared_feed_forward_length(spec.shared_intermediate_size)
-    kind, scaling = _rope_type(spec), spec.rope_scaling or {}
-    if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(scaling["factor"]))
-    elif kind == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(scaling["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(int(scaling.get("original_max_position_embeddings") or spec.max_positions))
-        writer.add_rope_scaling_attn_factors(_yarn_attention(scaling))
+        keys["attention.sliding_window"] = spec.sliding_window
+    if not spec.family.gguf.expert_width:
+        keys.pop("expert_feed_forward_length", None)
+    keys |= spec.family.gguf.keys(Config(spec.config, spec.family.defaults))
+    first = {key: keys[key] for key in _ORDER if key in keys}
+    return {key: value for key, value in (first | keys).items() if value is not None}
 
 
-def _llama3_factors(spec: ModelSpec) -> np.ndarray | None:
-    """Llama 3's frequency divisors, float32 [head_dim / 2], stored as rope_freqs.weight; None for other scalings."""
-    import numpy as np
-
-    if _rope_type(spec) != "llama3":
-        return None
-    scaling = spec.rope_scaling or {}
-    factor = float(scaling.get("factor", 8.0))
-    low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
-    original = float(scaling.get("original_max_position_embeddings", 8192))
-    wavelength = 2 * math.pi * spec.rope_theta ** (np.arange(0, spec.rope_dim, 2) / spec.rope_dim)
-    smooth = (original / wavelength - low) / (high - low)
-    middle = 1.0 / ((1.0 - smooth) / factor + smooth)
-    out = np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, middle))
-    return out.astype(np.float32)
+def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    for name, value in architecture_keys(spec).items():
+        key = f"{spec.family.gguf.arch}.{name}"
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, list(value))
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, spec: ModelSpec, source: Path) -> None:
@@ -513,7 +492,7 @@ def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32).reshape(_shape(tensor))
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor by its checkpoint name to float32: experts unstacked, q and k rows back in
     transformers' order.
 
@@ -525,39 +504,88 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
 
     first = Path(path) if isinstance(path, (str, Path)) else next(iter(path))
     stored = {tensor.name: tensor for file in shards(first) for tensor in _open(file).tensors}
-    parts: dict[str, list[TensorSpec]] = {}
+    parts: dict[str, list[tuple[TensorSpec, Piece]]] = {}
     for tensor in spec.tensors():
-        parts.setdefault(tensor.gguf, []).append(tensor)
+        for piece in tensor.pieces:
+            parts.setdefault(piece.name, []).append((tensor, piece))
     if unknown := sorted(set(stored) - set(parts) - {"rope_freqs.weight"}):
         raise CheckpointError(f"{first} holds {unknown[0]}, which this architecture does not have")
     if missing := sorted(set(parts) - set(stored)):
         raise CheckpointError(f"{first} lacks {missing[0]} (and {len(missing) - 1} more tensors)")
     for name, group in parts.items():
-        lead = (len(group),) if group[0].expert is not None else ()
-        if _shape(stored[name]) != (*lead, *group[0].shape):
-            raise CheckpointError(
-                f"{name} in {first} has shape {_shape(stored[name])}, expected {(*lead, *group[0].shape)}"
-            )
-    by_name = {tensor.name: tensor for group in parts.values() for tensor in group}
+        lead = (len(group),) if group[0][0].expert is not None else ()
+        expected = (*lead, *piece_shape(*group[0]))
+        if _shape(stored[name]) != expected:
+            raise CheckpointError(f"{name} in {first} has shape {_shape(stored[name])}, expected {expected}")
 
     def load(name: str) -> Tensor:
         import gguf
 
-        tensor = by_name[name]
-        entry = stored[tensor.gguf]
-        data = entry.data if tensor.expert is None else entry.data[tensor.expert]
-        array = np.array(gguf.dequantize(data, entry.tensor_type), dtype=np.float32).reshape(tensor.shape)
-        order = _row_order(spec, tensor)
-        if order is not None:
-            restored = np.empty_like(array)
-            restored[order] = array
-            array = restored
-        return torch.from_numpy(array)
+        tensor, pieces = spec.by_name[name], []
+        for piece in tensor.pieces:
+            entry = stored[piece.name]
+            data = entry.data if tensor.expert is None else entry.data[tensor.expert]
+            values = np.array(gguf.dequantize(data, entry.tensor_type), dtype=np.float32)
+            pieces.append((piece, values.reshape(piece_shape(tensor, piece))))
+        return torch.from_numpy(_restored(pieces, tensor.shape))
 
     return load
 
 
-def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
     """All tensors of `open_dense` at once."""
     load = open_dense(path, spec)
     return {tensor.name: load(tensor.name) for tensor in spec.tensors()}
+
+
+# --- what is said about it --------------------------------------------------------------------------------------------
+
+
+def _heads_stay(spec: ModelSpec) -> str | None:
+    if not heads_fill_width(spec):
+        return None
+    return f"llama.cpp's {spec.family.gguf.arch} takes no fewer heads than fill the hidden size"
+
+
+def _require_vocabulary(source: Path, spec: ModelSpec) -> None:
+    from compress.containers._gguf_tokenizer import read_vocabulary
+
+    read_vocabulary(source, spec.config, spec.vocab_size)
+
+
+def _overhead(tensors: Sequence[PlannedTensor], source: Path) -> int:
+    """The list of tensors, in which the experts of a layer are one, and the vocabulary."""
+    from compress.containers._gguf_tokenizer import vocabulary_bytes
+
+    names = {piece.name: piece_shape(t.spec, piece) for t in tensors for piece in t.spec.pieces}
+    return sum(len(n) + _ENTRY_BYTES + 8 * len(shape) for n, shape in names.items()) + vocabulary_bytes(source)
+
+
+def _codecs(files: Sequence[Path], spec: ModelSpec) -> dict[str, str]:
+    stored = inventory(files[0])
+    return {tensor.name: stored[tensor.pieces[0].name][0] for tensor in spec.tensors()}
+
+
+CONTAINER = Container(
+    name="gguf",
+    rank=1,
+    engines="llama.cpp and what is built on it",
+    kinds=frozenset({"float", "ggml"}),
+    precise_float="f32",
+    pieces=True,
+    masks="GGUF has no sparse types: zeros take as many bits as other weights",
+    suffix=".gguf",
+    magic=b"GGUF",
+    files=shards,
+    engine=LLAMA_CPP,
+    tensor_bytes=tensor_bytes,
+    overhead=_overhead,
+    unrepresentable=check_representable,
+    caveats=caveats,
+    heads_stay=_heads_stay,
+    require=_require_vocabulary,
+    check_plan=check_plan,
+    write=write,
+    open_dense=open_dense,
+    inventory=_codecs,
+)

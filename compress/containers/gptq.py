@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.containers._quantized import FLOATS, PlannedTensor, check_arrival, module_of, write_folder
-from compress.containers._safetensors import Options, Slot, folder_of
+from compress.containers._quantized import FLOATS, check_arrival, module_of, write_folder
+from compress.containers._safetensors import Slot, header_bytes
+from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 
@@ -86,7 +87,7 @@ def _slots(planned: PlannedTensor) -> list[Slot]:
     ]
 
 
-def tensor_bytes(planned: PlannedTensor) -> int:
+def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
     """Bytes of one tensor in the file."""
     return sum(slot.bytes for slot in _slots(planned))
 
@@ -200,39 +201,19 @@ def _patterns(formats: Mapping[str, Format | None]) -> list[tuple[str, Format | 
     return out
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+def write(request: WriteRequest) -> list[Path]:
+    """Write the folder (weights, config.json, tokenizer, compress.json) and return its weight files in order.
 
-    intN tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor, in
-    file order; one tensor is in memory at a time. OutputError for a plan the format cannot hold, a full disk, or a
-    folder that holds something else.
+    intN tensors keep the very codes of `fetch`; floats are stored as planned. `fetch` is called once per tensor.
+    OutputError for a plan the format cannot hold, a full disk, or a folder that holds something else.
     """
-    check_plan(spec, tensors)
-    quantization = quantization_config(tensors)
-    return write_folder(
-        path,
-        spec,
-        tensors,
-        _slots,
-        lambda planned: _encode(fetch(planned.spec.name), planned),
-        quantization,
-        source=source,
-        options=options or Options(),
-        provenance=provenance,
-        beside={"quantize_config.json": quantization},  # what AutoGPTQ reads
-    )
+    check_plan(request.spec, request.tensors)
+    quantization = quantization_config(request.tensors)
+    beside = {"quantize_config.json": quantization}  # what AutoGPTQ reads
+    return write_folder(request, _slots, _encode, quantization, beside)
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor of a GPTQ folder by its checkpoint name to float32.
 
     Unpacks bit by bit, not by inverting the writer. Bits follow from the tensors' shapes, groups from g_idx, the zero
@@ -268,7 +249,23 @@ def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], 
     return load
 
 
-def load_dense(path: Path | Iterable[Path], spec: ModelSpec) -> dict[str, Tensor]:
+def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
     """All tensors of `open_dense` at once."""
     load = open_dense(path, spec)
     return {tensor.name: load(tensor.name) for tensor in spec.tensors()}
+
+
+CONTAINER = Container(
+    name="gptq",
+    rank=2,
+    engines="vLLM, SGLang, gptqmodel",
+    kinds=frozenset({"float", "uniform"}),
+    float_roles=("embeddings",),  # engines look them up as plain rows; no loader of these formats unpacks them
+    masks="the GPTQ layout has no masks: zeros take as many bits as other weights",
+    quant_method="gptq",
+    tensor_bytes=tensor_bytes,
+    overhead=header_bytes,
+    check_plan=check_plan,
+    write=write,
+    open_dense=open_dense,
+)

@@ -2,66 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.containers._safetensors import Options as FolderOptions
-from compress.containers._safetensors import Slot, folder_of, write_checkpoint
+from compress.codecs.names import KIND_NAMES, stored_bytes
+from compress.containers._safetensors import Slot, dense_header_bytes, write_checkpoint
+from compress.containers.base import (
+    ROUNDED_TOLERANCE,
+    TRANSFORMERS,
+    Container,
+    Files,
+    PlannedTensor,
+    WriteRequest,
+    folder_of,
+)
 from compress.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.containers.gguf import PlannedTensor
-    from compress.weights import Packed
-
 _DTYPES = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 
 
-@dataclass(frozen=True)
-class Options(FolderOptions):
-    """`dtype` f32, f16 or bf16; `max_shard_size` in bytes; `replace` an existing folder."""
-
-    dtype: str = "bf16"
+def tensor_bytes(planned: PlannedTensor, own: str) -> int:
+    """Bytes of one tensor in the file: those of its values in the checkpoint's own float type."""
+    return stored_bytes(own, planned.spec.shape)
 
 
-def write(
-    path: Path,
-    spec: ModelSpec,
-    tensors: Sequence[PlannedTensor],
-    fetch: Callable[[str], Packed],
-    *,
-    source: Path,
-    options: Options | None = None,
-    provenance: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write the folder `path` (weights, config.json, tokenizer, compress.json) and return its weight files in order.
+def write(request: WriteRequest) -> list[Path]:
+    """Write the folder (weights, config.json, tokenizer, compress.json) and return its weight files in order.
 
-    Every tensor is decoded by its codec and rounded to `options.dtype`. `fetch` is called once per tensor, in file
-    order; one tensor is in memory at a time. OutputError for a full disk or a folder that holds something else.
+    Every tensor is decoded by its codec and rounded to `options.dtype`. `fetch` is called once per tensor. OutputError
+    for a full disk or a folder that holds something else.
     """
     import torch
 
-    from compress.solve.tensor import decode
+    from compress.decode import decode
 
-    options = options or Options()
-    kind, name = _DTYPES[options.dtype]
+    kind, name = _DTYPES[request.options.dtype]
     dtype = getattr(torch, name)
 
     def produce(tensor: str) -> dict[str, Tensor]:
-        packed = fetch(tensor)
-        return {tensor: decode(packed).to(dtype)}
+        return {tensor: decode(request.fetch(tensor)).to(dtype)}
 
-    sources = [(planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in tensors]
-    return write_checkpoint(
-        path, spec, sources, produce, {"dtype": name}, source=source, options=options, provenance=provenance
-    )
+    sources = [(planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in request.tensors]
+    return write_checkpoint(request, sources, produce, {"dtype": name})
 
 
-def open_dense(path: Path | Iterable[Path], spec: ModelSpec) -> Callable[[str], Tensor]:
+def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that reads one tensor of a dense folder by its checkpoint name."""
     from compress.models.checkpoint import Checkpoint
 
     return Checkpoint.open(folder_of(path)).load
+
+
+CONTAINER = Container(
+    name="safetensors",
+    rank=7,
+    engines="whatever runs the original; dense",
+    kinds=frozenset(KIND_NAMES),  # every codec as the values it decodes to
+    incoherence=True,
+    dense=True,
+    masks="it is dense: it holds the zeros, or the product of the factors",
+    original=True,
+    engine=TRANSFORMERS,
+    tolerance=ROUNDED_TOLERANCE,
+    tensor_bytes=tensor_bytes,
+    overhead=dense_header_bytes,
+    write=write,
+    open_dense=open_dense,
+)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.codecs.names import CONTAINERS
-from compress.containers import container_module
+from compress.containers import CONTAINERS, Container, Engine, original_layout
 from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource
 from compress.errors import CheckpointError, UnsupportedModel
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-LOADED_BY_TRANSFORMERS = ("safetensors", "compress", "bitsandbytes", "compressed-tensors")
-PACKAGES = {"bitsandbytes": ("bitsandbytes", "bnb"), "compressed-tensors": ("compressed_tensors", "ct")}
-WHOLE_MODEL_BYTES = 4 * 2**30  # models up to this size in float32 are run by transformers itself
-
-
 @dataclass(frozen=True)
 class OpenedModel:
     """A folder in Hugging Face's layout and how its weights are read."""
@@ -36,7 +30,7 @@ class OpenedModel:
     name: str
     folder: Path
     spec: ModelSpec
-    container: str
+    container: Container
     load: Callable[[str], Tensor]
     files: tuple[Path, ...]
 
@@ -56,94 +50,112 @@ def open_model(name: str) -> OpenedModel:
     location = model_location(name)
     folder = Path(location)
     if folder.is_file():
-        raise CheckpointError(f"{name} is neither a GGUF file nor a Hugging Face folder; give one of these or a hub id")
-    if folder.is_dir() and not (folder / "config.json").is_file() and (found := sorted(folder.glob("*.gguf"))):
-        raise CheckpointError(f"{name} is a folder with a GGUF in it; give the file: {found[0]}")
+        known = " nor ".join(f"a {_label(container)} file" for container in _single_files())
+        raise CheckpointError(f"{name} is neither {known} nor a Hugging Face folder; give one of these or a hub id")
+    for container in _single_files() if folder.is_dir() and not (folder / "config.json").is_file() else ():
+        if found := sorted(folder.glob(f"*{container.suffix}")):
+            raise CheckpointError(f"{name} is a folder with a {_label(container)} in it; give the file: {found[0]}")
     checkpoint = Checkpoint.open(location)
     spec = load_spec(checkpoint.config)
     files = tuple(sorted({entry.file for entry in checkpoint.entries.values()}))
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method in CONTAINERS:
-        load = container_module(method).open_dense(files, spec)
-        return OpenedModel(name, checkpoint.folder, spec, method, load, files)
+    methods = {container.quant_method: container for container in CONTAINERS.values() if container.quant_method}
+    if method in methods:
+        load = methods[method].open_dense(files, spec)
+        return OpenedModel(name, checkpoint.folder, spec, methods[method], load, files)
     if method is not None:
         raise UnsupportedModel(
-            f"{name} is quantized with {method}; this version scores GGUF files and folders that are dense or one of "
-            + ", ".join(c for c in CONTAINERS if c not in ("gguf", "safetensors"))
+            f"{name} is quantized with {method}; this version scores "
+            f"{' and '.join(f'{_label(c)} files' for c in _single_files())} and folders that are dense or one of "
+            f"{', '.join(methods)}"
         )
     if problems := checkpoint_problems(spec, checkpoint):
         raise CheckpointError(f"{problems[0]}; fetch the model again")
-    return OpenedModel(name, checkpoint.folder, spec, "safetensors", checkpoint.load, files)
+    return OpenedModel(name, checkpoint.folder, spec, original_layout(), checkpoint.load, files)
 
 
-def is_gguf(target: str) -> bool:
-    """Whether `target` is meant as a GGUF: by its name, or by its first bytes."""
+# -- containers that are one file --------------------------------------------------------------------------------------
+def _single_files() -> list[Container]:
+    return [container for container in CONTAINERS.values() if container.suffix]
+
+
+def _label(container: Container) -> str:
+    return container.suffix.removeprefix(".").upper()
+
+
+def file_container(target: str) -> Container | None:
+    """The container that `target` is meant as a file of: by its name, or by its first bytes; None for all else."""
     path = Path(target)
-    if path.suffix == ".gguf" and not path.is_dir():
-        if not path.is_file():
-            raise CheckpointError(f"no GGUF file at {path}")
-        return True
+    for container in _single_files():
+        if path.suffix == container.suffix and not path.is_dir():
+            if not path.is_file():
+                raise CheckpointError(f"no {_label(container)} file at {path}")
+            return container
     if not path.is_file():
-        return False
+        return None
     with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+        first = file.read(max((len(container.magic) for container in _single_files()), default=0))
+    return next((c for c in _single_files() if c.magic and first.startswith(c.magic)), None)
 
 
-def gguf_files(path: Path) -> list[Path]:
-    from compress.containers.gguf import shards
-
-    files = shards(path)
+def file_set(container: Container, path: Path) -> list[Path]:
+    """All files of the set that `path` belongs to. CheckpointError where one is missing."""
+    files = container.files(path)
     if lost := [file for file in files if not file.is_file()]:
         raise CheckpointError(f"{lost[0]} is missing; all {len(files)} files of the set must lie together")
     return files
 
 
-def folder_source(
-    container: str, files: Sequence[Path], spec: ModelSpec, parameters: int, fallbacks: list[Fallback]
-) -> LogitSource:
-    """What runs a folder: transformers where it loads the container and the model fits, else its decoded weights."""
-    package, extra = PACKAGES.get(container, ("transformers", ""))
-    if container in LOADED_BY_TRANSFORMERS and find_spec(package) is None:
-        fallbacks.append(
-            Fallback(
-                subject=files[0].parent.name,
-                wanted="scored by transformers",
-                used="scored by its decoded weights",
-                reason=f"{container} is not installed: pip install 'compress-llm[{extra}]'",
-            )
-        )
-    elif container in LOADED_BY_TRANSFORMERS:
-        if 4 * parameters <= WHOLE_MODEL_BYTES:
-            return TransformersSource(files[0].parent)
-        fallbacks.append(
-            Fallback(
-                subject=files[0].parent.name,
-                wanted="scored by transformers",
-                used="scored by its decoded weights",
-                reason=f"the whole model in float32 is more than {WHOLE_MODEL_BYTES / 2**30:.0f} GiB; "
-                "activations that an engine rounds are not rounded here",
-            )
-        )
-    return StreamedSource(spec, container_module(container).open_dense(files, spec), "decoded weights")
-
-
+# -- engines -----------------------------------------------------------------------------------------------------------
 @contextmanager
-def gguf_source(path: Path, spec: ModelSpec, fallbacks: list[Fallback]) -> Iterator[LogitSource]:
-    """llama.cpp running the file; without it the file's decoded weights, and a line in `fallbacks`."""
-    if find_spec("llama_cpp") is not None:
-        from compress.engines.llama_cpp import LlamaCpp
-
-        with LlamaCpp(path) as source:
+def artifact_source(
+    container: Container, files: Sequence[Path], spec: ModelSpec, parameters: int, fallbacks: list[Fallback]
+) -> Iterator[LogitSource]:
+    """What runs an artifact: the container's engine where it is installed and the model fits, else its decoded weights
+    and a line in `fallbacks`."""
+    engine = container.engine
+    if engine is None:
+        yield StreamedSource(spec, container.open_dense(files, spec), "decoded weights")
+        return
+    if (reason := _why_not(engine, parameters)) is None:
+        with ENGINES[engine.name](files) as source:
             yield source
         return
-    from compress.containers.gguf import open_dense
-
     fallbacks.append(
         Fallback(
-            subject=path.name,
-            wanted="scored by llama.cpp",
+            subject=files[0].name if container.suffix else files[0].parent.name,
+            wanted=f"scored by {engine.name}",
             used="scored by its decoded weights",
-            reason="llama-cpp-python is not installed: pip install 'compress-llm[llama]'",
+            reason=reason,
         )
     )
-    yield StreamedSource(spec, open_dense(path, spec), "decoded weights")
+    yield StreamedSource(spec, container.open_dense(files, spec), "decoded weights")
+
+
+def _why_not(engine: Engine, parameters: int) -> str | None:
+    """Why an engine does not run a model here, or None."""
+    if find_spec(engine.package) is None:
+        return f"{engine.distribution} is not installed: pip install 'compress-llm[{engine.extra}]'"
+    if engine.largest is not None and 4 * parameters > engine.largest:
+        return (
+            f"the whole model in float32 is more than {engine.largest / 2**30:.0f} GiB; "
+            "activations that an engine rounds are not rounded here"
+        )
+    return None
+
+
+def _llama_cpp(files: Sequence[Path]) -> AbstractContextManager[LogitSource]:
+    from compress.engines.llama_cpp import LlamaCpp
+
+    return LlamaCpp(files[0])
+
+
+def _transformers(files: Sequence[Path]) -> AbstractContextManager[LogitSource]:
+    return nullcontext(TransformersSource(files[0].parent))
+
+
+ENGINES: Mapping[str, Callable[[Sequence[Path]], AbstractContextManager[LogitSource]]] = {
+    "llama.cpp": _llama_cpp,
+    "transformers": _transformers,
+}
+"""By the name that a container's `engine` has: weight files, first one first -> what computes their logits."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.models.forward import forward_block, rms_norm
+from compress.models.forward import final_norm
 from compress.models.spec import ModelSpec
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import walk
+from compress.weights import Loader
 
 IN_MEMORY_BYTES = 256 << 20  # hidden states beyond this go to a temporary file
 BATCH_TOKENS = 8192
@@ -23,8 +26,8 @@ class StreamedSource:
     hidden states of all sequences are kept between blocks.
     """
 
-    def __init__(self, spec: ModelSpec, load: Callable[[str], Tensor], name: str):
-        self.spec, self.load, self.name = spec, load, name
+    def __init__(self, spec: ModelSpec, load: Loader, name: str, placement: Placement = CPU):
+        self.spec, self.load, self.name, self.placement = spec, load, name, placement
         self.vocab_size = spec.vocab_size
 
     def logits(self, sequences: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
@@ -32,10 +35,10 @@ class StreamedSource:
         if not sequences:
             return
         states = self.final_states(sequences)
-        head = self.load("model.embed_tokens.weight" if self.spec.tied else "lm_head.weight").float()
+        head = self.placement.weight(self.load(self.spec.head))
         for row in states:
             with torch.inference_mode():  # not around the yield: the caller would run in it, too
-                logits = (row @ head.T).numpy()
+                logits = (row @ head.T).cpu().numpy()
             yield logits
 
     def final_states(self, sequences: Sequence[np.ndarray]) -> Iterator[Tensor]:
@@ -47,7 +50,7 @@ class StreamedSource:
         lengths = [len(s) for s in sequences]
         starts = np.concatenate(([0], np.cumsum(lengths)))
         hidden = _scratch(int(starts[-1]), spec.hidden_size)
-        table = self.load("model.embed_tokens.weight")
+        table = self.load(spec.embeddings)
         for sequence, start in zip(sequences, starts, strict=False):
             hidden[start : start + len(sequence)] = table[
                 torch.from_numpy(np.asarray(sequence, dtype=np.int64))
@@ -55,19 +58,18 @@ class StreamedSource:
         del table
         batches = _batches(lengths)
         with torch.inference_mode():
-            for layer in range(spec.layers):
-                weights = {t.name: self.load(t.name).float() for t in spec.block_tensors(layer)}
+            for block in walk(spec, self.load, self.placement):
                 for batch in batches:
                     padded = torch.zeros(len(batch), max(lengths[i] for i in batch), spec.hidden_size)
                     for row, i in enumerate(batch):
                         padded[row, : lengths[i]] = hidden[starts[i] : starts[i + 1]]
-                    out = forward_block(spec, layer, weights, padded)
+                    out = block.forward(self.placement.put(padded))
                     for row, i in enumerate(batch):
                         hidden[starts[i] : starts[i + 1]] = out[row, : lengths[i]]
-            norm = self.load("model.norm.weight").float()
+            norm = self.placement.weight(self.load(spec.final_norm))
         for i in range(len(sequences)):
             with torch.inference_mode():
-                states = rms_norm(hidden[starts[i] : starts[i + 1]], norm, spec.norm_eps)
+                states = final_norm(spec, norm, self.placement.put(hidden[starts[i] : starts[i + 1]]))
             yield states
 
 

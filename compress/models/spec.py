@@ -1,8 +1,8 @@
 """What a model is, read from config.json alone: no weights, no torch.
 
-A `Family` is a table: which sub-modules a decoder block has and what they are called on disk and in GGUF.
-`load_spec` turns a raw config into a `ModelSpec`; `ModelSpec.tensors()` lists every tensor with its role.
-Adding a family is one file in this folder with a `FAMILY` table in it.
+A `Family` composes sub-layers (`compress.models.layers`) block by block; `load_spec` turns a raw config into a `ModelSpec`,
+which lists every tensor with its role and what its sub-layer declares of it. Adding a family is one file in `families` with a
+`FAMILY` in it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property
+from math import prod
 from typing import Any
 
 from compress.errors import UnsupportedModel
+from compress.models.config import Config
+from compress.models.layers.base import Input, Sublayer, Weight, shifted
+from compress.models.layers.moe import MoE
+from compress.models.layers.views import Order, Piece
+
+Block = tuple[Sublayer, ...]
+PLAIN = Weight("", (), "", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +31,8 @@ class TensorSpec:
     """One tensor of the checkpoint.
 
     `input` names the activations a 2-D weight multiplies; weights with the same layer and `input` share their
-    statistics (q/k/v; gate/up of one expert). None for embeddings, norms and biases.
+    statistics (q/k/v; gate/up of one expert). None for embeddings, norms and biases. part: index of its sub-layer in the block;
+    declared: what that says of it.
     """
 
     name: str
@@ -33,67 +42,89 @@ class TensorSpec:
     expert: int | None
     gguf: str
     input: str | None
-
-    @property
-    def half(self) -> str:
-        """Which half of its block the tensor belongs to: "attention" or "ffn"."""
-        return "attention" if ".self_attn." in self.name or self.gguf.endswith("attn_norm.weight") else "ffn"
+    part: int = 0
+    declared: Weight = PLAIN
+    signs: str = ""
+    """Tensors of a layer with the same word share the random signs of their inputs' Hadamard transform."""
 
     @property
     def parameters(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return prod(self.shape)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What GGUF stores it as, under full names: itself, as a rule."""
+        if not self.declared.pieces:
+            return (Piece(self.gguf),)
+        prefix = self.gguf.removesuffix(self.declared.gguf)
+        return tuple(replace(piece, name=prefix + piece.name) for piece in self.declared.pieces)
+
+    @property
+    def column_order(self) -> Order | None:
+        """GGUF's order of its columns, where that is another than the checkpoint's."""
+        return next((piece.columns for piece in self.declared.pieces if piece.columns is not None), None)
 
 
-@dataclass(frozen=True, slots=True)
-class MoeNames:
-    """Where a family keeps its experts, relative to `model.layers.N.`."""
+@dataclass(frozen=True)
+class Gguf:
+    """llama.cpp's architecture of a family, and what it computes whatever the config says.
 
-    router: str
-    expert: str
-    """Prefix of one expert with `{e}`, e.g. `mlp.experts.{e}.`"""
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    shared: str | None = None
-    """Prefix of the shared expert, e.g. `mlp.shared_expert.`"""
-    shared_router: str | None = None
+    normalises: whether chosen experts' weights are divided by their sum: True, False, or None where the metadata says;
+    dense_layers: layers without experts may stand beside those with; heads_fill_width: heads x head_dim must be the hidden
+    size; tied: the head may be the embeddings; biases: of which tensors, None for any; llama3: reads that rope scaling;
+    expert_width: experts' width has a key of its own; keys: more metadata, from the config; problems: what else of a config
+    it cannot say.
+    """
+
+    arch: str
+    normalises: bool | None = None
+    dense_layers: bool = True
+    heads_fill_width: bool = False
+    tied: bool = True
+    biases: tuple[str, ...] | None = ()
+    llama3: bool = False
+    expert_width: bool = True
+    keys: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    problems: Callable[[Config], list[str]] = lambda config: []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Family:
-    """One architecture family as a table."""
+    """One architecture family: what its blocks are composed of.
+
+    block(config, layer): the sub-layers of one block. defaults: values of absent config keys, as transformers fills them
+    in. final_shift: what the model adds to the stored weights of the last norm. experts_key, shared_key: the config's names
+    for the number of experts and the width of the shared one. fixed_heads, fixed_channels: why these cannot be
+    pruned, "" where they can.
+    """
 
     model_types: tuple[str, ...]
     hf_architecture: str
-    gguf_arch: str
-    qk_norm: bool = False
-    """RMSNorm on each query and key head before RoPE (Qwen3)."""
-    attention_bias: str | bool = False
-    """True, False or the config key that says so; covers q, k and v."""
-    output_bias: str | bool = False
-    """The same for o_proj."""
-    mlp_bias: str | bool = False
-    moe: MoeNames | None = None
-    normalises_top_k: str | bool = True
-    """Whether the chosen experts' probabilities are renormalised to sum to one; a key or a constant."""
-    sliding_window: bool = False
-    """Whether the config's sliding_window is honoured (subject to use_sliding_window)."""
-    window_rule: str = "all"
-    """Which layers slide: "all"; or as the config's layer_types says and, without it, "late" (from max_window_layers
-    on) or "even" (even layers below it)."""
+    gguf: Gguf
+    block: Callable[[Config, int], Block]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values of absent config keys, as transformers fills them in."""
+    final_shift: float = 0.0
+    fixed_heads: str = ""
+    fixed_channels: str = ""
+    experts_key: tuple[str, ...] = ("num_experts", "num_local_experts")
+    shared_key: str = "shared_expert_intermediate_size"
+    heads_divide_width: bool = False
+    """transformers refuses configurations whose heads do not divide the hidden size."""
+    slides: bool = False
+    """The config's sliding_window is honoured, subject to use_sliding_window."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A parsed config.json."""
+    """A parsed config.json.
+
+    blocks: the sub-layers of every block. The counts are those of config.json, which pruning changes; a model without a kind
+    of part has none of it.
+    """
 
     family: Family
     config: Mapping[str, Any]
+    blocks: tuple[Block, ...]
     hidden_size: int
     layers: int
     heads: int
@@ -111,7 +142,6 @@ class ModelSpec:
     tied: bool
     max_positions: int
     sliding_window: int | None
-    norm_topk: bool
     sparse_layers: frozenset[int]
 
     @property
@@ -119,126 +149,165 @@ class ModelSpec:
         return self.config["model_type"]
 
     @property
-    def rope_dim(self) -> int:
-        return self.head_dim
+    def norm_topk(self) -> bool:
+        """Whether the chosen experts' weights are divided by their sum."""
+        return any(s.router.normalised for block in self.blocks for s in block if isinstance(s, MoE))
 
     def is_sparse(self, layer: int) -> bool:
         """Whether `layer` has routed experts instead of a dense MLP."""
         return layer in self.sparse_layers
 
-    def flag(self, value: str | bool) -> bool:
-        """A family's True/False/config-key as a bool."""
-        return bool(self.config.get(value, self.family.defaults.get(value, False))) if isinstance(value, str) else value
-
     def untied(self) -> ModelSpec:
         """The same model with a head of its own."""
         return replace(self, tied=False, config={**self.config, "tie_word_embeddings": False})
 
-    def tensors(self) -> list[TensorSpec]:
+    def branches(self, layer: int) -> tuple[Branch, ...]:
+        """The sub-layers of a block, at their places."""
+        return tuple(Branch(self, layer, part) for part in range(len(self.blocks[layer])))
+
+    @cached_property
+    def outer(self) -> tuple[TensorSpec, ...]:
+        """Embeddings, final norm, and the head where it is not tied."""
+        vocabulary, width = (self.vocab_size, self.hidden_size), (self.hidden_size,)
+
+        def one(declared: Weight) -> TensorSpec:
+            given = (declared.name, declared.shape, declared.role, None, None, declared.gguf, declared.input)
+            return TensorSpec(*given, declared=declared, signs=declared.input or "")
+
+        shift = self.family.final_shift
+        found = (
+            one(Weight("model.embed_tokens.weight", vocabulary, "embeddings", "token_embd.weight")),
+            one(
+                Weight(
+                    "model.norm.weight",
+                    width,
+                    "norms",
+                    "output_norm.weight",
+                    stream_norm=True,
+                    shift=shift,
+                    pieces=shifted("output_norm.weight", shift),
+                )
+            ),
+            one(Weight("lm_head.weight", vocabulary, "lm_head", "output.weight", "lm_head", reads="model.norm.weight")),
+        )
+        return found[:2] if self.tied else found
+
+    @property
+    def embeddings(self) -> str:
+        """Name of the embedding table."""
+        return self.outer[0].name
+
+    @property
+    def final_norm(self) -> str:
+        """Name of the norm in front of the head."""
+        return self.outer[1].name
+
+    @property
+    def head(self) -> str:
+        """Name of the head's matrix, which tied models have in their embeddings."""
+        return self.outer[-1].name if not self.tied else self.embeddings
+
+    @cached_property
+    def _tensors(self) -> tuple[TensorSpec, ...]:
+        inside = (tensor for layer in range(self.layers) for tensor in self.block_tensors(layer))
+        return (self.outer[0], *inside, *self.outer[1:])
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
         """Every tensor in execution order: embeddings, blocks, final norm, head (absent when tied)."""
-        out = [
-            TensorSpec(
-                "model.embed_tokens.weight",
-                (self.vocab_size, self.hidden_size),
-                "embeddings",
-                None,
-                None,
-                "token_embd.weight",
-                None,
-            )
-        ]
-        for layer in range(self.layers):
-            out.extend(self.block_tensors(layer))
-        out.append(
-            TensorSpec("model.norm.weight", (self.hidden_size,), "norms", None, None, "output_norm.weight", None)
-        )
-        if not self.tied:
-            out.append(
-                TensorSpec(
-                    "lm_head.weight",
-                    (self.vocab_size, self.hidden_size),
-                    "lm_head",
-                    None,
-                    None,
-                    "output.weight",
-                    "lm_head",
-                )
-            )
-        return out
+        return self._tensors
 
-    def block_tensors(self, layer: int) -> Iterator[TensorSpec]:
+    def block_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         """Tensors of one decoder block."""
-        fam, h, hd = self.family, self.hidden_size, self.head_dim
-        root, blk = f"model.layers.{layer}.", f"blk.{layer}."
+        return tuple(t for branch in self.branches(layer) for t in branch.tensors)
 
-        def one(
-            name: str, shape: tuple[int, ...], role: str, gguf: str, input: str | None = None, expert: int | None = None
-        ) -> TensorSpec:
-            return TensorSpec(root + name, shape, role, layer, expert, blk + gguf, input)
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorSpec]:
+        return {t.name: t for t in self.tensors()}
 
-        yield one("input_layernorm.weight", (h,), "norms", "attn_norm.weight")
-        projections = (
-            ("q", self.heads * hd, h, fam.attention_bias, "attn_q", "attention.in"),
-            ("k", self.kv_heads * hd, h, fam.attention_bias, "attn_k", "attention.in"),
-            ("v", self.kv_heads * hd, h, fam.attention_bias, "attn_v", "attention.in"),
-            ("o", h, self.heads * hd, fam.output_bias, "attn_output", "attention.out"),
+
+@dataclass(frozen=True)
+class Branch:
+    """One sub-layer at its place in a model: the residual branch `part` of block `layer`."""
+
+    spec: ModelSpec = field(repr=False)
+    layer: int
+    part: int
+
+    @property
+    def sublayer(self) -> Sublayer:
+        return self.spec.blocks[self.layer][self.part]
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """Its inputs by key."""
+        return self.sublayer.known
+
+    @property
+    def root(self) -> str:
+        """What its tensors' names begin with."""
+        return f"model.layers.{self.layer}."
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the last of its block."""
+        return self.part == len(self.spec.blocks[self.layer]) - 1
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return self._placed(self.sublayer.weights)
+
+    @property
+    def samples(self) -> tuple[tuple[TensorSpec, int], ...]:
+        """Its tensors, those of the first routed expert for all of them, and how many each stands for."""
+        weights = [w for w in self.sublayer.weights if not w.expert]
+        counts = (1 if w.expert is None else self.sublayer.routed for w in weights)
+        return tuple(zip(self._placed(weights), counts, strict=True))
+
+    def _placed(self, weights: Iterable[Weight]) -> tuple[TensorSpec, ...]:
+        root, gguf, signs = self.root, f"blk.{self.layer}.", self.sublayer.signs
+        return tuple(
+            TensorSpec(
+                root + w.name,
+                w.shape,
+                w.role,
+                self.layer,
+                w.expert,
+                gguf + w.gguf,
+                w.input,
+                self.part,
+                w,
+                signs[w.input],
+            )
+            for w in weights
         )
-        for leaf, rows, cols, bias, gguf, key in projections:
-            yield one(f"self_attn.{leaf}_proj.weight", (rows, cols), f"attention.{leaf}", f"{gguf}.weight", key)
-            if self.flag(bias):
-                yield one(f"self_attn.{leaf}_proj.bias", (rows,), "biases", f"{gguf}.bias")
-        if fam.qk_norm:
-            yield one("self_attn.q_norm.weight", (hd,), "norms", "attn_q_norm.weight")
-            yield one("self_attn.k_norm.weight", (hd,), "norms", "attn_k_norm.weight")
-        yield one("post_attention_layernorm.weight", (h,), "norms", "ffn_norm.weight")
-        if not self.is_sparse(layer):
-            i = self.intermediate_size
-            for leaf, rows, cols in (("gate", i, h), ("up", i, h), ("down", h, i)):
-                key = "mlp.act" if leaf == "down" else "mlp.in"
-                yield one(f"mlp.{leaf}_proj.weight", (rows, cols), f"mlp.{leaf}", f"ffn_{leaf}.weight", key)
-                if self.flag(fam.mlp_bias):
-                    yield one(f"mlp.{leaf}_proj.bias", (rows,), "biases", f"ffn_{leaf}.bias")
-            return
-        moe = fam.moe
-        assert moe is not None
-        yield one(moe.router, (self.experts, h), "router", "ffn_gate_inp.weight", "router")
-        i = self.moe_intermediate_size
-        for leaf, rows, cols in (("gate", i, h), ("up", i, h), ("down", h, i)):
-            for e in range(self.experts):
-                key = f"experts.{e}.{'act' if leaf == 'down' else 'in'}"
-                yield one(
-                    f"{moe.expert.format(e=e)}{getattr(moe, leaf)}.weight",
-                    (rows, cols),
-                    f"routed_experts.{leaf}",
-                    f"ffn_{leaf}_exps.weight",
-                    key,
-                    e,
-                )
-        if moe.shared:
-            i = self.shared_intermediate_size
-            for leaf, rows, cols in (("gate", i, h), ("up", i, h), ("down", h, i)):
-                key = "shared.act" if leaf == "down" else "shared.in"
-                yield one(
-                    f"{moe.shared}{leaf}_proj.weight",
-                    (rows, cols),
-                    f"shared_experts.{leaf}",
-                    f"ffn_{leaf}_shexp.weight",
-                    key,
-                )
-            if moe.shared_router:
-                yield one(moe.shared_router, (1, h), "router", "ffn_gate_inp_shexp.weight", "router")
+
+    def __str__(self) -> str:
+        return f"the {self.sublayer.half} half of block {self.layer}"
 
 
-@cache
+_REGISTERED: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family from outside known. Raises ValueError when one of its model types is taken."""
+    taken = [name for name in family.model_types if known_families().get(name, family) is not family]
+    if taken:
+        raise ValueError(f"there is a family for {taken[0]} already")
+    _REGISTERED.update(dict.fromkeys(family.model_types, family))
+    return family
+
+
+_FOUND: dict[str, Family] = {}
+
+
 def known_families() -> Mapping[str, Family]:
-    """model_type -> Family, collected from the files of this folder."""
-    found: dict[str, Family] = {}
-    package = importlib.import_module("compress.models.families")
-    for module in pkgutil.iter_modules(package.__path__):
-        family = getattr(importlib.import_module(f"compress.models.families.{module.name}"), "FAMILY", None)
-        if family is not None:
-            found.update(dict.fromkeys(family.model_types, family))
-    return found
+    """model_type -> Family: those of the folder `families`, and the registered ones."""
+    if not _FOUND:
+        package = importlib.import_module("compress.models.families")
+        for module in pkgutil.iter_modules(package.__path__):
+            family = importlib.import_module(f"compress.models.families.{module.name}").FAMILY
+            _FOUND.update(dict.fromkeys(family.model_types, family))
+    return {**_FOUND, **_REGISTERED}
 
 
 def load_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -255,56 +324,35 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
             f"architecture {model_type!r} is not supported{hint}; supported: {', '.join(sorted(known))}"
         )
     family = known[model_type]
-    merged = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
-
-    def need(key: str) -> Any:
-        if key not in merged:
-            raise UnsupportedModel(f"config.json of this {model_type} model has no {key!r}; is it complete?")
-        return merged[key]
-
-    activation = merged.get("hidden_act", "silu")
+    c = Config(config, family.defaults)
+    activation = c.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModel(f"hidden_act {activation!r} is not supported (silu only)")
-    layers, heads, hidden = need("num_hidden_layers"), need("num_attention_heads"), need("hidden_size")
-    rope = dict(merged.get("rope_parameters") or {})
-    rope.update(merged.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or merged.get("rope_theta", 10000.0)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", merged.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedModel("partial_rotary_factor other than 1 is not supported")
-    # saved configs carry either name; a family's default stands in only when both are absent
-    experts = next(
-        (c[k] for c in (config, family.defaults) for k in ("num_experts", "num_local_experts") if c.get(k)), 0
-    )
-    sparse: frozenset[int] = frozenset()
-    if family.moe is not None and experts:
-        step, dense = merged.get("decoder_sparse_step", 1), set(merged.get("mlp_only_layers") or ())
-        sparse = frozenset(n for n in range(layers) if n not in dense and (n + 1) % step == 0)
-    # null means no window; only an absent key means the default
-    window = {**family.defaults, **config}.get("sliding_window") if family.sliding_window else None
-    if window and merged.get("use_sliding_window", True) is False:
-        window = None
-    norm_topk = family.normalises_top_k
+    same: dict[Sublayer, Sublayer] = {}  # blocks alike share what their sub-layers cache
+    blocks = tuple(tuple(same.setdefault(s, s) for s in family.block(c, layer)) for layer in range(c.layers))
+    mixtures = {n: s for n, block in enumerate(blocks) for s in block if isinstance(s, MoE)}
+    experts = next(iter(mixtures.values()), None)
+    shared = experts.shared.width if experts is not None and experts.shared is not None else 0
     return ModelSpec(
         family=family,
         config=dict(config),
-        hidden_size=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=merged.get("num_key_value_heads") or heads,
-        head_dim=merged.get("head_dim") or hidden // heads,
-        vocab_size=need("vocab_size"),
-        intermediate_size=need("intermediate_size"),
-        experts=experts,
-        experts_per_token=merged.get("num_experts_per_tok", 0),
-        moe_intermediate_size=merged.get("moe_intermediate_size") or merged["intermediate_size"],
-        shared_intermediate_size=merged.get("shared_expert_intermediate_size", 0),
-        norm_eps=merged.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
-        rope_scaling=None if rope_type == "default" else rope,
-        tied=bool(merged.get("tie_word_embeddings", False)),
-        max_positions=merged.get("max_position_embeddings", 2048),
-        sliding_window=window,
-        norm_topk=bool(merged.get(norm_topk, False)) if isinstance(norm_topk, str) else norm_topk,
-        sparse_layers=sparse,
+        blocks=blocks,
+        hidden_size=c.hidden,
+        layers=c.layers,
+        heads=c.heads,
+        kv_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.need("vocab_size"),
+        intermediate_size=c.need("intermediate_size"),
+        experts=c.experts,
+        experts_per_token=c.get("num_experts_per_tok", 0),
+        moe_intermediate_size=c.get("moe_intermediate_size") or c.get("intermediate_size") or 0,
+        shared_intermediate_size=shared or c.get(family.shared_key, 0),
+        norm_eps=c.eps,
+        rope_theta=c.theta,
+        rope_scaling=c.scaling,
+        tied=bool(c.get("tie_word_embeddings", False)),
+        max_positions=c.get("max_position_embeddings", 2048),
+        sliding_window=c.sliding_window() if family.slides else None,
+        sparse_layers=frozenset(mixtures),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from compress.codecs.names import CONTAINERS, SPARSE_VALUES, activation_problem, codec_info, incoherence_problem
+from compress.codecs.names import SPARSE_VALUES, codec_info
+from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
 from compress.models.spec import ModelSpec
 from compress.plan.allocation import KNAPSACK_SHARES
 from compress.recipe.schema import STEP_KINDS, Factorize, Prune, Recipe
@@ -18,14 +20,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 def container_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
     """What a container cannot say about this model, whatever its weights."""
-    problems = []
-    for export in recipe.export:
-        assert export.container in CONTAINERS
-        if export.container == "gguf":
-            from compress.containers.gguf import check_representable
-
-            problems += [f"gguf: {reason}" for reason in check_representable(spec)]
-    return problems
+    containers = (CONTAINERS[export.container] for export in recipe.export)
+    return [f"{container.name}: {reason}" for container in containers for reason in container.unrepresentable(spec)]
 
 
 def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
@@ -74,7 +70,7 @@ def step_problems(recipe: Recipe) -> list[str]:
     if "factorize" in kinds:
         problems += [
             f"export: container {e.container} holds no factors; use "
-            f"{' or '.join(name for name, info in CONTAINERS.items() if 'factors' in info.kinds)}"
+            f"{' or '.join(c.name for c in CONTAINERS.values() if 'factors' in c.kinds)}"
             for e in recipe.export
             if "factors" not in CONTAINERS[e.container].kinds
         ]
@@ -130,7 +126,7 @@ def narrow_calibration(recipe: Recipe) -> list[str]:
     ]
 
 
-def tensor_problems(planned: PlannedTensor, kinds: set[str]) -> list[str]:
+def tensor_problems(planned: PlannedTensor, containers: Sequence[Container]) -> list[str]:
     """Why a tensor cannot be stored as planned."""
     info, shape, name = codec_info(planned.values or planned.codec), planned.spec.shape, planned.name
     problems = shrinking_problems(planned)
@@ -145,7 +141,13 @@ def tensor_problems(planned: PlannedTensor, kinds: set[str]) -> list[str]:
         problems.append(f"{name}: {info.name} codes {info.rows} rows together, this one has {shape[-2]}; ignore it")
     if planned.activations and planned.spec.role == "embeddings":
         problems.append(f"{name}: embeddings are looked up and have no inputs to round; drop activations for them")
-    for container in sorted(kinds):
+    if planned.ordered and (others := sorted(c.name for c in containers if not (c.pieces or c.dense))):
+        pieces = next(c.name for c in containers if c.pieces)
+        problems.append(
+            f"{name}: {pieces} wants its columns in another order than {others[0]} does, and blocks follow the columns; "
+            "give each container a recipe of its own"
+        )
+    for container in sorted(containers, key=lambda c: c.name):
         if planned.incoherence and (why := incoherence_problem(container)):
             problems.append(f"{name}: {why}")
         if planned.activations and (why := activation_problem(container)):

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compress import __version__, plugins
-from compress.codecs.names import codec_info
-from compress.containers import container_module
-from compress.errors import OutputError, PlanError, UnsupportedModel
-from compress.models.checkpoint import FLOAT_CODEC, Checkpoint, checkpoint_problems
-from compress.models.locate import model_location
-from compress.models.spec import ModelSpec, TensorSpec, load_spec
+from compress.containers import packed_layout
+from compress.models.spec import ModelSpec
 from compress.plan import resources as footprint
-from compress.plan.checks import (
-    container_problems,
-    narrow_calibration,
-    step_problems,
-    tensor_problems,
-    text_problems,
-)
-from compress.plan.savings import STRUCTURAL, Saving, container_bytes, shrinking, structural
-from compress.plan.tensor import PlannedTensor, Rules, factored, planned_tensor, pruned
+from compress.plan.savings import STRUCTURAL, Saving
+from compress.plan.tensor import PlannedTensor, factored, pruned
 from compress.recipe.schema import Recipe
 from compress.solvers.options import RecoverOptions
-from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
+from compress.structured.shapes import Reduction
 from compress.transforms.options import RotateOptions, TransformOptions
 from compress.weights import Pattern
-
-MATCHING = ("quantize", "prune", "factorize")  # steps whose rules decide tensor by tensor
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,7 @@ class Plan:
     @property
     def two_streams(self) -> bool:
         """Whether the original's activations are carried along."""
-        drifts = any(getattr(t.method, "drift", 0.0) or getattr(t.method, "residual", 0.0) for t in self.tensors)
+        drifts = any(t.asks.drift or t.asks.residual for t in self.tensors)
         return self.solves and (drifts or self.recover is not None)
 
     @cached_property
@@ -110,14 +96,15 @@ class Plan:
 
     def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
         """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""
-        kinds = {e.container for e in self.recipe.export}
+        containers = self.recipe.containers
+        layout = next((c for c in containers if not c.dense), packed_layout())
 
         def settle(planned: PlannedTensor) -> PlannedTensor:
             if planned.name in patterns:
-                planned = pruned(planned, patterns[planned.name], kinds)
+                planned = pruned(planned, patterns[planned.name], containers)
             if planned.name in shares:
                 planned = factored(planned, shares[planned.name])
-            return replace(planned, bytes=_bytes(planned, self.recipe))
+            return replace(planned, bytes=layout.tensor_bytes(planned, self.own_codec))
 
         return replace(self, tensors=tuple(settle(t) for t in self.tensors))
 
@@ -206,7 +193,7 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
             "containers": [e.container for e in self.recipe.export],
-            "file_bytes": {e.container: footprint.file_bytes(self, e.container) for e in self.recipe.export},
+            "file_bytes": {c.name: footprint.file_bytes(self, c) for c in self.recipe.containers},
             "warnings": list(self.warnings),
             "savings": [{**asdict(line), "nothing": line.nothing} for line in self.savings],
             "tensors": [
@@ -230,174 +217,7 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None = None) -> Plan:
-    """Prove a recipe legal for its model.
-
-    weights=True also demands that every tensor is in the checkpoint with the shape the config implies; spec: the model
-    that a survey has left of it, where a step changes its shape.
-    Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
-    """
-    checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
-    original = load_spec(checkpoint.config)
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
-        raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
-    turned = original.untied() if recipe.step("rotate") else original
-    problems = step_problems(recipe) + text_problems(recipe, original)
-    steps = cuts(recipe, turned).values()
-    problems += reduction_problems(turned, *steps) if any(steps) else container_problems(recipe, turned)
-    if problems:
-        raise PlanError(problems)
-    kinds = {e.container for e in recipe.export}
-    own = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
-    shapes: tuple[Reduction, ...] = ()
-    if spec is None:
-        spec, shapes = _shape(recipe, turned, checkpoint, own)
-    tensors, unused, problems = _plan_tensors(recipe, spec, checkpoint, own)
-    if weights:
-        problems += checkpoint_problems(original, checkpoint)
-    problems += _storage_problems(recipe, spec, tensors)
-    if problems := list(dict.fromkeys(problems)):
-        raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-    tensors = [replace(t, bytes=_bytes(t, recipe)) for t in tensors]
-    savings = _structural_savings(recipe, turned, checkpoint, own)
-    savings += shrinking(tensors, (e.container for e in recipe.export), own)
-    warnings = [f"rule matches no tensor of this model: {rule}" for rule in unused]
-    warnings += _warnings(recipe, spec, original, tensors, kinds, own) + [str(line) for line in savings if line.nothing]
-    warnings += narrow_calibration(recipe)
-    source = sum(2 * t.parameters for t in original.tensors())
-    if checkpoint.entries:
-        source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
-    stamp = tuple(
-        sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
-    )
-    return Plan(
-        recipe, original, spec, checkpoint.folder, tuple(tensors), tuple(warnings), source, own, stamp, savings, shapes
-    )
-
-
-def _shape(
-    recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint, own: str
-) -> tuple[ModelSpec, tuple[Reduction, ...]]:
-    """The model that steps leave of `spec`, as far as that is known, and every shape of it that can be stored: a survey
-    chooses among these. Where none can, the likeliest, for its problems to be told."""
-    steps = cuts(recipe, spec)
-    if not any(steps.values()):
-        return spec, ()
-
-    def legal(shape: Reduction) -> bool:
-        left = reduced(spec, shape)
-        tensors, _, problems = _plan_tensors(recipe, left, checkpoint, own)
-        return not problems and not _storage_problems(recipe, left, tensors)
-
-    found = candidates(spec, *steps.values())
-    shapes = tuple(shape for shape in found if legal(shape)) if len(found) > 1 else found
-    return reduced(spec, likeliest(spec, shapes or found, steps["prune_structured"])), shapes
-
-
-def _storage_problems(recipe: Recipe, spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[str]:
-    """Why a container cannot hold a model or its tensors as planned."""
-    problems = container_problems(recipe, spec)
-    for kind in sorted({e.container for e in recipe.export} - {"safetensors"}):
-        try:
-            container_module(kind).check_plan(spec, tensors)
-        except OutputError as error:
-            problems.append(f"{kind}: {error}")
-    return problems
-
-
 def _works_on(step: str, planned: PlannedTensor) -> bool:
     """Whether a kind of step changes this tensor's values."""
     own = {"prune": planned.pattern, "factorize": planned.factors}
     return planned.method is not None and (step not in own or own[step] is not None)
-
-
-def cuts(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
-    """The options of the steps that change the shape of `spec`, by kind, None for those the recipe does not have."""
-    steps = {kind: recipe.step(kind) for kind in STRUCTURAL}
-    if steps["prune_structured"] is not None and _heads_stay(recipe, spec):
-        steps["prune_structured"] = channels_only(spec, *steps.values())
-    return steps
-
-
-def _heads_stay(recipe: Recipe, spec: ModelSpec) -> bool:
-    from compress.containers.gguf import heads_fill_width
-
-    return any(e.container == "gguf" for e in recipe.export) and heads_fill_width(spec)
-
-
-def _plan_tensors(
-    recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint, own: str
-) -> tuple[list[PlannedTensor], list[str], list[str]]:
-    """Every tensor of a model, bytes not counted; rules of the recipe that match none; why some cannot be stored."""
-    kinds = {e.container for e in recipe.export}
-    matchers = {kind: step.matcher(spec) for kind in MATCHING if (step := recipe.step(kind)) is not None}
-    tensors, problems = [], []
-    for tensor in spec.tensors():
-        found = {
-            kind: (recipe.step(kind), rule) for kind, m in matchers.items() if (rule := m.match(tensor)) is not None
-        }
-        codec = found["quantize"][1].codec if "quantize" in found else _unmatched(tensor, checkpoint, own, kinds)
-        planned = planned_tensor(spec, tensor, codec, Rules(**found), kinds)
-        if "prune" in found and "factorize" in found:
-            problems.append(f"{tensor.role}: prune and factorize both name it; factors have a mask already")
-        problems += tensor_problems(planned, kinds)
-        tensors.append(planned)
-    unused = [str(rule) for kind, m in matchers.items() for rule in m.unused() if rule in recipe.step(kind).rules]
-    return tensors, unused, problems
-
-
-def _structural_savings(recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint, own: str) -> tuple[Saving, ...]:
-    """What the steps save that leave a model of another shape, in the codecs of the recipe."""
-    steps: dict[str, Any] = dict.fromkeys(STRUCTURAL)
-    chain = [("", spec)]
-    for kind, options in cuts(recipe, spec).items():
-        if options is not None:
-            steps[kind] = options
-            found = candidates(spec, *steps.values())
-            chain.append((kind, reduced(spec, likeliest(spec, found, steps["prune_structured"]))))
-
-    def size(container: str, model: ModelSpec) -> int:
-        return sum(container_bytes(container, t, own) for t in _plan_tensors(recipe, model, checkpoint, own)[0])
-
-    return structural(chain, (e.container for e in recipe.export), size) if len(chain) > 1 else ()
-
-
-def _bytes(planned: PlannedTensor, recipe: Recipe) -> int:
-    """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as
-    `compress` would store it where the recipe only writes decoded values."""
-    container = next((e.container for e in recipe.export if e.container != "safetensors"), "compress")
-    return container_module(container).tensor_bytes(planned)
-
-
-def _warnings(
-    recipe: Recipe, spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], kinds: set[str], own: str
-) -> list[str]:
-    """What users should know before they start."""
-    warnings = []
-    if "gguf" in kinds:
-        from compress.containers.gguf import caveats
-
-        warnings += caveats(spec)
-    structured = recipe.step("prune_structured")
-    if structured is not None and structured.ratio is not None and _heads_stay(recipe, spec):
-        warnings.append(
-            f"llama.cpp's {spec.family.gguf_arch} takes no fewer heads than fill the hidden size: heads stay, channels alone make "
-            f"up the {structured.ratio:.0%} of prune_structured"
-        )
-    if original.tied and not spec.tied:
-        warnings.append("rotate unties the head from the embeddings: both are stored")
-    if "safetensors" in kinds and any(codec_info(t.codec).kind != "float" for t in tensors):
-        warnings.append(f"safetensors is dense: decoded weights are rounded to the checkpoint's own type ({own})")
-    for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
-        warnings.append(
-            f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
-        )
-    return warnings
-
-
-def _unmatched(tensor: TensorSpec, checkpoint: Checkpoint, own: str, kinds: set[str]) -> str:
-    """No rule: the checkpoint's own float type, float32 for what engines want in float32."""
-    entry = checkpoint.entries.get(tensor.name)
-    codec = FLOAT_CODEC.get(entry.dtype, own) if entry else own
-    return "f32" if "gguf" in kinds and tensor.role in ("router", "norms", "biases") else codec

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import codec_info
+from compress.containers import CONTAINERS, Container
 from compress.limits import BATCH_TOKENS, CODES_FROM_BITS, LOGIT_VALUES, MOMENTS_BYTES, RUNTIME_BYTES
-from compress.plan.savings import container_bytes
 from compress.plan.tensor import PlannedTensor, moments_bytes
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan
 
-SAFETENSORS_ENTRY, GGUF_ENTRY = 85, 56  # bytes a header spends on a tensor beside its name, and GGUF's padding
 LOGITS_BYTES = 6 * 4 * LOGIT_VALUES  # of both models, their logarithms and gradients
 
 
@@ -22,7 +20,7 @@ def disk_bytes(plan: Plan) -> int:
     """Work folder (packed blocks; activations of both models at three places; what recovery keeps) and one copy of
     every artifact."""
     work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in plan.tensors)
-    out = sum(2 * plan.parameters if e.container == "safetensors" else plan.bytes for e in plan.recipe.export)
+    out = sum(2 * plan.parameters if CONTAINERS[e.container].dense else plan.bytes for e in plan.recipe.export)
     if plan.structural:  # matrices that are no mere selections of the original's
         work += sum(2 * t.spec.parameters for t in plan.tensors if t.spec.role.endswith((".o", ".down")))
     return work + out + 6 * plan.activation_bytes + _recovery_disk_bytes(plan)
@@ -99,34 +97,6 @@ def _outcome_bytes(planned: PlannedTensor) -> int:
     return planned.spec.parameters * (2 if codec_info(planned.codec).kind in ("ggml", "uniform") else 5)
 
 
-def file_bytes(plan: Plan, container: str) -> int:
-    """The weight files of an artifact: tensors, what names them, and GGUF's copy of the tokenizer."""
-    tensors = sum(container_bytes(container, t, plan.own_codec) for t in plan.tensors)
-    if container == "gguf":
-        names = {t.spec.gguf: t.spec.shape for t in plan.tensors}  # experts of a layer are one tensor
-        entries = sum(len(name) + GGUF_ENTRY + 8 * len(shape) for name, shape in names.items())
-        return tensors + entries + _tokenizer_bytes(plan)
-    return tensors + sum(len(t.name) + SAFETENSORS_ENTRY for t in plan.tensors for _ in range(_parts(t, container)))
-
-
-def _parts(planned: PlannedTensor, container: str) -> int:
-    """Tensors of the file that a tensor becomes."""
-    if container == "safetensors":
-        return 1
-    codecs = (
-        [codec_info(c) for c in codec_info(planned.codec).parts] if planned.factors else [codec_info(planned.codec)]
-    )
-    each = [(1 if not c.bits else 2 if c.symmetric else 3) + (c.kind == "sparse") for c in codecs]
-    return sum(each) + (2 if planned.incoherence else 0)
-
-
-def _tokenizer_bytes(plan: Plan) -> int:
-    """About what the vocabulary takes in a GGUF: lengths, texts and kinds of tokens, and merges."""
-    try:
-        model = json.loads((plan.source / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        tokens, merges = model.get("vocab") or (), model.get("merges") or ()
-        texts = [token if isinstance(token, str) else token[0] for token in tokens]
-        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return 0  # the run itself will say what is wrong with the tokenizer
-    return sum(len(t.encode()) + 12 for t in texts) + sum(len(p.encode()) + 8 for p in pairs)
+def file_bytes(plan: Plan, container: Container) -> int:
+    """The weight files of an artifact: tensors, what names them, and what is copied of the tokenizer."""
+    return container.file_bytes(plan.tensors, plan.own_codec, plan.source)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from compress.codecs.names import CONTAINERS, codec_info, ggml_fallback, sparse_name, stored_bytes
+from compress.codecs.names import codec_info, ggml_fallback, sparse_name, stored_bytes
+from compress.containers import Container
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.plan.allocation import factor_sizes
 from compress.recipe.rules import FactorizeRule, PruneRule, Rule
 from compress.recipe.schema import Factorize, Prune, Quantize
 from compress.solvers.options import (
-    DictionaryOptions,
+    NOTHING,
+    Asks,
     FactorizerOptions,
-    GptqOptions,
     PrunerOptions,
     RtnOptions,
     SolverOptions,
@@ -45,6 +46,8 @@ class PlannedTensor:
     factorizer: FactorizerOptions | None = None
     factors: tuple[int, int] | None = None
     """Atoms of the dictionary and coefficients an output keeps; with `factorizer`."""
+    ordered: bool = False
+    """Whether it is solved and stored in the container's order of columns instead of the checkpoint's."""
     unfactored: bool = False
     """Whether a step would factorise it, but not into anything smaller."""
 
@@ -57,15 +60,20 @@ class PlannedTensor:
         """Whose statistics are collected: what approximates the weight first."""
         if self.factorizer is not None:
             return self.factorizer
-        if self.pruner is not None and (not self.compensates or self.pruner.name == "sparsegpt"):
+        if self.pruner is not None and (not self.compensates or self.pruner.joint):
             return self.pruner
         return self.solver
+
+    @property
+    def asks(self) -> Asks:
+        """What its method asks of the run."""
+        return NOTHING if self.method is None else self.method.asks
 
     @property
     def compensates(self) -> bool:
         """Whether codes make up for the mask, as only error feedback can: then they approximate the weight, else what the
         pruner left of it."""
-        return self.joint and isinstance(self.solver, GptqOptions)
+        return self.joint and self.solver is not None and self.solver.feedback
 
     @property
     def label(self) -> str | None:
@@ -99,11 +107,11 @@ class Rules:
 
 
 def planned_tensor(
-    spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, kinds: Collection[str]
+    spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, containers: Sequence[Container]
 ) -> PlannedTensor:
-    """What becomes of one tensor, its bytes still to be counted. codec: of its numbers; kinds: the containers."""
-    if len(tensor.shape) == 1 and "gguf" in kinds:
-        codec = "f32"  # llama.cpp's norms and biases are float32
+    """What becomes of one tensor, its bytes still to be counted. codec: of its numbers."""
+    if len(tensor.shape) == 1:
+        codec = precise_float(containers) or codec
     wanted = None
     if codec_info(codec).kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
         wanted, codec = codec, replacement
@@ -118,25 +126,41 @@ def planned_tensor(
         out = replace(out, solver=solver, incoherence=incoherence, activations=rule.activations)
     if rules.prune is not None:
         prune, line = rules.prune
-        return pruned(replace(out, pruner=prune.solver, joint=prune.joint), line.sparsity, kinds)
+        return pruned(replace(out, pruner=prune.solver, joint=prune.joint), line.sparsity, containers)
     if rules.factorize is not None:
         factorize, division = rules.factorize
         return factored(replace(out, factorizer=factorize.solver), 1 - division.ratio)
     return out
 
 
-def pruned(planned: PlannedTensor, pattern: Pattern, kinds: Collection[str]) -> PlannedTensor:
+def in_pieces(planned: PlannedTensor, own: str, containers: Iterable[Container]) -> PlannedTensor:
+    """As a container stores it that takes tensors apart: solved in its order of columns, since blocks follow them, and left
+    in the checkpoint's own float type where a piece is more than a choice of rows."""
+    if not any(c.pieces for c in containers) or planned.solver is None:
+        return planned
+    if any(piece.swapped or piece.map is not None for piece in planned.spec.declared.pieces):
+        wanted = planned.wanted or planned.codec
+        return PlannedTensor(planned.spec, own, None, 0, wanted, values=own)
+    return replace(planned, ordered=planned.spec.column_order is not None)
+
+
+def pruned(planned: PlannedTensor, pattern: Pattern, containers: Iterable[Container]) -> PlannedTensor:
     """With another mask: a sparse codec where every container has one for these values, else zeros like other values."""
-    sparse = all("sparse" in CONTAINERS[kind].kinds for kind in kinds) and holds_zero(planned.values)
+    sparse = all("sparse" in container.kinds for container in containers) and holds_zero(planned.values)
     codec = sparse_name(planned.values, pattern) if sparse else planned.values
     return replace(planned, pattern=pattern, codec=codec)
+
+
+def precise_float(containers: Iterable[Container]) -> str | None:
+    """The float codec that an engine of these containers wants norms, biases and routers in, or None."""
+    return next((c.precise_float for c in containers if c.precise_float is not None), None)
 
 
 def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
     """As the largest factors that take `share` of the bytes of the 16-bit matrix; dense where none are smaller."""
     (rows, columns), options = planned.spec.shape, planned.factorizer
     assert options is not None
-    sparse, sizes = isinstance(options, DictionaryOptions), sizes_at((rows, columns), options, share)
+    sparse, sizes = options.sparse, sizes_at((rows, columns), options, share)
     if sizes is None:
         return replace(planned, codec=planned.values, factorizer=None, factors=None, unfactored=True)
     info = codec_info(planned.values)
@@ -147,7 +171,7 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
 
 def sizes_at(shape: tuple[int, int], options: FactorizerOptions, share: float) -> tuple[int, int] | None:
     """Atoms and coefficients an output that take `share` of the bytes of a 16-bit matrix; None where nothing fits."""
-    sparse = isinstance(options, DictionaryOptions)
+    sparse = options.sparse
     return factor_sizes(*shape, share, options.k_over_s if sparse else 1.0, sparse)
 
 
@@ -156,18 +180,13 @@ def holds_zero(codec: str) -> bool:
     return codec_info(codec).kind in ("float", "uniform")
 
 
-def repairs_residual(spec: ModelSpec, planned: PlannedTensor) -> bool:
+def repairs_residual(planned: PlannedTensor) -> bool:
     """Whether this linear's target also makes up for the lag of the residual stream it is added to.
 
     Only where it alone stands for all that is added: o_proj, a dense down_proj, or a routed expert whose routing weights
     sum to one. Others would repair the same lag several times over.
     """
-    if not getattr(planned.method, "residual", 0.0):
-        return False
-    if planned.spec.role == "routed_experts.down":
-        assert spec.family.moe is not None
-        return spec.norm_topk and not spec.family.moe.shared
-    return planned.spec.role in ("attention.o", "mlp.down")
+    return bool(planned.asks.residual) and planned.spec.declared.alone
 
 
 def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
@@ -181,5 +200,5 @@ def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
 def moments_bytes(spec: ModelSpec, planned: PlannedTensor) -> int:
     """Memory of the statistics behind one solved tensor, float32."""
     n = planned.spec.shape[-1]
-    squares = 1 + bool(getattr(planned.method, "drift", 0.0))
-    return 4 * n * (squares * n + (spec.hidden_size if repairs_residual(spec, planned) else 0))
+    squares = 1 + bool(planned.asks.drift)
+    return 4 * n * (squares * n + (spec.hidden_size if repairs_residual(planned) else 0))

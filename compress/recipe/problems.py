@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from compress.codecs.names import CONTAINERS, KIND_NAMES, activation_problem, codec_info, incoherence_problem
+from compress.codecs.names import KIND_NAMES, codec_info
+from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
 from compress.recipe.document import Document, Place, dotted
 from compress.recipe.rules import FLOAT_ROLES, covers, in_words, nearest
 from compress.recipe.schema import Recipe
@@ -94,11 +95,13 @@ def impossible(data: Any) -> Iterator[tuple[Place, str]]:
     """Combinations no model could make possible, from raw values, so that they join all other problems."""
     exports = _get(data, "export") if isinstance(_get(data, "export"), list) else []
     containers = [
-        (i, name) for i, item in enumerate(exports) if (name := _lower(_get(item, "container"))) in CONTAINERS
+        (i, CONTAINERS[name])
+        for i, item in enumerate(exports)
+        if (name := _lower(_get(item, "container"))) in CONTAINERS
     ]
     seen: dict[tuple[Any, Any], int] = {}
     for i, container in containers:
-        first = seen.setdefault((container, _get(exports[i], "name") or _get(data, "name")), i)
+        first = seen.setdefault((container.name, _get(exports[i], "name") or _get(data, "name")), i)
         if first != i:
             yield ("export", i), f"the same file as export[{first}]; give one of them another name"
     for s, step in enumerate(_get(data, "steps") if isinstance(_get(data, "steps"), list) else []):
@@ -110,7 +113,7 @@ def impossible(data: Any) -> Iterator[tuple[Place, str]]:
             except ValueError:
                 kind = None
             for i, container in containers:
-                if kind is not None and kind not in CONTAINERS[container].kinds:
+                if kind is not None and kind not in container.kinds:
                     yield (*at, "scheme"), _refusal(scheme, container, i)
                 elif kind is not None and scheme_name(scheme) == "W8A8" and (why := activation_problem(container)):
                     yield (*at, "scheme"), why
@@ -119,7 +122,7 @@ def impossible(data: Any) -> Iterator[tuple[Place, str]]:
             yield from _impossible_rule(rule, (*at, "rules", r), containers)
 
 
-def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, str]]) -> Iterator[tuple[Place, str]]:
+def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, Container]]) -> Iterator[tuple[Place, str]]:
     codec, targets = _get(rule, "codec"), _get(rule, "targets")
     targets = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
     try:
@@ -135,13 +138,13 @@ def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, str]]) ->
                 f"{target} is never quantized; use f32, f16 or bf16, or list it under ignore",
             )
     for i, container in containers:
-        if info.kind not in CONTAINERS[container].kinds:
+        if info.kind not in container.kinds:
             yield (*at, "codec"), _refusal(info.name, container, i)
-        elif any(covers(str(target), role) for target in targets for role in CONTAINERS[container].float_roles):
-            roles = ", ".join(CONTAINERS[container].float_roles)
+        elif any(covers(str(target), role) for target in targets for role in container.float_roles):
+            roles = ", ".join(container.float_roles)
             yield (
                 (*at, "codec"),
-                f"container {container} (export[{i}]) holds {roles} only as f32, f16 or bf16",
+                f"container {container.name} (export[{i}]) holds {roles} only as f32, f16 or bf16",
             )
         if _get(rule, "activations") and (why := activation_problem(container)):
             yield (*at, "activations"), why
@@ -149,10 +152,10 @@ def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, str]]) ->
             yield (*at, "incoherence"), why
 
 
-def _refusal(what: str, container: str, index: int) -> str:
-    holds = " and ".join(KIND_NAMES[kind] for kind in KIND_NAMES if kind in CONTAINERS[container].kinds)
-    others = [name for name, info in CONTAINERS.items() if _kind(what) in info.kinds]
-    refused = f"container {container} (export[{index}]) cannot hold {what}"
+def _refusal(what: str, container: Container, index: int) -> str:
+    holds = " and ".join(KIND_NAMES[kind] for kind in KIND_NAMES if kind in container.kinds)
+    others = [other.name for other in CONTAINERS.values() if _kind(what) in other.kinds]
+    refused = f"container {container.name} (export[{index}]) cannot hold {what}"
     return f"{refused}; it holds {holds}; use {' or '.join(others)}"
 
 

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from compress.models.spec import TensorSpec
 
 ROLES: tuple[str, ...] = (
-    *(f"attention.{part}" for part in "qkvo"),
+    *(f"attention.{part}" for part in ("q", "k", "v", "o", "qkv", "gate", "q_a", "q_b", "kv_a", "kv_b")),
     *(f"{group}.{part}" for group in ("mlp", "routed_experts", "shared_experts") for part in ("gate", "up", "down")),
     "router",
     "embeddings",
     "lm_head",
     "norms",
     "biases",
+    "small",
 )
 """Every role a tensor can have."""
 
@@ -49,8 +50,9 @@ GROUPS: tuple[str, ...] = ("attention", "mlp", "routed_experts", "shared_experts
 LINEARS: tuple[str, ...] = GROUPS
 """What steps that shrink linears work on where a recipe names no targets: not the head, not the embeddings."""
 
-FLOAT_ROLES: tuple[str, ...] = ("router", "norms", "biases")
-"""Roles that are never quantized: they are tiny, and every engine expects floats there."""
+FLOAT_ROLES: tuple[str, ...] = ("router", "norms", "biases", "small")
+"""Roles that are never quantized: they are tiny (small: convolutions, decays and the like), and every engine expects floats
+there."""
 
 _LAYERS = re.compile(r"(?P<low>\d+)(\s*-\s*(?P<high>\d+))?|(?P<end>first|last)\s+(?P<num>\d+)(\s*/\s*(?P<den>\d+))?")
 LAYERS_HELP = "a layer ('5'), a range ('0-3'), 'first 4', 'last 4', a fraction ('first 1/8', 'last 1/4'), or a list"
@@ -295,6 +297,11 @@ class RuleMatcher:
                 self._used.add(index)
                 return self.rules[index]
         return None
+
+    @property
+    def reads_names(self) -> bool:
+        """Whether any pattern is tried, so that tensors of one role may be told apart."""
+        return bool(self._ignored.patterns) or any(targets.patterns for targets in self._targets)
 
     def unused(self) -> tuple[AnyRule, ...]:
         """The rules that decided about no tensor so far, in order."""

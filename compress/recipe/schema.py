@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from compress.codecs.names import CONTAINERS
+from compress.containers import CONTAINERS, Container
 from compress.recipe.rules import (
     LINEARS,
     Factorizer,
@@ -259,6 +259,11 @@ class Recipe(Section):
     def step(self, kind: str) -> Any:
         """The options of the step of this kind, None when the recipe has none."""
         return next((step.options for step in self.steps if step.kind == kind), None)
+
+    @property
+    def containers(self) -> tuple[Container, ...]:
+        """Those of the exports, each once, in their order."""
+        return tuple(CONTAINERS[name] for name in dict.fromkeys(export.container for export in self.export))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, defaults filled in and names in canonical form, ready for JSON or YAML."""

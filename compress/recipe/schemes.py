@@ -157,16 +157,11 @@ def _quantized_roles(model: ModelSpec) -> Iterator[tuple[str, int, int]]:
     if not model.tied:
         yield "lm_head", 0, 0
     downs = 0
-    for layer in range(model.layers):
-        for part in "qkvo":
-            yield f"attention.{part}", layer, downs
-        groups = ["mlp"]
-        if model.experts and model.is_sparse(layer):
-            groups = ["routed_experts", *(["shared_experts"] if model.shared_intermediate_size else [])]
-        for group in groups:
-            for part in ("gate", "up", "down"):
-                yield f"{group}.{part}", layer, downs
-            downs += 1
+    for layer, block in enumerate(model.blocks):
+        for sublayer in block:
+            for role in dict.fromkeys(w.role for w in sublayer.weights if w.input and w.role not in FLOAT_ROLES):
+                yield role, layer, downs
+                downs += role.endswith(".down")
 
 
 def ggml_type(scheme: str, model: ModelSpec, role: str, layer: int, downs: int, imatrix: bool) -> str:
@@ -188,6 +183,9 @@ def ggml_type(scheme: str, model: ModelSpec, role: str, layer: int, downs: int, 
         return _value_type(scheme, usual, model, layer)
     if role == "attention.k" and eight:
         return "q4_k" if scheme in _TWO_BIT else "q8_0"
+    if role == "attention.qkv":
+        more = {**dict.fromkeys(("Q3_K_M", "Q3_K_L", "IQ3_M"), "q4_k"), "Q4_K_M": "q5_k", "Q5_K_M": "q6_k"}
+        return more.get(scheme, usual)
     if role in ("attention.q", "attention.k"):
         return {"IQ3_XXS": "iq2_s", "IQ3_XS": "iq3_xxs"}.get(scheme, usual)
     if role == "attention.o" and eight:
@@ -243,7 +241,7 @@ def _value_type(scheme: str, usual: str, model: ModelSpec, layer: int) -> str:
     elif scheme == "Q4_K_S" and layer < 4:
         chosen = "q5_k"
     # What llama.cpp calls a 70B: attn_v is an eighth of attn_q there, so more bits cost nothing.
-    arch = model.family.gguf_arch
+    arch = model.family.gguf.arch
     is_70b = model.layers == 80 and (arch == "qwen2" or (arch == "llama" and model.heads != model.kv_heads))
     return "q5_k" if is_70b and chosen in ("q3_k", "q4_k") else chosen
 

@@ -14,18 +14,15 @@ no better there stays as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compress.codecs.base import TINY
 from compress.limits import BATCH_TOKENS
-from compress.models.forward import forward_block, rms_norm
-from compress.models.spec import ModelSpec
+from compress.models.forward import forward_block
 from compress.recover.parameters import (
     Adam,
     Tuned,
@@ -38,7 +35,8 @@ from compress.recover.parameters import (
 )
 from compress.solve.tensor import Outcome
 from compress.solvers.options import RecoverOptions
-from compress.streaming.journal import Activations
+from compress.streaming.activations import Activations
+from compress.streaming.walk import BlockAt
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,19 @@ class Recovered:
         return facts if self.kept else {**facts, "reason": self.reason}
 
 
+@dataclass(frozen=True)
+class SolvedBlock:
+    """A block whose codes are known. outcomes: its solved tensors, by checkpoint name; floats: all others, float32 as
+    stored; stored_as: their codecs."""
+
+    block: BlockAt
+    outcomes: Mapping[str, Outcome]
+    floats: Mapping[str, Tensor]
+    stored_as: Mapping[str, str]
+
+
 def recover_block(
-    spec: ModelSpec,
-    layer: int,
-    outcomes: Mapping[str, Outcome],
-    floats: Mapping[str, Tensor],
-    stored_as: Mapping[str, str],
+    solved: SolvedBlock,
     source: Activations,
     target: Activations,
     options: RecoverOptions,
@@ -75,27 +80,29 @@ def recover_block(
     metric: Tensor | None = None,
     seed: int = 0,
 ) -> Recovered:
-    """Tune block `layer` to map `source` to `target`.
+    """Tune a block to map `source` to `target`.
 
-    outcomes: its solved tensors, by checkpoint name; floats: all others, float32 as stored; stored_as: their codecs;
     source: the compressed model's activations at the block's input, [windows, length, hidden]; target: the
     original's at its output; metric: [hidden, hidden], positive semi-definite, the weight of output errors (None:
     plain squared error). The same seed gives the same bytes on the same machine and thread count.
     """
+    outcomes, floats = solved.outcomes, solved.floats
     with torch.inference_mode(False), torch.enable_grad():
         given = {name: plain_outcome(outcome) for name, outcome in outcomes.items()}
         constants = {name: value.clone() for name, value in floats.items()}
-        tuned = tunables(spec, layer, given, constants, stored_as, options)
+        tuned = tunables(solved.block, given, constants, solved.stored_as, options)
         windows = source.shape[0]
         held = held_out_windows(windows, options)
         if not tuned or held >= windows:
             reason = "nothing to tune" if not tuned else "too few calibration windows to hold any out"
             return Recovered(outcomes, floats, 0.0, 0.0, False, 0, reason)
         weigh = None if metric is None else metric.clone()
-        problem = _Problem(spec, layer, source, target, weigh, windows - held)
+        problem = _Problem(solved.block, source, target, weigh, windows - held)
         still = still_values(given, constants, tuned)
         before = problem.held_out_error(still | {name: t.dense().detach() for name, t in tuned.items()})
-        best, after, epochs, reason = _descend(problem, tuned, still, before, options, seed * 1_000_003 + layer)
+        best, after, epochs, reason = _descend(
+            problem, tuned, still, before, options, seed * 1_000_003 + solved.block.layer
+        )
         if best is None:
             return Recovered(outcomes, floats, before, after, False, epochs, reason)
         return Recovered(
@@ -112,8 +119,7 @@ def recover_block(
 class _Problem:
     """One block's inputs and wanted outputs: windows before `training` to tune on, the others to judge by."""
 
-    spec: ModelSpec
-    layer: int
+    block: BlockAt
     source: Activations
     target: Activations
     metric: Tensor | None
@@ -133,7 +139,7 @@ class _Problem:
 
     def error(self, weights: Mapping[str, Tensor], inputs: Tensor, wanted: Tensor) -> Tensor:
         """Energy of what the block misses."""
-        return self.energy(forward_block(self.spec, self.layer, weights, inputs) - wanted)
+        return self.energy(forward_block(self.block.spec, self.block.layer, weights, inputs) - wanted)
 
     def held_out_error(self, weights: Mapping[str, Tensor]) -> float:
         """Energy missed over energy wanted, on the held-out windows."""
@@ -189,77 +195,3 @@ def _descend(
             break
     reason = "" if best is not None else "no better on the held-out windows"
     return best, least if best is not None else after, epoch, reason
-
-
-# -- how much the original's loss feels an error ---------------------------------------------------------------------
-
-
-def output_sensitivity(
-    spec: ModelSpec,
-    load: Callable[[str], Tensor],
-    ids: np.ndarray,
-    scratch: Callable[[str], Activations],
-    seed: int = 0,
-) -> list[Tensor]:
-    """E[g g^T] of every block's output, float32 [hidden, hidden] each, g the gradient of the next-token loss there.
-
-    Next tokens are drawn from the original's own prediction, which makes this the Fisher information. load(name) gives
-    a checkpoint tensor; ids: [windows, length]; scratch(name): activation files of the ids' shape, deleted when done.
-    One pass forward and one backward, one block in memory at a time.
-    """
-    batch = max(1, BATCH_TOKENS // ids.shape[1])
-    parts = [(start, min(start + batch, len(ids))) for start in range(0, len(ids), batch)]
-    streams = [scratch(f"survey-{layer:05d}") for layer in range(spec.layers + 1)]
-    with torch.inference_mode(False):
-        table = load("model.embed_tokens.weight")
-        with torch.no_grad(), streams[0].writing() as out:
-            for start, stop in parts:
-                out.append(table[torch.from_numpy(np.ascontiguousarray(ids[start:stop])).long()].float())
-        for layer in range(spec.layers):
-            weights = _block_weights(spec, layer, load)
-            with torch.no_grad(), streams[layer + 1].writing() as out:
-                for at in parts:
-                    out.append(forward_block(spec, layer, weights, streams[layer].read(*at)))
-        gradient = scratch("survey-gradient")
-        _head_gradient(spec, load, table, streams[-1], gradient, seed)
-        streams[-1].delete()
-        metrics = []
-        for layer in reversed(range(spec.layers)):
-            metric = torch.zeros(spec.hidden_size, spec.hidden_size)
-            weights = _block_weights(spec, layer, load)
-            below = scratch(f"survey-gradient-{layer:05d}")
-            with below.writing() as out:
-                for at in parts:
-                    above = gradient.read(*at)
-                    metric.addmm_(above.flatten(0, 1).T, above.flatten(0, 1))
-                    inputs = streams[layer].read(*at).requires_grad_()
-                    with torch.enable_grad():
-                        forward_block(spec, layer, weights, inputs).backward(above)
-                    out.append(inputs.grad)
-            metrics.append(metric / ids.size)
-            gradient.delete()
-            streams[layer].delete()
-            gradient = below
-        gradient.delete()
-    return metrics[::-1]
-
-
-def _block_weights(spec: ModelSpec, layer: int, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    return {t.name: load(t.name).float() for t in spec.block_tensors(layer)}
-
-
-def _head_gradient(
-    spec: ModelSpec, load: Callable[[str], Tensor], table: Tensor, states: Activations, out: Activations, seed: int
-) -> None:
-    """Gradient of the summed next-token loss at the last block's output, one window at a time."""
-    norm = load("model.norm.weight").float()
-    head = (table if spec.tied else load("lm_head.weight")).float()
-    generator = torch.Generator().manual_seed(seed)
-    with out.writing() as file:
-        for window in range(states.shape[0]):
-            hidden = states.read(window, window + 1)[0].requires_grad_()
-            with torch.enable_grad():
-                logits = rms_norm(hidden, norm, spec.norm_eps) @ head.T
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, drawn, reduction="sum").backward()
-            file.append(hidden.grad[None])

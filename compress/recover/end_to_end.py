@@ -14,19 +14,18 @@ the batch at the blocks' inputs lie in mapped files, of which the operating syst
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compress.codecs import get_codec
+from compress.decode import decode
 from compress.limits import BATCH_TOKENS, LOGIT_VALUES
-from compress.models.forward import forward_block, rms_norm
+from compress.models.forward import final_norm, forward_block
 from compress.models.spec import ModelSpec
-from compress.plan.plan import Plan
 from compress.recover.parameters import (
     Adam,
     Tuned,
@@ -37,18 +36,15 @@ from compress.recover.parameters import (
     stored_values,
     tunables,
 )
-from compress.solve.files import load_outcomes
-from compress.solve.tensor import Outcome, decode
+from compress.solve.tensor import Outcome
 from compress.solvers.options import RecoverOptions
-from compress.streaming.journal import Activations, Journal, mapped
-from compress.streaming.walk import embed
-from compress.weights import Loader, Packed
+from compress.streaming.activations import Activations
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import BlockAt, walk
+from compress.weights import Packed
 
 if TYPE_CHECKING:
-    import numpy as np
-
-RECOVERED = "recovered"  # the journal's unit for all this; what moved in block 3 is the unit `recovered-00003`
-NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
+    pass
 CHANGE, MEAN, SQUARE, BEST = range(4)  # rows of a block's state: its parameters, Adam's moments, the best so far
 
 
@@ -75,12 +71,21 @@ class Finetuned:
 @dataclass(frozen=True)
 class Compressed:
     """A model whose blocks are all solved. fetch(name): a tensor as it ships; outcomes(layer): a block's solved ones;
-    head: float32 [vocabulary, hidden], as it ships."""
+    head: float32 [vocabulary, hidden], as it ships, where it is computed with."""
 
     spec: ModelSpec
     fetch: Callable[[str], Packed]
     outcomes: Callable[[int], Mapping[str, Outcome]]
     head: Tensor
+    placement: Placement = CPU
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it ships, float32, decoded."""
+        return self.placement.put(decode(self.fetch(name)))
+
+    def blocks(self, *, backwards: bool = False) -> Iterator[BlockAt]:
+        """One after the other."""
+        return walk(self.spec, lambda name: decode(self.fetch(name)), self.placement, backwards=backwards)
 
 
 @dataclass(frozen=True)
@@ -91,65 +96,6 @@ class Original:
     states: Activations
     norm: Tensor
     head: Tensor
-
-
-def tunes_end_to_end(plan: Plan) -> bool:
-    """Whether a run has this stage."""
-    return plan.recover is not None and plan.recover.end_to_end > 0 and plan.needs_calibration
-
-
-def outcomes_file(journal: Journal, layer: int) -> Path:
-    """Where a block's solved tensors wait for this stage."""
-    return journal.folder / f"outcomes-{layer:05d}.safetensors"
-
-
-def recover_end_to_end(
-    plan: Plan,
-    load: Loader,
-    journal: Journal,
-    ids: np.ndarray,
-    states: Activations,
-    progress: Callable[[float], None],
-) -> None:
-    """The stage of a run: what moved replaces the tensors of the blocks' own units, all at once, and files that only
-    this stage reads go.
-
-    ids: [windows, length]; states: the original's, at the output of the last block. A run that is killed before the
-    journal names the unit repeats it from the start.
-    """
-    spec, recover = plan.spec, plan.recover
-    assert recover is not None
-    head = TABLE if spec.tied else "lm_head.weight"
-    inputs = Activations(journal.folder / "recover-inputs.f32", (*ids.shape, spec.hidden_size))
-    moved: dict[str, dict] = {}
-
-    def write(layer: int, tensors: Mapping[str, Packed]) -> None:
-        moved[f"{RECOVERED}-{layer:05d}"] = {}
-        journal.write(f"{RECOVERED}-{layer:05d}", tensors)
-
-    with torch.inference_mode(False):  # autograd meets these
-        table = decode(journal.fetch(TABLE))
-        embed(table, ids, inputs, max(1, BATCH_TOKENS // ids.shape[1]))
-        if not spec.tied:
-            table = decode(journal.fetch(head))
-        model = Compressed(spec, journal.fetch, lambda layer: load_outcomes(outcomes_file(journal, layer)), table)
-        original = Original(states, load(NORM).float(), load(head).float())
-    result = finetune(
-        model,
-        original,
-        inputs,
-        recover,
-        lambda name, *shape: mapped(journal.folder / f"recover-{name}.f32", *shape),
-        write,
-        progress,
-        seed=plan.recipe.seed,
-    )
-    journal.write(RECOVERED, {} if result.norm is None else {NORM: result.norm})
-    journal.name(moved | {RECOVERED: {"recovered": result.report}})
-    states.delete()
-    for pattern in ("recover-*.f32", "outcomes-*.safetensors"):
-        for file in journal.folder.glob(pattern):
-            file.unlink()
 
 
 def finetune(
@@ -180,9 +126,9 @@ def finetune(
         after, epochs, reason = _descend(run, before, options, progress, seed)
         if reason:
             return Finetuned(None, before, after, False, epochs, reason)
-        for layer in range(model.spec.layers):
-            if tensors := run.packed(layer):
-                write(layer, tensors)
+        for block in model.blocks():
+            if tensors := run.packed(block):
+                write(block.layer, tensors)
         return Finetuned(run.packed_norm(), before, after, True, epochs)
 
 
@@ -236,10 +182,14 @@ class _Run:
         self.places = scratch("states", self.spec.layers + 1, min(self.batch, training), length, hidden)
         self.held = scratch("held-out", self.held_out, length, hidden)
         self.states: dict[int, Tensor] = {}
-        norm = model.fetch(NORM)
-        self.norm = TunedFloat(decode(norm), norm.codec, options.lr_floats)
+        name = self.spec.final_norm
+        self.norm = TunedFloat(model.tensor(name), model.fetch(name).codec, options.lr_floats)
         self.norm_optimizer = Adam(self.norm.steps if "norms" in options.tune else [])
         self.best_norm = torch.zeros_like(self.norm.change)
+
+    def put(self, states: Tensor) -> Tensor:
+        """Hidden states where they are computed with."""
+        return self.model.placement.put(states)
 
     @property
     def tuned(self) -> bool:
@@ -247,14 +197,14 @@ class _Run:
         return bool(self.norm_optimizer.steps) or any(state.numel() for state in self.states.values())
 
     # -- one block -------------------------------------------------------------------------------------------------
-    def read(self, layer: int, row: int = CHANGE) -> tuple[dict[str, Tuned], dict[str, Tensor], Adam]:
+    def read(self, block: BlockAt, row: int = CHANGE) -> tuple[dict[str, Tuned], dict[str, Tensor], Adam]:
         """A block's tunables with the parameters of a row of its state, its other tensors, and its optimizer."""
+        layer = block.layer
         outcomes = self.model.outcomes(layer)
-        names = [t.name for t in self.spec.block_tensors(layer) if t.name not in outcomes]
-        packed = {name: self.model.fetch(name) for name in names}
-        floats = {name: decode(value) for name, value in packed.items()}
-        stored_as = {name: value.codec for name, value in packed.items()}
-        tuned = tunables(self.spec, layer, outcomes, floats, stored_as, self.options)
+        names = [t.name for branch in block.branches for t in branch.tensors if t.name not in outcomes]
+        floats = {name: block.load(name) for name in names}
+        stored_as = {name: self.model.fetch(name).codec for name in names}
+        tuned = tunables(block, outcomes, floats, stored_as, self.options)
         steps = [step for t in tuned.values() for step in t.steps]
         if layer not in self.states:
             self.states[layer] = self.scratch(f"state-{layer:05d}", 4, sum(p.numel() for p, _ in steps))
@@ -266,17 +216,17 @@ class _Run:
         ]
         return tuned, still_values(outcomes, floats, tuned), Adam(steps, moments)
 
-    def weights(self, layer: int, *, stored: bool) -> dict[str, Tensor]:
+    def weights(self, block: BlockAt, *, stored: bool) -> dict[str, Tensor]:
         """A block's dense tensors without a graph, as they are tuned or as they would be stored."""
         with torch.no_grad():
-            tuned, still, _ = self.read(layer)
+            tuned, still, _ = self.read(block)
             if stored:
                 return still | stored_values({name: t.stored() for name, t in tuned.items()})
             return still | {name: t.dense() for name, t in tuned.items()}
 
-    def packed(self, layer: int) -> dict[str, Packed]:
+    def packed(self, block: BlockAt) -> dict[str, Packed]:
         """What ships of the best candidate's tuned tensors."""
-        tuned, _, _ = self.read(layer, BEST)
+        tuned, _, _ = self.read(block, BEST)
         stored = {name: t.stored() for name, t in tuned.items()}
         return {
             name: value.pack() if isinstance(value, Outcome) else get_codec(self.model.fetch(name).codec).encode(value)
@@ -300,28 +250,30 @@ class _Run:
     # -- the whole model -------------------------------------------------------------------------------------------
     def step(self, picks: list[int], taken: int, share: float) -> bool:
         """Move everything by the gradient on some windows; False and nothing where the loss is not finite."""
-        count, last = len(picks), self.spec.layers
+        count = len(picks)
         for slot, window in enumerate(picks):
             self.places[0, slot] = self.inputs.read(window, window + 1)[0]
-        for layer in range(last):
+        for block in self.model.blocks():
+            layer = block.layer
             with torch.no_grad():
-                weights = self.weights(layer, stored=False)
-                self.places[layer + 1, :count] = forward_block(self.spec, layer, weights, self.places[layer, :count])
-        loss, gradient = self.loss_gradient(self.places[last, :count], picks)
+                weights = self.weights(block, stored=False)
+                inputs = self.put(self.places[layer, :count])
+                self.places[layer + 1, :count] = forward_block(self.spec, layer, weights, inputs)
+        loss, gradient = self.loss_gradient(self.put(self.places[self.spec.layers, :count]), picks)
         if not math.isfinite(loss):
             return False
         self.norm_optimizer.step(share)
-        for layer in reversed(range(last)):
-            gradient = self.step_block(layer, self.places[layer, :count], gradient, taken, share)
+        for block in self.model.blocks(backwards=True):
+            gradient = self.step_block(block, self.put(self.places[block.layer, :count]), gradient, taken, share)
         return True
 
-    def step_block(self, layer: int, inputs: Tensor, gradient: Tensor, taken: int, share: float) -> Tensor:
+    def step_block(self, block: BlockAt, inputs: Tensor, gradient: Tensor, taken: int, share: float) -> Tensor:
         """Move one block, given the gradient at its output. Returns that at its input."""
-        tuned, still, optimizer = self.read(layer)
+        tuned, still, optimizer = self.read(block)
         inputs = inputs.clone().requires_grad_()
         with torch.enable_grad():
             weights = still | {name: t.dense() for name, t in tuned.items()}
-            forward_block(self.spec, layer, weights, inputs).backward(gradient)
+            forward_block(self.spec, block.layer, weights, inputs).backward(gradient)
         optimizer.taken = taken
         optimizer.step(share)
         assert inputs.grad is not None
@@ -345,9 +297,9 @@ class _Run:
     def divergence(self, hidden: Tensor, norm: Tensor, wanted: Tensor) -> Tensor:
         """Summed KL divergence from the original. hidden, wanted: [tokens, hidden], outputs of the last block."""
         with torch.no_grad():
-            states = rms_norm(wanted, self.original.norm, self.spec.norm_eps)
+            states = final_norm(self.spec, self.original.norm, wanted)
             p = (states @ self.original.head.T).log_softmax(-1)
-        q = (rms_norm(hidden, norm, self.spec.norm_eps) @ self.model.head.T).log_softmax(-1)
+        q = (final_norm(self.spec, norm, hidden) @ self.model.head.T).log_softmax(-1)
         return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
 
     def chunks(self) -> list[slice]:
@@ -361,13 +313,15 @@ class _Run:
         parts = [(start, min(start + self.batch, self.held_out)) for start in range(0, self.held_out, self.batch)]
         for start, stop in parts:
             self.held[start:stop] = self.inputs.read(self.training + start, self.training + stop)
-        for layer in range(self.spec.layers):
-            weights = self.weights(layer, stored=stored)
+        for block in self.model.blocks():
+            weights = self.weights(block, stored=stored)
             for start, stop in parts:
-                self.held[start:stop] = forward_block(self.spec, layer, weights, self.held[start:stop])
+                self.held[start:stop] = forward_block(self.spec, block.layer, weights, self.put(self.held[start:stop]))
         norm = self.norm.stored() if stored else self.norm.dense()
         total = 0.0
         for slot in range(self.held_out):
             wanted = self.original.states.read(self.training + slot, self.training + slot + 1)[0]
-            total += sum(float(self.divergence(self.held[slot, rows], norm, wanted[rows])) for rows in self.chunks())
+            total += sum(
+                float(self.divergence(self.put(self.held[slot, rows]), norm, wanted[rows])) for rows in self.chunks()
+            )
         return total / self.held[..., 0].numel()

@@ -18,10 +18,10 @@ from torch import Tensor
 from compress.codecs import get_codec
 from compress.codecs.scales import TINY, safe_divisor
 from compress.limits import CODES_FROM_BITS
-from compress.models.spec import ModelSpec
 from compress.solve.tensor import Outcome
 from compress.solvers.base import Solution
 from compress.solvers.options import RecoverOptions
+from compress.streaming.walk import BlockAt
 
 WARM_UP = 5  # steps until the full step size
 BETAS = (0.9, 0.95)
@@ -75,7 +75,7 @@ class TunedScales:
 
     def dense(self) -> Tensor:
         first, *others = (term * (1 + change)[..., None] for term, change in zip(self.terms, self.changes, strict=True))
-        return restored(self.outcome, sum(others, first).reshape(self.outcome.solution.units.shape))
+        return self.outcome.restore(sum(others, first).reshape(self.outcome.solution.units.shape))
 
     def stored(self) -> Outcome:
         solution = self.outcome.solution
@@ -95,7 +95,7 @@ class TunedCodes:
         self.steps = [(self.change, rate)]
 
     def dense(self) -> Tensor:
-        return restored(self.outcome, self.values + self.change * self.size)
+        return self.outcome.restore(self.values + self.change * self.size)
 
     def stored(self) -> Outcome:
         solution = self.outcome.solution
@@ -112,8 +112,7 @@ def nearest_units(solution: Solution, weight: Tensor) -> Tensor:
 
 
 def tunables(
-    spec: ModelSpec,
-    layer: int,
+    block: BlockAt,
     outcomes: Mapping[str, Outcome],
     floats: Mapping[str, Tensor],
     stored_as: Mapping[str, str],
@@ -121,7 +120,7 @@ def tunables(
 ) -> dict[str, Tuned]:
     """What the options name, in the order of the block's tensors."""
     tuned: dict[str, Tuned] = {}
-    for tensor in spec.block_tensors(layer):
+    for tensor in (t for branch in block.branches for t in branch.tensors):
         name = tensor.name
         if name in outcomes:
             codec = outcomes[name].solution.codec
@@ -195,12 +194,7 @@ def plain_outcome(outcome: Outcome) -> Outcome:
     """A copy whose tensors autograd takes."""
     solution = outcome.solution
     copied = replace(solution, units=solution.units.clone(), grid=solution.grid.clone())
-    signs = outcome.incoherence
+    signs, order = outcome.incoherence, outcome.order
     if signs is not None:
         signs = replace(signs, signs_in=signs.signs_in.clone(), signs_out=signs.signs_out.clone())
-    return replace(outcome, solution=copied, incoherence=signs)
-
-
-def restored(outcome: Outcome, values: Tensor) -> Tensor:
-    """Out of incoherent space, where the tensor was solved in it."""
-    return values if outcome.incoherence is None else outcome.incoherence.restore(values)
+    return replace(outcome, solution=copied, incoherence=signs, order=None if order is None else order.clone())

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress import catalog as methods
-from compress.codecs.names import CONTAINERS
+from compress.containers import CONTAINERS
 from compress.recipe.schemes import SCHEMES
 
 
@@ -32,11 +32,11 @@ def methods_table() -> RenderableType:
         methods.codecs(), key=lambda c: (f"{c.bits_per_weight:.2f}", ", ".join(c.containers))
     ):
         codecs.add_row(", ".join(c.name for c in group), bits, containers)
-    containers = _table("containers", "engines")
-    for name, info in CONTAINERS.items():
-        containers.add_row(name, info.engines)
+    engines = _table("containers", "engines")
+    for container in CONTAINERS.values():
+        engines.add_row(container.name, container.engines)
     schemes = Text.assemble(("schemes  ", "bold"), ", ".join(SCHEMES))
-    return Group(*parts, codecs, "", containers, "", schemes)
+    return Group(*parts, codecs, "", engines, "", schemes)
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from compress.codecs.names import CONTAINERS, codec_info
+from compress.codecs.names import codec_info
+from compress.containers import CONTAINERS
 from compress.plan.resources import file_bytes
 from compress.report.table import human_bytes, human_seconds
 
@@ -27,11 +28,11 @@ def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
     if plan.fallbacks:
         count = len(plan.fallbacks)
         parts += ["", Text(f"Fallbacks: {count} tensors whose rows do not divide into the codec's blocks")]
-        kinds: dict[tuple[str, str, str], int] = {}
+        counts: dict[tuple[str, str, str], int] = {}
         for t in plan.fallbacks:
-            kind = (t.spec.role, f"{t.wanted} -> {t.codec}", f"rows of {t.spec.shape[-1]}")
-            kinds[kind] = kinds.get(kind, 0) + 1
-        parts += [Text(f"  {role}: {change} ({count} tensors, {why})") for (role, change, why), count in kinds.items()]
+            line = (t.spec.role, f"{t.wanted} -> {t.codec}", f"rows of {t.spec.shape[-1]}")
+            counts[line] = counts.get(line, 0) + 1
+        parts += [Text(f"  {role}: {change} ({count} tensors, {why})") for (role, change, why), count in counts.items()]
     if plan.warnings:
         parts += ["", *(Text(f"Note: {warning}") for warning in plan.warnings)]
     return Group(*parts)
@@ -137,9 +138,9 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
     )
     table.add_row("steps", ", ".join(step.kind for step in plan.recipe.steps) or "none: a conversion")
     for export in plan.recipe.export:
-        engines = CONTAINERS[export.container].engines
-        size = human_bytes(file_bytes(plan, export.container))
-        table.add_row("artifact", f"{export.container}, {size}, in {plan.recipe.output}; runs in {engines}")
+        container = CONTAINERS[export.container]
+        size = human_bytes(file_bytes(plan, container))
+        table.add_row("artifact", f"{container.name}, {size}, in {plan.recipe.output}; runs in {container.engines}")
     if plan.needs_calibration:
         c = plan.recipe.calibration
         table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.dataset}")

@@ -5,33 +5,39 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.codecs import get_codec
+from compress.decode import decode
 from compress.errors import GateFailed, OutputError
 from compress.export.deliver import deliver, require_texts
+from compress.files import write_synced
 from compress.models.checkpoint import Checkpoint
-from compress.plan.plan import Plan, make_plan
+from compress.plan.make import make_plan
+from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, surveys_head
 from compress.recipe.schema import Recipe
-from compress.recover.block import Recovered, output_sensitivity, recover_block
-from compress.recover.end_to_end import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
+from compress.recover.block import SolvedBlock, recover_block
+from compress.recover.sensitivity import output_sensitivity
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
-from compress.run.half import compress_half, head_statistics, survey_head
-from compress.run.scaling import Folded
+from compress.run.head import head_statistics, survey_head
+from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
+from compress.run.sublayer import Job, compress_sublayer
 from compress.run.summary import make_scorecard
 from compress.run.surveys import settle
 from compress.solve.files import save_outcomes
-from compress.solve.tensor import Outcome, Solved, as_stored, decode, solve_tensor
-from compress.streaming.journal import Activations, Journal, write_synced
-from compress.streaming.walk import HALVES, Streams, advance, embed
+from compress.solve.tensor import Outcome, as_stored, solve_tensor
+from compress.streaming.activations import Activations
+from compress.streaming.journal import Journal
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
 from compress.text import calibration_windows, load_tokenizer
 from compress.weights import Loader, Packed
 
@@ -47,13 +53,22 @@ LOOKUP_DAMPING = 0.1
 SURVEY_TOKENS_PER_COLUMN = 64
 
 
-def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporter: Reporter | None = None) -> Scorecard:
+def run(
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    keep_work: bool = False,
+    reporter: Reporter | None = None,
+    device: str | None = None,
+) -> Scorecard:
     """Carry out a recipe and return its scorecard; artifacts lie in `recipe.output`.
+
+    device: auto, cpu, cuda, cuda:N or mps; by default what COMPRESS_DEVICE says, else the CPU.
 
     A run that was killed continues where it stopped. Raises GateFailed (exit code 3) after writing the scorecard when
     an artifact is not fit to deliver, and the other CompressErrors before anything has its final name.
     """
-    reporter = reporter or Reporter(0)
+    reporter, placement = reporter or Reporter(0), Placement.choose(device)
     with reporter.stage("plan"):
         claim(Path(recipe.output), make_plan(recipe), fresh=fresh)  # before a hub download: all that config.json tells
         plan = make_plan(recipe, weights=True)
@@ -69,7 +84,7 @@ def run(recipe: Recipe, *, fresh: bool = False, keep_work: bool = False, reporte
     checkpoint = Checkpoint.open(plan.source)
     require_texts(plan)
     with torch.inference_mode():
-        plan = compress_model(plan, checkpoint, journal, reporter)
+        plan = compress_model(plan, checkpoint, journal, reporter, placement)
         results = deliver(plan, checkpoint, journal, output, reporter)
     card = make_scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
@@ -116,54 +131,41 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
     return output
 
 
-def compress_model(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter) -> Plan:
+def compress_model(
+    plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter, placement: Placement = CPU
+) -> Plan:
     """Every unit that the journal does not hold yet: what the plan leaves open, embeddings, blocks, head, what end-to-end
     recovery moved. Returns the plan as it was carried out."""
-    shape: tuple[int, int, int] | None = None
     ids: np.ndarray | None = None
     if plan.needs_calibration:
         with reporter.stage("calibration text"):
             ids = load_calibration(plan)
-    plan, load = settle(plan, checkpoint, journal, ids, reporter)
+    plan, load = settle(plan, checkpoint, journal, ids, reporter, placement)
     spec = plan.spec
     if not plan.solves:
         ids = None
-    if ids is not None:
-        shape = (*ids.shape, spec.hidden_size)
+    run = Run(plan, load, journal, placement, None if ids is None else (*ids.shape, spec.hidden_size))
     with reporter.stage("embeddings"):
         if "embeddings" not in journal:
-            table = plan.by_name["model.embed_tokens.weight"]
-            packed, report = _embeddings(plan, table, load, ids)
-            if ids is not None and shape is not None:
-                streams = _streams(plan, journal, f"{0:05d}", shape)
-                embed(decode(packed), ids, streams.compressed, streams.batch)
-                if streams.original is not None:
-                    embed(load(table.name), ids, streams.original, streams.batch)
-            journal.finish("embeddings", {table.name: packed}, report)
+            _embeddings(run, ids)
     if plan.recover is not None and plan.recover.loss == "sensitivity" and ids is not None:
         with reporter.stage("sensitivity"):
             if SENSITIVITY not in journal:
-                _survey_sensitivity(plan, load, journal, ids)
+                _survey_sensitivity(run, ids)
     with reporter.stage("blocks") as progress:
-        for layer in range(spec.layers):
-            if f"block-{layer:05d}" not in journal:
-                _block(
-                    plan,
-                    layer,
-                    load,
-                    journal,
-                    shape,
-                    lambda part, n=layer: progress((n + part) / spec.layers, f"block {n + 1} of {spec.layers}"),
-                )
+        left = [layer for layer in range(spec.layers) if f"block-{layer:05d}" not in journal]
+        for block in walk(spec, load, placement, layers=left):
+            n, what = block.layer, f"block {block.layer + 1} of {spec.layers}"
+            _block(run, block, lambda part, n=n, what=what: progress((n + part) / spec.layers, what))
     with reporter.stage("head"):
         if "head" not in journal:
-            _head(plan, load, journal, shape)
+            _head(run)
     if tunes_end_to_end(plan) and ids is not None:
         with reporter.stage("recover") as progress:
             if RECOVERED not in journal:
-                states = _streams(plan, journal, f"{spec.layers:05d}", (*ids.shape, spec.hidden_size)).original
-                assert states is not None
-                recover_end_to_end(plan, load, journal, ids, states, progress)
+                streams = run.streams(spec.layers)
+                assert streams is not None and streams.original is not None
+                recover_end_to_end(run, ids, streams.original, progress)
     return plan
 
 
@@ -180,151 +182,164 @@ def load_calibration(plan: Plan) -> np.ndarray:
     )
 
 
-def _streams(plan: Plan, journal: Journal, place: str, shape: tuple[int, int, int]) -> Streams:
-    """The activation files at a place: the input of a block (`00003`) or of its feed-forward half (`00003-ffn`)."""
-    compressed = Activations(journal.folder / f"activations-{place}.f32", shape)
-    return Streams(
-        compressed, Activations(journal.folder / f"original-{place}.f32", shape) if plan.two_streams else None
-    )
+@dataclass(frozen=True)
+class Run:
+    """What every unit of a run needs. shape: of the calibration activations, None where no text is read."""
+
+    plan: Plan
+    load: Loader
+    journal: Journal
+    placement: Placement
+    shape: tuple[int, int, int] | None = None
+
+    @property
+    def job(self) -> Job:
+        """What is asked of every sub-layer."""
+        return Job(self.load, self.plan.transforms, self.plan.recipe.seed, self.placement)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A tensor of the model, float32 on the device."""
+        return self.placement.weight(self.load(name))
+
+    def activations(self, name: str) -> Activations:
+        """A file of the shape of the text."""
+        assert self.shape is not None
+        return Activations(self.journal.folder / f"{name}.f32", self.shape, self.placement.device)
+
+    def streams(self, layer: int, part: int = 0) -> Streams | None:
+        """The activations in front of a sub-layer; behind the last one those in front of the next block."""
+        if self.shape is None:
+            return None
+        if part and part == len(self.plan.spec.blocks[layer]):
+            layer, part = layer + 1, 0
+        place = f"{layer:05d}" + (f"-{part}" if part else "")
+        original = self.activations(f"original-{place}") if self.plan.two_streams else None
+        return Streams(self.activations(f"activations-{place}"), original)
 
 
-def _embeddings(plan: Plan, table: PlannedTensor, load: Loader, ids: np.ndarray | None) -> tuple[Packed, dict]:
+def _embeddings(run: Run, ids: np.ndarray | None) -> None:
     """The embedding table; a tied one with few bits is solved for what it does as the head, see LOOKUP_DAMPING."""
-    weight = load(table.name)
-    if ids is None or table.solver is None or not surveys_head(plan.spec, table.spec, table.codec):
-        return _alone(plan, table, weight)
-    wanted = -(-SURVEY_TOKENS_PER_COLUMN * plan.spec.hidden_size // ids.shape[1])
-    statistics = survey_head(plan.spec, load, ids[:wanted])
-    damping = max(getattr(table.solver, "damping", 0.0), LOOKUP_DAMPING)
-    solver = table.solver.model_copy(update={"damping": damping}) if hasattr(table.solver, "damping") else table.solver
-    outcome = solve_tensor(replace(table, solver=solver), weight.float(), statistics, plan.recipe.seed)
-    return outcome.pack(), {"solved": [vars(outcome.report)]}
+    plan, spec, journal = run.plan, run.plan.spec, run.journal
+    table = plan.by_name[spec.embeddings]
+    if ids is None or table.solver is None or not surveys_head(spec, table.spec, table.codec):
+        packed, report = _alone(run, table)
+    else:
+        wanted = -(-SURVEY_TOKENS_PER_COLUMN * spec.hidden_size // ids.shape[1])
+        statistics = survey_head(spec, run.load, ids[:wanted], run.placement)
+        solver = table.solver
+        if "damping" in type(solver).model_fields:
+            solver = solver.model_copy(update={"damping": max(solver.asks.damping, LOOKUP_DAMPING)})
+        outcome = solve_tensor(replace(table, solver=solver), run.weight(table.name), statistics, plan.recipe.seed)
+        packed, report = outcome.pack(), {"solved": [vars(outcome.report)]}
+    if ids is not None and (streams := run.streams(0)) is not None:
+        embed(decode(packed), ids, streams.compressed)
+        if streams.original is not None:
+            embed(run.load(table.name), ids, streams.original)
+    journal.finish("embeddings", {table.name: packed}, report)
 
 
-def _alone(plan: Plan, planned: PlannedTensor, weight: torch.Tensor) -> tuple[Any, dict]:
+def _alone(run: Run, planned: PlannedTensor) -> tuple[Any, dict]:
     """A tensor without inputs of its own: embeddings, the last norm."""
     if planned.method is None:
-        return as_stored(planned, weight), {}
-    outcome = solve_tensor(planned, weight.float(), None, plan.recipe.seed)
+        return as_stored(planned, run.load(planned.name)), {}
+    outcome = solve_tensor(planned, run.weight(planned.name), None, run.plan.recipe.seed)
     return outcome.pack(), {"solved": [vars(outcome.report)]}
 
 
-def _block(
-    plan: Plan,
-    layer: int,
-    load: Loader,
-    journal: Journal,
-    shape: tuple[int, int, int] | None,
-    progress: Callable[[float], None],
-) -> None:
-    """Both halves of one block, then its line in the journal; only then its inputs go."""
-    block = plan.block(layer)
-    places = (f"{layer:05d}", f"{layer:05d}-ffn", f"{layer + 1:05d}")
-    at = [None if shape is None else _streams(plan, journal, place, shape) for place in places]
+def _block(run: Run, block: BlockAt, progress: Callable[[float], None]) -> None:
+    """All sub-layers of one block, then its line in the journal; only then its inputs go."""
+    plan, planned = run.plan, run.plan.block(block.layer)
+    at = [run.streams(block.layer, part) for part in range(len(block.branches) + 1)]
     packed: dict[str, Packed] = {}
-    solved: list[Solved] = []
-    folded: list[Folded] = []
+    report: dict[str, Any] = {"solved": [], "folded": [], "tokens": []}
     outcomes: dict[str, Outcome] = {}
-    tokens: tuple[int, ...] = ()
-    for half, source, target in zip(HALVES, at[:2], at[1:], strict=True):
-        tensors = [t for t in block if t.spec.half == half]
-        before = len(packed)
-        result = compress_half(
-            plan.spec,
-            layer,
-            half,
-            tensors,
-            load,
-            source,
-            lambda done, before=before: progress((before + done) / len(block)),
-            transforms=plan.transforms,
-            seed=plan.recipe.seed,
-        )
+    for branch in block.branches:
+        tensors = [t for t in planned if t.spec.part == branch.part]
+        before, source, target = len(packed), at[branch.part], at[branch.part + 1]
+        share = lambda done, before=before: progress((before + done) / len(planned))  # noqa: E731
+        result = compress_sublayer(branch, tensors, source, run.job, share)
         if source is not None and target is not None:
-            advance(plan.spec, layer, half, result.weights, source.compressed, target.compressed, source.batch)
+            advance(branch, result.weights, source.compressed, target.compressed)
             if source.original is not None and target.original is not None:
-                advance(plan.spec, layer, half, result.original, source.original, target.original, source.batch)
+                advance(branch, result.original, source.original, target.original)
         packed |= result.packed
-        solved += result.solved
-        folded += result.folded
+        report["solved"] += [vars(s) for s in result.solved]
+        report["folded"] += [vars(f) for f in result.folded]
+        report["tokens"] = list(result.tokens) or report["tokens"]
         outcomes |= {name: o for name, o in result.outcomes.items() if isinstance(o, Outcome)}
-        tokens = result.tokens
-    report = {"solved": [vars(s) for s in solved], "folded": [vars(f) for f in folded], "tokens": list(tokens)}
     if plan.recover is not None and at[0] is not None:
-        recovered = _recover(plan, layer, journal, packed, outcomes, at[0], at[2])
-        report["recovered"] = recovered.report
-        if recovered.kept:
-            packed |= {name: outcome.pack() for name, outcome in recovered.outcomes.items()}
-            packed |= {name: as_stored(plan.by_name[name], value) for name, value in recovered.floats.items()}
-            weights = {name: decode(value) for name, value in packed.items()}
-            for half, source, target in zip(HALVES, at[:2], at[1:], strict=True):
-                advance(plan.spec, layer, half, weights, source.compressed, target.compressed, source.batch)
-            outcomes = dict(recovered.outcomes)
+        outcomes = _recover(run, block, packed, outcomes, [s for s in at if s is not None], report)
     if tunes_end_to_end(plan):
-        save_outcomes(outcomes_file(journal, layer), outcomes)
-    journal.finish(f"block-{layer:05d}", packed, report)
-    for streams in at[:2]:
+        save_outcomes(outcomes_file(run.journal, block.layer), outcomes)
+    run.journal.finish(f"block-{block.layer:05d}", packed, report)
+    for streams in at[:-1]:
         if streams is not None:
             streams.delete()
     progress(1.0)
 
 
 def _recover(
-    plan: Plan,
-    layer: int,
-    journal: Journal,
-    packed: Mapping[str, Packed],
-    outcomes: Mapping[str, Outcome],
-    source: Streams,
-    target: Streams,
-) -> Recovered:
-    """Tune what a solved block keeps in float, between the activations at its input and those at its output."""
-    metric = decode(journal.fetch(f"{SENSITIVITY}.{layer}")) if SENSITIVITY in journal else None
-    floats = {name: decode(value) for name, value in packed.items() if name not in outcomes}
-    assert plan.recover is not None and target.original is not None
-    return recover_block(
-        plan.spec,
-        layer,
-        outcomes,
-        floats,
-        {name: packed[name].codec for name in floats},
-        source.compressed,
-        target.original,
+    run: Run,
+    block: BlockAt,
+    packed: dict[str, Packed],
+    outcomes: dict[str, Outcome],
+    at: Sequence[Streams],
+    report: dict[str, Any],
+) -> dict[str, Outcome]:
+    """Tune what a solved block keeps in float, between the activations at its input and those at its output; into `packed`
+    and `report`, the activations behind it anew. Returns the block's outcomes as they ship."""
+    plan, put = run.plan, run.placement.put
+    name = f"{SENSITIVITY}.{block.layer}"
+    metric = put(decode(run.journal.fetch(name))) if SENSITIVITY in run.journal else None
+    floats = {name: put(decode(value)) for name, value in packed.items() if name not in outcomes}
+    assert plan.recover is not None and at[-1].original is not None
+    recovered = recover_block(
+        SolvedBlock(block, outcomes, floats, {name: packed[name].codec for name in floats}),
+        at[0].compressed,
+        at[-1].original,
         plan.recover,
         metric=metric,
         seed=plan.recipe.seed,
     )
+    report["recovered"] = recovered.report
+    if not recovered.kept:
+        return outcomes
+    packed |= {name: outcome.pack() for name, outcome in recovered.outcomes.items()}
+    packed |= {name: as_stored(plan.by_name[name], value) for name, value in recovered.floats.items()}
+    weights = {name: put(decode(value)) for name, value in packed.items()}
+    for branch in block.branches:
+        advance(branch, weights, at[branch.part].compressed, at[branch.part + 1].compressed)
+    return dict(recovered.outcomes)
 
 
-def _survey_sensitivity(plan: Plan, load: Loader, journal: Journal, ids: np.ndarray) -> None:
+def _survey_sensitivity(run: Run, ids: np.ndarray) -> None:
     """What the original's loss feels of an error at each block's output, as a unit of its own."""
-    assert plan.recover is not None
-    ids = ids[: plan.recover.survey]
-    shape = (*ids.shape, plan.spec.hidden_size)
-
-    def scratch(name: str) -> Activations:
-        return Activations(journal.folder / f"{name}.f32", shape)
-
-    metrics = output_sensitivity(plan.spec, load, ids, scratch, plan.recipe.seed)
+    recover = run.plan.recover
+    assert recover is not None
+    ids = ids[: recover.survey]
+    few = replace(run, shape=(*ids.shape, run.plan.spec.hidden_size))
+    metrics = output_sensitivity(run.plan.spec, run.load, ids, few.activations, run.plan.recipe.seed, run.placement)
     float_codec = get_codec("f32")
-    journal.finish(SENSITIVITY, {f"{SENSITIVITY}.{n}": float_codec.encode(m) for n, m in enumerate(metrics)}, {})
+    run.journal.finish(SENSITIVITY, {f"{SENSITIVITY}.{n}": float_codec.encode(m) for n, m in enumerate(metrics)}, {})
 
 
-def _head(plan: Plan, load: Loader, journal: Journal, shape: tuple[int, int, int] | None) -> None:
-    spec = plan.spec
-    norm = plan.by_name["model.norm.weight"]
-    packed = {norm.name: as_stored(norm, load(norm.name))}
+def _head(run: Run) -> None:
+    """The last norm, and the head where it is not the embeddings."""
+    plan, spec = run.plan, run.plan.spec
+    norm = plan.by_name[spec.final_norm]
+    packed = {norm.name: as_stored(norm, run.load(norm.name))}
     report: dict[str, Any] = {}
-    head = plan.by_name.get("lm_head.weight")
-    streams = None if shape is None else _streams(plan, journal, f"{spec.layers:05d}", shape)
-    if head is not None and head.method is not None and streams is not None:
-        drift = bool(getattr(head.method, "drift", 0.0))
-        statistics = head_statistics(spec, decode(packed[norm.name]), streams, drift)
-        outcome = solve_tensor(head, load(head.name).float(), statistics, plan.recipe.seed)
-        packed[head.name], report = outcome.pack(), {"solved": [vars(outcome.report)]}
-    elif head is not None:
-        packed[head.name], report = _alone(plan, head, load(head.name))
-    journal.finish("head", packed, report)
+    streams = run.streams(spec.layers)
+    if not spec.tied:
+        head = plan.by_name[spec.head]
+        if head.method is not None and streams is not None:
+            stored = run.placement.put(decode(packed[norm.name]))
+            statistics = head_statistics(spec, stored, streams, bool(head.asks.drift))
+            outcome = solve_tensor(head, run.weight(head.name), statistics, plan.recipe.seed)
+            packed[head.name], report = outcome.pack(), {"solved": [vars(outcome.report)]}
+        else:
+            packed[head.name], report = _alone(run, head)
+    run.journal.finish("head", packed, report)
     if streams is not None and tunes_end_to_end(plan):
         streams.compressed.delete()  # the original's final states are what the last stage tunes for
     elif streams is not None:

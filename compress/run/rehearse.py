@@ -19,22 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.decode import decode
 from compress.errors import OutputError
 from compress.limits import BATCH_TOKENS
 from compress.models.checkpoint import Checkpoint
-from compress.models.spec import ModelSpec
+from compress.models.spec import Branch, ModelSpec
 from compress.plan.allocation import KNAPSACK_SHARES
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor
-from compress.recover.block import recover_block
-from compress.run.half import collect, compress_half, stage_groups
+from compress.recover.block import SolvedBlock, recover_block
+from compress.run.collect import Site, collect, stage_groups
 from compress.run.source import working_model
+from compress.run.sublayer import Job, Result, compress_sublayer
 from compress.run.surveys import stand_in
 from compress.scoring.divergence import token_stats
-from compress.solve.tensor import Outcome, decode, solve_tensor
+from compress.solve.tensor import Outcome, solve_tensor
 from compress.statistics import Statistics
-from compress.streaming.journal import Activations, Journal
-from compress.streaming.walk import HALVES, STAGES_OF, Streams, advance, embed
+from compress.streaming.activations import Activations
+from compress.streaming.journal import Journal
+from compress.streaming.placement import Placement
+from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
 from compress.text import Suite, calibration_windows, load_suite, load_tokenizer, task_documents
 from compress.weights import Loader, Packed
 
@@ -99,12 +103,13 @@ class _Block:
         )
 
 
-def rehearse(plan: Plan) -> Rehearsal:
+def rehearse(plan: Plan, device: str | None = None) -> Rehearsal:
     """Estimate a run by doing a little of it in a temporary folder. Raises what a run raises."""
+    placement = Placement.choose(device)
     checkpoint = Checkpoint.open(plan.source)
     try:
         with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, torch.inference_mode():
-            return _rehearse(plan, checkpoint, Journal.open(Path(folder), plan.digest))
+            return _rehearse(plan, checkpoint, Journal.open(Path(folder), plan.digest), placement)
     except OSError as error:
         raise OutputError(
             f"cannot rehearse in {tempfile.gettempdir()}: {error.strerror or error}; free some space "
@@ -112,7 +117,7 @@ def rehearse(plan: Plan) -> Rehearsal:
         ) from error
 
 
-def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal:
+def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal, placement: Placement) -> Rehearsal:
     spec, settings, clock, load = (
         plan.spec,
         plan.recipe.calibration,
@@ -135,8 +140,12 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal) -> Rehearsal
                 seed=plan.recipe.seed,
                 max_positions=spec.max_positions,
             )
-        streams = _embedded(plan, load, journal.folder, ids)
-    measured = {kind: _block(plan, layer, load, journal, streams) for kind, layer in _kinds(plan)}
+        streams = _embedded(plan, load, journal.folder, ids, placement)
+    job, kinds = Job(load, plan.transforms, plan.recipe.seed, placement), _kinds(plan)
+    chosen = walk(spec, load, placement, layers=[layer for _, layer in kinds])
+    measured = {
+        kind: _block(plan, block, job, journal, streams) for (kind, _), block in zip(kinds, chosen, strict=True)
+    }
     blocks = [measured.get(_kind(plan, layer)) or _like(plan, layer, measured) for layer in range(spec.layers)]
     outer = sum(_outer_solve(t, load) for t in plan.tensors if t.spec.layer is None and t.method is not None)
     check = sum(DECODES * b.decode + 2 * CHECK_TOKENS * b.token for b in blocks)
@@ -225,68 +234,51 @@ def _like(plan: Plan, layer: int, measured: Mapping[Any, _Block]) -> _Block:
     return block.scaled(active / active_model, stored / stored_model)
 
 
-def _embedded(plan: Plan, load: Loader, folder: Path, ids: np.ndarray) -> Streams:
+def _embedded(plan: Plan, load: Loader, folder: Path, ids: np.ndarray, placement: Placement) -> Streams:
     """The activations at the input of the first block, from the original embeddings in both streams."""
     shape = (*ids.shape, plan.spec.hidden_size)
     streams = Streams(
-        Activations(folder / "in.f32", shape),
-        Activations(folder / "in-original.f32", shape) if plan.two_streams else None,
+        Activations(folder / "in.f32", shape, placement.device),
+        Activations(folder / "in-original.f32", shape, placement.device) if plan.two_streams else None,
     )
-    table = load("model.embed_tokens.weight")
+    table = load(plan.spec.embeddings)
     for stream in (streams.compressed, streams.original):
         if stream is not None:
-            embed(table, ids, stream, streams.batch)
+            embed(table, ids, stream)
     return streams
 
 
-def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Streams | None) -> _Block:
+def _block(plan: Plan, block: BlockAt, job: Job, journal: Journal, streams: Streams | None) -> _Block:
     """Compress one block as `compress run` would, its parts timed one by one."""
-    spec, block, clock = plan.spec, plan.block(layer), _Clock()
+    planned, clock = plan.block(block.layer), _Clock()
     with clock("load"):
-        for planned in block:
-            load(planned.name).float()
+        for tensor in planned:
+            block.load(tensor.name)
     packed: dict[str, Packed] = {}
     outcomes: dict[str, Outcome] = {}
     start = streams
-    for half in HALVES:
-        tensors = [t for t in block if t.spec.half == half]
+    for branch in block.branches:
+        tensors = [t for t in planned if t.spec.part == branch.part]
         with clock("half"):
-            result = compress_half(
-                spec, layer, half, tensors, load, streams, transforms=plan.transforms, seed=plan.recipe.seed
-            )
+            result = compress_sublayer(branch, tensors, streams, job)
         packed |= result.packed
         outcomes |= {name: o for name, o in result.outcomes.items() if isinstance(o, Outcome)}
-        if streams is None:
-            continue
-        more = plan.recipe.calibration.samples // streams.windows
-        for stage, group in ((n, group) for n in STAGES_OF[half] for group in stage_groups(spec, n, tensors)):
-            with clock("gather"):
-                collect(spec, layer, stage, group, result.original, result.weights, streams, result.tokens)
-            # experts that are cold after this little text may not be so after all of it
-            tokens = [more * n for n in result.tokens]
-            with clock("observe"):
-                collect(spec, layer, stage, group, result.original, result.weights, streams, tokens)
-        following = _beside(streams, half)
-        with clock("forward"):
-            advance(spec, layer, half, result.weights, streams.compressed, following.compressed, streams.batch)
-        if streams.original is not None and following.original is not None:
-            with clock("original forward"):
-                advance(spec, layer, half, result.original, streams.original, following.original, streams.batch)
-        streams = following
+        if streams is not None:
+            streams = _observe(plan, branch, tensors, result, streams, clock)
     if plan.recover is not None and start is not None and streams is not None and streams.original is not None:
-        floats = {name: decode(part) for name, part in packed.items() if name not in outcomes}
-        stored_as = {name: packed[name].codec for name in floats}
+        floats = {name: job.placement.put(decode(part)) for name, part in packed.items() if name not in outcomes}
+        solved = SolvedBlock(block, outcomes, floats, {name: packed[name].codec for name in floats})
         once = plan.recover.model_copy(update={"epochs": 1})
         with clock("recover"):
-            recover_block(spec, layer, outcomes, floats, stored_as, start.compressed, streams.original, once)
+            recover_block(solved, start.compressed, streams.original, once)
     with clock("store"):
-        journal.finish(f"block-{layer:05d}", packed, {})
+        journal.finish(f"block-{block.layer:05d}", packed, {})
     with clock("decode"):
         for part in packed.values():
             decode(part)
     windows = 1 if streams is None else streams.windows
     length = plan.recipe.calibration.length
-    forwards = 1 + len(plan.transforms)  # each scaling runs both halves once more to see their inputs
+    forwards = 1 + len(plan.transforms)  # each scaling runs the sub-layers once more to see their inputs
     return _Block(
         window=(clock["observe"] + forwards * clock["forward"] + clock["original forward"]) / windows,
         epoch=clock["recover"] / windows,
@@ -298,11 +290,34 @@ def _block(plan: Plan, layer: int, load: Loader, journal: Journal, streams: Stre
     )
 
 
+def _observe(
+    plan: Plan, branch: Branch, tensors: Sequence[PlannedTensor], result: Result, streams: Streams, clock: _Clock
+) -> Streams:
+    """Gather once more what a sub-layer's solvers saw and pass it, both timed. Returns the activations behind it."""
+    more = plan.recipe.calibration.samples // streams.windows
+    for stage in range(branch.sublayer.stages):
+        for group in stage_groups(branch, stage, tensors):
+            site = Site(branch, streams, result.original, result.weights, result.tokens)
+            with clock("gather"):
+                collect(site, stage, group)
+            # experts that are cold after this little text may not be so after all of it
+            site.tokens = tuple(more * n for n in result.tokens)
+            with clock("observe"):
+                collect(site, stage, group)
+    following = _beside(streams, branch.sublayer.half)
+    with clock("forward"):
+        advance(branch, result.weights, streams.compressed, following.compressed)
+    if streams.original is not None and following.original is not None:
+        with clock("original forward"):
+            advance(branch, result.original, streams.original, following.original)
+    return following
+
+
 def _beside(streams: Streams, half: str) -> Streams:
-    """Where the activations behind a half go."""
+    """Where the activations behind a sub-layer go."""
 
     def moved(stream: Activations) -> Activations:
-        return Activations(stream.path.with_name(f"{half}-{stream.path.name}"), stream.shape)
+        return Activations(stream.path.with_name(f"{half}-{stream.path.name}"), stream.shape, stream.device)
 
     return Streams(moved(streams.compressed), None if streams.original is None else moved(streams.original))
 

@@ -1,14 +1,13 @@
-"""Scalings before the solve: half a block becomes an equivalent half that is easier to round.
+"""Scalings before the solve (AWQ, SmoothQuant): a sub-layer becomes an equivalent one that is easier to round.
 
-Scales are searched on what the half's linears see in the compressed model, against plain rounding by each tensor's own
-codec, and folded into the norms and linears that come before. The half computes what it did, to rounding.
+Scales are searched on what its linears see in the compressed model, against plain rounding by each tensor's own codec,
+and folded into the norms and linears that come before. The sub-layer computes what it did, to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,17 +16,17 @@ from torch import Tensor
 from compress.codecs.names import codec_info
 from compress.errors import NumericalError
 from compress.limits import MOMENTS_BYTES
-from compress.models.forward import STAGES, forward_attention, forward_ffn, stage_of
-from compress.models.spec import ModelSpec
+from compress.models.forward import Taps, forward_branch
+from compress.models.spec import Branch
 from compress.solve.tensor import solve_tensor
 from compress.solvers.options import RtnOptions
 from compress.statistics import Moments, Statistics
+from compress.streaming.walk import Streams
 from compress.transforms.base import Fold, apply, folds
 from compress.transforms.options import TransformOptions
 
 if TYPE_CHECKING:
     from compress.plan.tensor import PlannedTensor
-    from compress.streaming.walk import Streams
 
 
 @dataclass(frozen=True)
@@ -40,41 +39,36 @@ class Folded:
     after: float
 
 
-def prepare_half(
-    spec: ModelSpec,
-    layer: int,
-    half: str,
-    block: Sequence[PlannedTensor],
+def scale_sublayer(
+    branch: Branch,
+    tensors: Sequence[PlannedTensor],
     weights: Mapping[str, Tensor],
     streams: Streams,
     transforms: Sequence[TransformOptions],
 ) -> tuple[dict[str, Tensor], tuple[Folded, ...]]:
-    """Equivalent float32 weights of half a block, by checkpoint name, and what was done.
+    """Equivalent float32 weights of a sub-layer, by checkpoint name, and what was done.
 
     Raises NumericalError when the activations are not finite.
     """
-    planned = {t.name: t for t in block}
+    planned = {t.name: t for t in tensors}
     out, done = dict(weights), []
+
+    def rounded(name: str, weight: Tensor, importance: Tensor) -> Tensor:
+        return _rounded(planned[name], weight, importance)
+
     for options in transforms:
-        module = import_module(f"compress.transforms.{options.name}")
         places = [
             fold
-            for fold in folds(spec, layer, out)
-            if _half_of(fold) == half
-            and STAGES[stage_of(fold.input)] in options.fold
-            and any(planned[name].method is not None for name in fold.consumers)
+            for fold in folds(branch)
+            if fold.place in options.fold and any(planned[name].method is not None for name in fold.consumers)
         ]
-
-        def rounded(name: str, weight: Tensor, importance: Tensor) -> Tensor:
-            return _rounded(planned[name], weight, importance)
-
         for group in _groups(places):
-            moments = _observe(spec, layer, half, out, streams, {fold.input: fold.channels for fold in group})
+            moments = _observe(branch, out, streams, {fold.input: fold.channels for fold in group})
             for fold in group:
                 seen = moments[fold.input]
                 if not seen.tokens:
                     continue  # an expert that no token reached
-                scale, before, after = module.search(fold, out, seen, rounded, options)
+                scale, before, after = options.implementation.search(fold, out, seen, rounded, options)
                 out |= apply(out, fold, scale)
                 done.append(Folded(fold.input, options.name, before, after))
     return out, tuple(done)
@@ -93,10 +87,6 @@ def _groups(places: Sequence[Fold]) -> Iterator[list[Fold]]:
         yield group
 
 
-def _half_of(fold: Fold) -> str:
-    return "attention" if stage_of(fold.input) < STAGES.index("ffn.in") else "ffn"
-
-
 def _rounded(planned: PlannedTensor, weight: Tensor, importance: Tensor) -> Tensor:
     """Some rows of the weight as plain rounding would leave them, themselves where nothing is quantized.
 
@@ -113,26 +103,20 @@ def _rounded(planned: PlannedTensor, weight: Tensor, importance: Tensor) -> Tens
 
 
 def _observe(
-    spec: ModelSpec,
-    layer: int,
-    half: str,
-    weights: Mapping[str, Tensor],
-    streams: Streams,
-    widths: Mapping[str, int],
+    branch: Branch, weights: Mapping[str, Tensor], streams: Streams, widths: Mapping[str, int]
 ) -> dict[str, Moments]:
     """Moments and magnitudes of inputs, by key, over all calibration windows of the compressed stream."""
-    moments = {key: Moments.zeros(n, magnitudes=True) for key, n in widths.items()}
+    device = next(iter(weights.values())).device
+    moments = {key: Moments.zeros(n, magnitudes=True, device=device) for key, n in widths.items()}
 
     def note(key: str, x: Tensor, gate: Tensor | None) -> None:
         if key in moments:
             moments[key].add(x, None, gate)
 
-    forward = forward_attention if half == "attention" else forward_ffn
-    last = max((stage_of(key) for key in widths), default=None)
-    for start in range(0, streams.windows if widths else 0, streams.batch):
-        hidden = streams.compressed.read(start, min(start + streams.batch, streams.windows))
-        forward(spec, layer, weights, hidden, observe=note, until=last)
+    taps = Taps(note, max((branch.inputs[key].stage for key in widths), default=None))
+    for start, stop in streams.compressed.batches if widths else ():
+        forward_branch(branch, weights, streams.compressed.read(start, stop), taps)
     for key, seen in moments.items():
         if not seen.finite:
-            raise NumericalError(f"activations at {key} of block {layer} are not finite; check the checkpoint")
+            raise NumericalError(f"activations at {key} of block {branch.layer} are not finite; check the checkpoint")
     return moments

@@ -3,65 +3,97 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compress import __version__
-from compress.engines.open import OpenedModel, folder_source, gguf_files, gguf_source, is_gguf, open_model
+from compress.containers import Container
+from compress.engines.open import OpenedModel, artifact_source, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Fallback, Gate, Scorecard
-from compress.scoring.measure import measure
+from compress.scoring.measure import Measured, measure
 from compress.scoring.source import LogitSource
 from compress.text import load_suite, load_tokenizer
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class Target:
+    """What is scored. opened: None for a single file, which is run as a model like `model`, the original."""
+
+    name: str
+    container: Container
+    files: tuple[Path, ...]
+    opened: OpenedModel | None
+    model: OpenedModel
+    original: OpenedModel | None
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def bytes(self) -> int:
+        """With all that lies beside the weights in a folder."""
+        if self.opened is None:
+            return self.weight_bytes
+        return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
 
 
 def score_target(target: str, against: str | None, suite: str, reporter: Reporter) -> Scorecard:
     """Score `target` on a suite and, when `against` names the original, say how far the two are apart.
 
-    target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model. against: a
-    dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task accuracy
-    only. The gate passes when the scores are finite.
+    target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model.
+    against: a dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task
+    accuracy only. The gate passes when the scores are finite.
 
     Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary), UnsupportedModel,
     CalibrationError (no such suite) and NumericalError (logits that are not finite).
     """
     chosen = load_suite(suite)
     with reporter.stage("open"):
-        gguf = is_gguf(target)
-        if gguf and against is None:
-            raise CheckpointError(
-                f"scoring {target} needs the original's tokenizer; add --against ORIGINAL (its folder or hub id)"
-            )
-        original = None if against is None else open_model(against)
-        if original is not None and original.container != "safetensors":
-            raise CheckpointError(f"{against} is itself quantized; give the original to --against")
-        opened = None if gguf else open_model(target)
-        model = original or opened
-        assert model is not None
-        tokenizer = load_tokenizer(model.folder)
-        files = gguf_files(Path(target)) if opened is None else opened.files
+        found = _open(target, against)
+        tokenizer = load_tokenizer(found.model.folder)
+        if found.opened is None:
+            file_set(found.container, Path(target))
     fallbacks: list[Fallback] = []
-    with _source(target, opened, model, fallbacks) as source, reporter.stage("score") as progress:
+    with _source(found, fallbacks) as source, reporter.stage("score") as progress:
+        original = found.original
         reference = None if original is None else StreamedSource(original.spec, original.load, "original")
         measured = measure(
             source,
             reference,
             chosen,
             tokenizer,
-            label=Path(model.name).name,
-            max_positions=model.spec.max_positions,
+            label=Path(found.model.name).name,
+            max_positions=found.model.spec.max_positions,
             progress=progress,
         )
-    weight_bytes = sum(file.stat().st_size for file in files)
-    size = weight_bytes if opened is None else sum(f.stat().st_size for f in opened.folder.rglob("*") if f.is_file())
+    return _scorecard(found, measured, (*fallbacks, *measured.fallbacks), reporter)
+
+
+def _open(target: str, against: str | None) -> Target:
+    """The target and its original. Raises CheckpointError where one is missing or not what it should be."""
+    container = file_container(target)
+    if container is not None and against is None:
+        raise CheckpointError(
+            f"scoring {target} needs the original's tokenizer; add --against ORIGINAL (its folder or hub id)"
+        )
+    original = None if against is None else open_model(against)
+    if original is not None and not original.container.original:
+        raise CheckpointError(f"{against} is itself quantized; give the original to --against")
+    if container is None:
+        opened = open_model(target)
+        return Target(target, opened.container, opened.files, opened, original or opened, original)
+    assert original is not None
+    return Target(target, container, tuple(container.files(Path(target))), None, original, original)
+
+
+def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...], reporter: Reporter) -> Scorecard:
+    original = found.original
     perplexity = measured.scores.perplexity.value
     finite = Check(name="perplexity", passed=isfinite(perplexity), detail=f"{perplexity:.4g}")
     base = Base(bytes=None)
@@ -74,20 +106,20 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
             tasks=measured.base_tasks,
         )
     artifact = Artifact(
-        container="gguf" if opened is None else opened.container,
-        path=target,
-        bytes=size,
-        bits_per_weight=round(8 * weight_bytes / model.parameters, 4),
-        ratio=None if original is None else weight_bytes / original.bytes,
+        container=found.container.name,
+        path=found.name,
+        bytes=found.bytes,
+        bits_per_weight=round(8 * found.weight_bytes / found.model.parameters, 4),
+        ratio=None if original is None else found.weight_bytes / original.bytes,
         scores=measured.scores,
         tasks=measured.tasks,
     )
     return Scorecard(
-        model=model.name,
-        recipe=Path(target).name,
+        model=found.model.name,
+        recipe=Path(found.name).name,
         artifacts=(artifact,),
         base=base,
-        fallbacks=(*fallbacks, *measured.fallbacks),
+        fallbacks=fallbacks,
         gate=Gate(passed=finite.passed, checks=(finite,)),
         stages=tuple(reporter.stages),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -95,15 +127,11 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
     )
 
 
-@contextmanager
-def _source(
-    target: str, opened: OpenedModel | None, model: OpenedModel, fallbacks: list[Fallback]
-) -> Iterator[LogitSource]:
+def _source(found: Target, fallbacks: list[Fallback]) -> AbstractContextManager[LogitSource]:
     """What runs the target."""
+    opened = found.opened
     if opened is None:
-        with gguf_source(Path(target), model.spec, fallbacks) as source:
-            yield source
-    elif opened.container == "safetensors":
-        yield StreamedSource(opened.spec, opened.load, "streamed weights")
-    else:
-        yield folder_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)
+        return artifact_source(found.container, [Path(found.name)], found.model.spec, found.model.parameters, fallbacks)
+    if opened.container.original:
+        return nullcontext(StreamedSource(opened.spec, opened.load, "streamed weights"))
+    return artifact_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)

@@ -9,9 +9,9 @@ import torch
 from compress import __version__
 from compress.export.deliver import Delivery
 from compress.plan.plan import Plan
-from compress.recover.end_to_end import RECOVERED
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
+from compress.run.recover import RECOVERED
 from compress.run.surveys import STRUCTURE
 from compress.streaming.journal import Journal
 from compress.structured.shapes import widths_of
@@ -61,7 +61,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
     fallbacks += [
         Fallback(
             subject=s["name"],
-            wanted=f"damping {getattr(t.method, 'damping', 0.0):g}",
+            wanted=f"damping {t.asks.damping:g}",
             used=f"damping {s['damping']:g}",
             reason=f"gram not positive definite, {s['retries']} retries",
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,20 @@ import torch
 from torch import Tensor
 
 from compress.errors import PlanError, ResumeError
+from compress.files import write_synced
 from compress.models.checkpoint import Checkpoint
 from compress.plan.allocation import KNAPSACK_SHARES, factor_bytes, knapsack, outlier_weighted, pooled_shares
-from compress.plan.plan import Plan, cuts, make_plan
+from compress.plan.make import cuts, make_plan
+from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, sizes_at
 from compress.recipe.schema import Factorize, Prune
 from compress.report.progress import Reporter
-from compress.run.half import collect, stage_groups, statistics_of
+from compress.run.collect import Site, collect, counted, stage_groups, statistics_of
 from compress.run.source import working_model
-from compress.solvers.options import DictionaryOptions
-from compress.streaming.journal import Activations, Journal, write_synced
-from compress.streaming.walk import STAGES_OF, Streams, Walk
+from compress.streaming.activations import Activations
+from compress.streaming.journal import Journal
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import Scratch, Stream, Streams, walk
 from compress.structured.restructure import Restructured, restructure
 from compress.structured.survey import outlier_ratios
 from compress.structured.view import KeptLayer, StructureView
@@ -36,7 +38,12 @@ MOST_SPARSE = 0.95
 
 
 def settle(
-    plan: Plan, checkpoint: Checkpoint, journal: Journal, ids: np.ndarray | None, reporter: Reporter
+    plan: Plan,
+    checkpoint: Checkpoint,
+    journal: Journal,
+    ids: np.ndarray | None,
+    reporter: Reporter,
+    placement: Placement = CPU,
 ) -> tuple[Plan, Loader]:
     """The plan with nothing left open, and the model it is carried out on.
 
@@ -47,14 +54,16 @@ def settle(
 
     def scratch(name: str) -> Activations:
         assert ids is not None
-        return Activations(journal.folder / f"{name}.f32", (*ids.shape, plan.original.hidden_size))
+        return Activations(journal.folder / f"{name}.f32", (*ids.shape, plan.original.hidden_size), placement.device)
 
     if "structure" in plan.open:
         assert ids is not None
         with reporter.stage("structure") as progress:
             if STRUCTURE not in journal:
                 steps = cuts(plan.recipe, plan.turned).values()
-                made = restructure(plan.turned, *steps, load, ids, scratch, progress, shapes=plan.shapes)
+                made = restructure(
+                    plan.turned, *steps, load, ids, scratch, progress, shapes=plan.shapes, placement=placement
+                )
                 _save(_state_file(journal), *made.state())
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
             cut = Restructured.restore(plan.turned, *_read(_state_file(journal)))
@@ -64,13 +73,13 @@ def settle(
         assert ids is not None
         with reporter.stage("outliers"):
             if SPARSITY not in journal:
-                journal.finish(SPARSITY, {}, {"sparsity": _sparsities(plan, load, ids, scratch)})
+                journal.finish(SPARSITY, {}, {"sparsity": _sparsities(plan, load, ids, scratch, placement)})
         found = journal.units[SPARSITY]["sparsity"]
         plan = plan.settled({name: Pattern(value) for name, value in found.items()}, {})
     if "factors" in plan.open:
         with reporter.stage("allocation") as progress:
             if FACTORS not in journal:
-                journal.finish(FACTORS, {}, {"shares": _shares(plan, load, ids, scratch, progress)})
+                journal.finish(FACTORS, {}, {"shares": _shares(plan, load, ids, scratch, progress, placement)})
         plan = plan.settled({}, journal.units[FACTORS]["shares"])
     return plan, load
 
@@ -95,7 +104,7 @@ def stand_in(plan: Plan, load: Loader) -> Loader:
 
 
 # -- sparsity ----------------------------------------------------------------------------------------------------------
-def _sparsities(plan: Plan, load: Loader, ids: np.ndarray, scratch: Callable[[str], Activations]) -> dict[str, float]:
+def _sparsities(plan: Plan, load: Loader, ids: np.ndarray, scratch: Scratch, placement: Placement) -> dict[str, float]:
     """The share that goes of every pruned tensor: its rule's, moved by how its layer's outliers compare."""
     step: Prune = plan.recipe.step("prune")
     pruned = [[t for t in block if t.pattern is not None] for block in plan.blocks]
@@ -103,7 +112,9 @@ def _sparsities(plan: Plan, load: Loader, ids: np.ndarray, scratch: Callable[[st
     if not any(sizes):
         return {}
     total = sum(t.spec.parameters * t.pattern.sparsity for block in pruned for t in block) / sum(sizes)
-    layers = outlier_weighted(outlier_ratios(plan.spec, load, ids, scratch), sizes, total, step.spread)
+    layers = outlier_weighted(
+        outlier_ratios(plan.spec, load, ids, scratch, placement=placement), sizes, total, step.spread
+    )
     return {
         t.name: min(max(t.pattern.sparsity + layer - total, 0.0), MOST_SPARSE)
         for block, layer in zip(pruned, layers, strict=True)
@@ -116,8 +127,9 @@ def _shares(
     plan: Plan,
     load: Loader,
     ids: np.ndarray | None,
-    scratch: Callable[[str], Activations],
+    scratch: Scratch,
     progress: Callable[[float], None],
+    placement: Placement,
 ) -> dict[str, float]:
     """The share of its 16-bit bytes that every factorised tensor keeps; one budget for all that have the same ratio."""
     step: Factorize = plan.recipe.step("factorize")
@@ -129,7 +141,7 @@ def _shares(
     errors: Mapping[str, list[float]] = {}
     if step.allocation == "knapsack":
         assert ids is not None
-        errors = _errors(plan, load, ids, scratch, progress)
+        errors = _errors(plan, load, ids, scratch, progress, placement)
     shares: dict[str, float] = {}
     for ratio, group in groups.items():
         if step.allocation == "knapsack":  # the head's inputs come after all blocks: it takes its own share
@@ -143,7 +155,7 @@ def _shares(
         else:
             spectra = []
             for planned in group:
-                spectra.append(torch.linalg.svdvals(load(planned.name).float()).tolist())
+                spectra.append(torch.linalg.svdvals(placement.weight(load(planned.name))).tolist())
                 done += 1
                 progress(done / total)
             try:
@@ -174,55 +186,50 @@ def _bytes_at(planned: PlannedTensor, shape: tuple[int, int], share: float) -> i
     options = planned.factorizer
     assert options is not None
     sizes = sizes_at(shape, options, share)
-    return (
-        2 * shape[0] * shape[1]
-        if sizes is None
-        else factor_bytes(*shape, *sizes, isinstance(options, DictionaryOptions))
-    )
+    return 2 * shape[0] * shape[1] if sizes is None else factor_bytes(*shape, *sizes, options.sparse)
 
 
 def _errors(
     plan: Plan,
     load: Loader,
     ids: np.ndarray,
-    scratch: Callable[[str], Activations],
+    scratch: Scratch,
     progress: Callable[[float], None],
+    placement: Placement,
 ) -> dict[str, list[float]]:
     """Of every factorised tensor of a block, what factors of each of KNAPSACK_SHARES lose of it: relative, squared, in the
     original's own space (ROCKET, arXiv 2602.11008), and under the inputs that the original gives it."""
-    spec, out = plan.spec, {}
-    walk = Walk(spec, load, ids, scratch, "allocation")
-    for layer in range(spec.layers):
-        weights = {t.name: load(t.name).float() for t in plan.spec.block_tensors(layer)}
-        block = [t for t in plan.block(layer) if t.factorizer is not None]
-        for half, stages in STAGES_OF.items():
-            streams, tokens = Streams(walk.at, None), ()
-            for stage in stages:
-                for group in stage_groups(spec, stage, block):
-                    moments = collect(spec, layer, stage, group, weights, weights, streams, tokens)
-                    if spec.is_sparse(layer) and stage == 2:
-                        tokens = tuple(moments[f"experts.{e}.in"].tokens for e in range(spec.experts))
+    out: dict[str, list[float]] = {}
+    stream = Stream(plan.spec, load, ids, scratch, "allocation", placement)
+    for block in walk(plan.spec, load, placement):
+        for branch in block.branches:
+            tensors = [t for t in plan.block(block.layer) if t.spec.part == branch.part and t.factorizer is not None]
+            weights = block.of(branch)
+            site = Site(branch, Streams(stream.at, None), weights, weights)
+            for stage in range(branch.sublayer.stages):
+                for group in stage_groups(branch, stage, tensors):
+                    moments = collect(site, stage, group)
+                    site.tokens = site.tokens or counted(branch, stage, moments)
                     for planned in group:
-                        statistics = statistics_of(planned, moments)
+                        statistics = statistics_of(branch, planned, moments)
                         if statistics is not None:
                             out[planned.name] = _losses(planned, weights[planned.name], statistics.gram)
-            walk.advance(layer, half, weights.__getitem__)
-        progress((layer + 1) / spec.layers)
-    walk.at.delete()
+            stream.advance(branch, weights)
+        progress((block.layer + 1) / plan.spec.layers)
+    stream.at.delete()
     return out
 
 
 def _losses(planned: PlannedTensor, weight: Tensor, gram: Tensor) -> list[float]:
     options = planned.factorizer
     assert options is not None
-    module = import_module(f"compress.solvers.{options.name}")
     losses = []
     for share in KNAPSACK_SHARES:
         sizes = sizes_at((weight.shape[0], weight.shape[1]), options, share)
         if sizes is None:
             losses.append(float("inf"))
             continue
-        left = weight - module.factorize(weight, gram, *sizes, options).dense()
+        left = weight - options.implementation.factorize(weight, gram, *sizes, options).dense()
         losses.append(float(left.square().sum() / weight.square().sum().clamp_min(1e-30)))
     return losses
 

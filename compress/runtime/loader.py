@@ -23,8 +23,10 @@ from compress.containers.compress import (
     read_rules,
     setting_of,
 )
-from compress.errors import CheckpointError, UnsupportedModel
+from compress.errors import CheckpointError
 from compress.models.checkpoint import Entry, read_header
+from compress.models.layers.moe import MoE
+from compress.models.spec import load_spec
 
 if TYPE_CHECKING:
     import torch
@@ -186,18 +188,15 @@ def _expert_prefixes(model: nn.Module, rules: Rules) -> dict[str, str]:
     """Names of the experts modules that become packed -> prefix of their tensors in the checkpoint, with `{e}`."""
     if not any(".experts." in name for name in rules):
         return {}
-    moe = _moe_names(model)
+    moe = _experts(model)
     fused = [name for name, module in model.named_modules() if hasattr(module, "gate_up_proj")]
     return {name: f"{name.rpartition('.mlp.experts')[0]}.{moe.expert}" for name in fused}
 
 
-def _moe_names(model: nn.Module) -> Any:
-    from compress.models import known_families
-
-    family = known_families().get(model.config.model_type)
-    if family is None or family.moe is None:
-        raise UnsupportedModel(f"packed experts of {model.config.model_type!r} models are not supported")
-    return family.moe
+def _experts(model: nn.Module) -> MoE:
+    """How the model's family calls its experts."""
+    spec = load_spec(model.config.to_dict())
+    return next(s for block in spec.blocks for s in block if isinstance(s, MoE))
 
 
 def _packed_experts(
@@ -213,9 +212,9 @@ def _packed_experts(
 
     from compress.runtime.experts import ExpertNames, PackedExperts
 
-    moe = _moe_names(model)
+    leaves = _experts(model).leaves
     count, twice, width = fused.gate_up_proj.shape
-    shapes = {moe.gate: (twice // 2, width), moe.up: (twice // 2, width), moe.down: (width, twice // 2)}
+    shapes = dict(zip(leaves, ((twice // 2, width), (twice // 2, width), (width, twice // 2)), strict=True))
 
     def matrices(expert: int) -> Iterator[tuple[str, nn.Module]]:
         for leaf, shape in shapes.items():
@@ -229,7 +228,7 @@ def _packed_experts(
                 tensors = _meta_parts(name, part_names(parts, setting), entries)
                 yield leaf, _packed_linear(setting, shape, tensors)
 
-    names = ExpertNames(moe.gate, moe.up, moe.down)
+    names = ExpertNames(*leaves)
     return PackedExperts([dict(matrices(e)) for e in range(count)], names, fused.act_fn)
 
 

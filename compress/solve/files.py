@@ -16,9 +16,10 @@ from torch import Tensor
 from compress.codecs import block_codec
 from compress.codecs.grid import STORED
 from compress.errors import ResumeError
+from compress.files import write_synced
 from compress.solve.tensor import Outcome, Solved
 from compress.solvers.base import Solution
-from compress.streaming.journal import SEPARATOR, write_synced
+from compress.streaming.journal import SEPARATOR
 from compress.transforms.incoherence import Incoherence
 
 _NARROWER = (torch.int8, torch.float16)
@@ -33,6 +34,8 @@ def save_outcomes(path: Path, outcomes: Mapping[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
         solution, grid = outcome.solution, outcome.solution.grid
         given = {f"grid.{key}": value for key, value in grid.tensors().items()} | {"units": _narrow(solution.units)}
+        if outcome.order is not None:
+            given["order"] = outcome.order
         if outcome.incoherence is not None:
             given |= {"signs_in": outcome.incoherence.signs_in, "signs_out": outcome.incoherence.signs_out}
         given = {key: value.clone().contiguous() for key, value in given.items()}  # none may be shared
@@ -67,7 +70,7 @@ def _outcome(facts: Mapping, parts: Mapping[str, Tensor]) -> Outcome:
     grid = STORED[facts["grid"]](**{k.removeprefix("grid."): v for k, v in parts.items() if k.startswith("grid.")})
     solution = Solution(units, grid, codec, facts["damping"], facts["retries"], facts["error"])
     signs = Incoherence(parts["signs_in"], parts["signs_out"]) if "signs_in" in parts else None
-    return Outcome(solution, signs, Solved(**facts["report"]))
+    return Outcome(solution, signs, Solved(**facts["report"]), parts.get("order"))
 
 
 def _narrow(units: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ solved again for the dictionary that ships.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,7 @@ from compress.codecs.factors import join
 from compress.codecs.names import codec_info
 from compress.errors import CheckpointError
 from compress.solvers.base import Solution, damped_gram, relative_error
-from compress.solvers.options import GptqOptions, SolverOptions
+from compress.solvers.options import SolverOptions
 from compress.weights import Factors, Packed
 
 if TYPE_CHECKING:
@@ -46,13 +45,13 @@ def prune_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk
     """target: float32 [R, n]; gram: [n, n]. Raises CheckpointError when a value does not fit into a float codec."""
     options, pattern, solver = planned.pruner, planned.pattern, planned.solver
     assert options is not None and pattern is not None
-    pruner = import_module(f"compress.solvers.{options.name}")
+    pruner = options.implementation
     if solver is None:
         masked = pruner.prune(target, gram, pattern, options)
         mask, inner, solved = masked.mask, as_floats(planned.name, planned.values, masked.values), masked
     else:
         codec = block_codec(planned.values, target.shape[1])
-        if planned.compensates and hasattr(pruner, "prune_and_quantize"):
+        if planned.compensates and options.joint:
             solved = pruner.prune_and_quantize(target, gram, codec, options, solver, pattern)
         else:
             masked = pruner.prune(target, gram, pattern, options)
@@ -69,7 +68,7 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
     """target: float32 [m, n]; gram: [n, n]. Raises CheckpointError when a value does not fit into a float codec."""
     options, sizes = planned.factorizer, planned.factors
     assert options is not None and sizes is not None
-    factors = import_module(f"compress.solvers.{options.name}").factorize(target, gram, *sizes, options)
+    factors = options.implementation.factorize(target, gram, *sizes, options)
     first, second = codec_info(planned.codec).parts
     damping, retries = factors.damping, factors.retries
     if planned.solver is None:
@@ -88,8 +87,7 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
 
 
 def _solve(weight: Tensor, gram: Tensor, codec: str, options: SolverOptions, mask: Tensor | None = None) -> Solution:
-    module = import_module(f"compress.solvers.{options.name}")
-    return module.solve(weight, gram, block_codec(codec, weight.shape[1]), options, mask=mask)
+    return options.implementation.solve(weight, gram, block_codec(codec, weight.shape[1]), options, mask=mask)
 
 
 def _solve_factors(
@@ -102,7 +100,7 @@ def _solve_factors(
     for _ in range(ROUNDS):
         atoms = _solve(wanted, gram, first, options)
         dense, seen = _for_atoms(target, atoms.decode(), gram)
-        tries = [dense] if isinstance(options, GptqOptions) or best is not None else [dense, factors.coefficients]
+        tries = [dense] if options.feedback or best is not None else [dense, factors.coefficients]
         found = []
         for coefficients in tries:
             rows = _solve(coefficients, seen, inner, options, factors.mask)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from compress.codecs import block_codec, get_codec
+from compress.codecs import block_codec
+from compress.decode import decode, in_checkpoint_order
 from compress.models.spec import TensorSpec
 from compress.solve.shrunk import Shrunk, as_floats, factorize_tensor, prune_tensor
 from compress.solvers.base import Solution
+from compress.solvers.options import Asks
 from compress.statistics import Statistics, corrected_target
-from compress.transforms.incoherence import Incoherence, pack_signs, unpack_signs
+from compress.transforms.incoherence import Incoherence, pack_signs
 from compress.weights import Packed
 
 if TYPE_CHECKING:
@@ -48,15 +49,24 @@ class Outcome:
     solution: Solution
     incoherence: Incoherence | None
     report: Solved
+    order: Tensor | None = None
+    """int64 [n]: the checkpoint's column at every place of the codes, where these have another order."""
 
     def dense(self) -> Tensor:
         """What an engine computes with: float32 [m, n]."""
-        values = self.solution.decode()
+        return self.restore(self.solution.decode())
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Decoded values [m, n] in the checkpoint's space and order."""
+        if self.order is not None:
+            return in_checkpoint_order(values, self.order)
         return values if self.incoherence is None else self.incoherence.restore(values)
 
     def pack(self) -> Packed:
         """The bytes that ship."""
         packed = self.solution.pack()
+        if self.order is not None:
+            return Packed(packed.codec, packed.shape, {**packed.parts, "columns": self.order.int()})
         if self.incoherence is None:
             return packed
         signs = {
@@ -95,26 +105,35 @@ def solve_tensor(
         return _shrunk(planned, weight, statistics)
     options = planned.solver
     assert options is not None
-    module = import_module(f"compress.solvers.{options.name}")
     codec = block_codec(planned.codec, weight.shape[1])
     gram = None if statistics is None else statistics.gram
-    target = weight if statistics is None else _corrected(weight, statistics, options)
-    if gram is None and module.NEEDS_GRAM:
-        gram = torch.eye(
-            weight.shape[1], device=weight.device
-        )  # rows that are looked up, not multiplied: plain squared error
+    target = weight if statistics is None else _corrected(weight, statistics, options.asks)
+    if gram is None and options.needs_gram:
+        # rows that are looked up, not multiplied: plain squared error
+        gram = torch.eye(weight.shape[1], device=weight.device)
     incoherence = None
     if planned.incoherence:
         incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed), device=weight.device)
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
-    solution = module.solve(target, gram, codec, options)
-    return Outcome(solution, incoherence, _report(planned, solution, statistics))
+    order = column_order(planned)
+    if order is not None:
+        order = order.to(target.device)
+        target = target[:, order]
+        gram = None if gram is None else gram[order][:, order]
+    solution = options.implementation.solve(target, gram, codec, options)
+    return Outcome(solution, incoherence, _report(planned, solution, statistics), order)
+
+
+def column_order(planned: PlannedTensor) -> Tensor | None:
+    """The checkpoint's columns in the order of a container that has another, int64 [n]."""
+    order = planned.spec.column_order
+    return None if not planned.ordered or order is None else torch.from_numpy(order.index(planned.spec.shape[-1]))
 
 
 def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None) -> Shipped:
     gram = torch.eye(weight.shape[1], device=weight.device) if statistics is None else statistics.gram
-    target = weight if statistics is None else _corrected(weight, statistics, planned.method)
+    target = weight if statistics is None else _corrected(weight, statistics, planned.asks)
     shrunk = (prune_tensor if planned.pattern is not None else factorize_tensor)(planned, target, gram)
     return Shipped(shrunk.packed, _report(planned, shrunk, statistics))
 
@@ -132,24 +151,12 @@ def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Stati
     )
 
 
-def decode(packed: Packed) -> Tensor:
-    """What an engine computes with: float32 of the packed shape."""
-    values = get_codec(packed.codec).unpack(packed)
-    if "signs_in" not in packed.parts:
-        return values
-    rows, columns = packed.shape
-    signs_in, signs_out = unpack_signs(packed.parts["signs_in"], columns), unpack_signs(packed.parts["signs_out"], rows)
-    return Incoherence(signs_in, signs_out).restore(values)
-
-
 def _sign_seeds(spec: TensorSpec, seed: int) -> tuple[int, int]:
     """Seeds of the input's and the output's signs: linears that read the same activations share the former, so that an
     engine transforms those once."""
-    place = (spec.input or "").rpartition(".")[2]  # "in" of every expert, "act", "out"
-    return zlib.crc32(f"{seed} {spec.layer} {place}".encode()), zlib.crc32(f"{seed} {spec.name}".encode())
+    return zlib.crc32(f"{seed} {spec.layer} {spec.signs}".encode()), zlib.crc32(f"{seed} {spec.name}".encode())
 
 
-def _corrected(weight: Tensor, statistics: Statistics, options: object) -> Tensor:
+def _corrected(weight: Tensor, statistics: Statistics, asks: Asks) -> Tensor:
     """The target of methods that compensate drift; the weight itself for the others."""
-    drift, residual = getattr(options, "drift", 0.0), getattr(options, "residual", 0.0)
-    return corrected_target(weight, statistics, getattr(options, "drift_damping", 0.1), drift, residual)
+    return corrected_target(weight, statistics, asks.drift_damping, asks.drift, asks.residual)

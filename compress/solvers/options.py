@@ -1,11 +1,15 @@
-"""The options of every solver, without importing torch; the recipe validates `solver:` with these classes.
+"""The options of every method, without importing torch: what a recipe may say, and what the method asks of a run.
 
-Adding a solver is one class here and one file `compress/solvers/<name>.py`.
+Adding one here is a class in this file and a file `compress/solvers/<name>.py`; from outside, one file that calls `register`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,10 +20,35 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+@dataclass(frozen=True)
+class Asks:
+    """What a method asks of the run that calls it.
+
+    gram: it cannot do without second moments of the inputs. feedback: errors of one weight are made up for by others, so that
+    its codes can make up for a mask, too. drift, residual: how far its target makes up for drifted inputs and for what
+    the residual stream lags; drift_damping: ridge of that correction. shrinkage: tokens a column that an expert's pool
+    weighs; damping: what it adds to the gram's diagonal, as a fraction of its mean.
+    """
+
+    gram: bool = True
+    feedback: bool = False
+    drift: float = 0.0
+    residual: float = 0.0
+    drift_damping: float = 0.1
+    shrinkage: float = 0.0
+    damping: float = 0.0
+
+
+NOTHING = Asks(gram=False)
+
+
 class MethodOptions(BaseModel):
-    """Base of all option classes; `name` is the method's name in YAML."""
+    """Base of all option classes; `name` is the method's name in YAML, `module` where its functions are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    module: ClassVar[str] = ""
+    needs_gram: ClassVar[bool] = True
+    feedback: ClassVar[bool] = False
     name: str
     shrinkage: float = Field(
         1.0,
@@ -27,6 +56,17 @@ class MethodOptions(BaseModel):
         description="an expert's statistics are shrunk towards its block's pool as if the pool had seen "
         "this many tokens per input column",
     )
+
+    @cached_property
+    def asks(self) -> Asks:
+        """What it asks of the run: its own options where it has them."""
+        fields = Asks.__dataclass_fields__.keys() & type(self).model_fields.keys()
+        return Asks(self.needs_gram, self.feedback, **{name: getattr(self, name) for name in sorted(fields)})
+
+    @property
+    def implementation(self) -> ModuleType:
+        """The module with its functions."""
+        return import_module(self.module or f"compress.solvers.{self.name}")
 
 
 class SolverOptions(MethodOptions):
@@ -44,6 +84,7 @@ class ShrinkingOptions(MethodOptions):
 class RtnOptions(SolverOptions):
     """Round to nearest; the activations' second moment weighs the columns in the search for scales."""
 
+    needs_gram: ClassVar[bool] = False
     name: Literal["rtn"] = "rtn"
     clip: bool = Field(
         False, description="cut off each group's largest weights where that rounds better (AWQ's clip search)"
@@ -53,6 +94,7 @@ class RtnOptions(SolverOptions):
 class GptqOptions(SolverOptions):
     """Error feedback (GPTQ), coordinate descent on codes and scales, and compensation of drifted inputs."""
 
+    feedback: ClassVar[bool] = True
     name: Literal["gptq"] = "gptq"
     damping: float = Field(0.05, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
     act_order: bool = Field(
@@ -102,12 +144,18 @@ class RecoverOptions(BaseModel):
 
 
 class PrunerOptions(ShrinkingOptions):
-    """Base of the options of what chooses the weights that stay."""
+    """Base of the options of what chooses the weights that stay.
+
+    joint: it can choose codes together with the mask, for a solver with feedback (`prune_and_quantize`).
+    """
+
+    joint: ClassVar[bool] = False
 
 
 class MagnitudeOptions(PrunerOptions):
     """The smallest weights of every row go; a control, which looks at no activations."""
 
+    needs_gram: ClassVar[bool] = False
     name: Literal["magnitude"] = "magnitude"
 
 
@@ -120,6 +168,7 @@ class WandaOptions(PrunerOptions):
 class SparseGptOptions(PrunerOptions):
     """Weights go where the others can best make up for them, and do (SparseGPT), then descent on what stays."""
 
+    joint: ClassVar[bool] = True
     name: Literal["sparsegpt"] = "sparsegpt"
     damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
     block: int = Field(128, ge=1, description="columns whose mask is chosen at once, over all rows together")
@@ -130,13 +179,20 @@ class SparseGptOptions(PrunerOptions):
 
 
 class FactorizerOptions(ShrinkingOptions):
-    """Base of the options of what writes a matrix as a product of two."""
+    """Base of the options of what writes a matrix as a product of two.
+
+    sparse: its coefficients are, so that a mask is stored beside them.
+    """
+
+    sparse: ClassVar[bool] = False
 
     damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
 
 
 class DictionaryOptions(FactorizerOptions):
     """Base of those whose coefficients are sparse, so that a mask is stored beside them."""
+
+    sparse: ClassVar[bool] = True
 
     drift: float = Field(1.0, ge=0, le=1, description="how far to make up for what earlier steps did to the inputs")
     residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
@@ -174,3 +230,18 @@ PRUNERS: dict[str, type[PrunerOptions]] = {
     "magnitude": MagnitudeOptions,
 }
 FACTORIZERS: dict[str, type[FactorizerOptions]] = {"compot": CompotOptions, "rocket": RocketOptions, "svd": SvdOptions}
+
+
+def register(options: type[MethodOptions]) -> None:
+    """Make a method from outside known by its name: a subclass of SolverOptions, PrunerOptions or FactorizerOptions whose
+    `module` has the functions of its kind. Raises ValueError when the name is taken."""
+    kinds: tuple[tuple[type, dict[str, Any]], ...] = (
+        (SolverOptions, SOLVERS),
+        (PrunerOptions, PRUNERS),
+        (FactorizerOptions, FACTORIZERS),
+    )
+    name = options.model_fields["name"].default
+    known = next(known for kind, known in kinds if issubclass(options, kind))
+    if known.get(name, options) is not options:
+        raise ValueError(f"there is a method called {name} already; give yours another name")
+    known[name] = options

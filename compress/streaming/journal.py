@@ -8,49 +8,19 @@ run succeeds.
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from compress.errors import OutputError, ResumeError
+from compress.errors import ResumeError
+from compress.files import disk_errors, write_synced
 from compress.weights import Packed
 
 if TYPE_CHECKING:
     import torch
 
 SEPARATOR = "|"  # between tensor and part in a unit's file; no checkpoint uses it in names
-_CHUNK = 1 << 20
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """OSErrors (no space, no permission) as one line that names the folder and the fix."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --output"
-        ) from error
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write under a temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class Journal:
@@ -136,67 +106,3 @@ class Journal:
                 self._where.update(dict.fromkeys(file.metadata() or {}, self._file(unit)))
         except Exception as error:
             raise ResumeError(f"{self._file(unit)} is missing or damaged ({error}); start over with --fresh") from None
-
-
-def mapped(path: Path, *shape: int) -> torch.Tensor:
-    """Zeros, float32, in a file of their own that replaces what was there: the operating system keeps in memory what
-    fits. The file may be deleted while the tensor is in use."""
-    import torch
-
-    size = math.prod(shape)
-    if not size:
-        return torch.zeros(*shape)
-    path.unlink(missing_ok=True)
-    with disk_errors(path), path.open("wb") as file:  # written out: a full disk is an error here, not a crash later
-        for start in range(0, 4 * size, _CHUNK):
-            file.write(bytes(min(_CHUNK, 4 * size - start)))
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(*shape)
-
-
-class Activations:
-    """Hidden states [windows, length, width] in float32, in a file: read and written a few windows at a time.
-
-    The operating system keeps in memory what fits; the process itself never holds more than a batch.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int, int]):
-        self.path, self.shape = path, shape
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Windows start..stop as a tensor of its own."""
-        import torch
-
-        stride = self.shape[1] * self.shape[2]
-        with self.path.open("rb") as file:
-            file.seek(4 * start * stride)
-            flat = np.fromfile(file, dtype=np.float32, count=(stop - start) * stride)
-        if flat.size != (stop - start) * stride:
-            raise ResumeError(f"{self.path} is truncated; start over with --fresh")
-        return torch.from_numpy(flat.reshape(stop - start, *self.shape[1:]))
-
-    @contextmanager
-    def writing(self) -> Iterator[ActivationWriter]:
-        """Append batches; the file gets its name when all are written and synced."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with disk_errors(self.path):
-            try:
-                with temporary.open("wb") as file:
-                    yield ActivationWriter(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-class ActivationWriter:
-    """Appends to an activation file."""
-
-    def __init__(self, file: Any):
-        self._file = file
-
-    def append(self, hidden: torch.Tensor) -> None:
-        self._file.write(hidden.contiguous().numpy().data)

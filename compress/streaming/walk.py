@@ -1,29 +1,79 @@
-"""Activations on their way through the blocks of a model, half a block at a time."""
+"""One walk over the blocks of a model: the only loop over them, whatever is done on the way.
+
+`walk` gives the blocks in order, the weights of one at a time on the device. The run, surveys, recovery and scoring go
+through it; a `Stream` is text on that way, as hidden states in files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.limits import BATCH_TOKENS
-from compress.models.forward import forward_attention, forward_ffn
-from compress.models.spec import ModelSpec
-from compress.streaming.journal import Activations
+from compress.models.forward import NO_TAPS, Taps, forward_branch
+from compress.models.spec import Branch, ModelSpec
+from compress.streaming.activations import Activations
+from compress.streaming.placement import CPU, Placement
+from compress.weights import Loader
 
-Half = Literal["attention", "ffn"]
-HALVES: tuple[Half, Half] = ("attention", "ffn")
-STAGES_OF: Mapping[Half, tuple[int, int]] = {"attention": (0, 1), "ffn": (2, 3)}
+Scratch = Callable[[str], Activations]
+"""Activation files by name, all of the shape of one text."""
+
+
+class BlockAt:
+    """One block of a model on the walk. Its weights are read when they are first asked for and kept while it is."""
+
+    def __init__(self, spec: ModelSpec, layer: int, load: Loader, placement: Placement):
+        self.spec, self.layer, self.placement, self._load = spec, layer, placement, load
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return self.spec.branches(self.layer)
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, float32 on the device, read anew."""
+        return self.placement.weight(self._load(name))
+
+    def of(self, branch: Branch) -> dict[str, Tensor]:
+        """The tensors of one sub-layer, read anew."""
+        return {t.name: self.load(t.name) for t in branch.tensors}
+
+    @cached_property
+    def weights(self) -> Mapping[str, Tensor]:
+        """All its tensors by name."""
+        return {name: tensor for branch in self.branches for name, tensor in self.of(branch).items()}
+
+    def forward(self, hidden: Tensor, taps: Taps = NO_TAPS) -> Tensor:
+        """Run it whole; hidden: float32 [B, T, hidden], not modified."""
+        for branch in self.branches:
+            out = forward_branch(branch, self.weights, hidden, taps)
+            assert out is not None
+            hidden = out
+        return hidden
+
+
+def walk(
+    spec: ModelSpec,
+    load: Loader,
+    placement: Placement = CPU,
+    *,
+    layers: Iterable[int] | None = None,
+    backwards: bool = False,
+) -> Iterator[BlockAt]:
+    """The blocks of a model in order, or those of `layers`, or the other way round. load(name) gives a tensor of `spec`."""
+    order = list(range(spec.layers) if layers is None else layers)
+    for layer in reversed(order) if backwards else order:
+        yield BlockAt(spec, layer, load, placement)
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Calibration activations at the input of a block. `original` is None when no solver looks at the drift."""
+    """Calibration activations at one place of the model. `original` is None when no solver looks at the drift."""
 
     compressed: Activations
     original: Activations | None
@@ -32,76 +82,58 @@ class Streams:
     def windows(self) -> int:
         return self.compressed.shape[0]
 
-    @property
-    def batch(self) -> int:
-        return max(1, BATCH_TOKENS // self.compressed.shape[1])
-
     def delete(self) -> None:
         for stream in (self.compressed, self.original):
             if stream is not None:
                 stream.delete()
 
 
-def embed(table: Tensor, ids: np.ndarray, into: Activations, batch: int) -> None:
-    """Write the embeddings of all windows. ids: [windows, length]."""
+def embed(table: Tensor, ids: np.ndarray, into: Activations) -> None:
+    """Write the embeddings of all windows. table: [vocabulary, hidden]; ids: [windows, length]."""
     with into.writing() as out:
-        for start in range(0, len(ids), batch):
-            tokens = torch.from_numpy(np.ascontiguousarray(ids[start : start + batch])).long()
-            out.append(table[tokens].float())
+        for start, stop in into.batches:
+            tokens = torch.from_numpy(np.ascontiguousarray(ids[start:stop])).long()
+            out.append(table[tokens.to(table.device)].float())
 
 
-def advance(
-    spec: ModelSpec,
-    layer: int,
-    half: Half,
-    weights: Mapping[str, Tensor],
-    source: Activations,
-    target: Activations,
-    batch: int,
-) -> None:
-    """Run half a block over all windows. Raises NumericalError naming the block and the sample."""
-    forward = forward_attention if half == "attention" else forward_ffn
+def advance(branch: Branch, weights: Mapping[str, Tensor], source: Activations, target: Activations) -> None:
+    """Run one sub-layer over all windows. Raises NumericalError naming the block and the sample."""
     with target.writing() as out:
-        for start in range(0, source.shape[0], batch):
-            hidden = forward(spec, layer, weights, source.read(start, min(start + batch, source.shape[0])))
+        for start, stop in source.batches:
+            hidden = forward_branch(branch, weights, source.read(start, stop))
             assert hidden is not None
             if not torch.isfinite(hidden.sum()):  # the sum of finite values may overflow, too
                 bad = (~torch.isfinite(hidden).flatten(1).all(1)).nonzero()
                 if len(bad):
                     raise NumericalError(
-                        f"the {half} output of block {layer} is not finite for calibration sample "
-                        f"{start + int(bad[0])}; the checkpoint overflows there, drop the sample or "
-                        "check the weights"
+                        f"the {branch.sublayer.half} output of block {branch.layer} is not finite for calibration sample "
+                        f"{start + int(bad[0])}; the checkpoint overflows there, drop the sample or check the weights"
                     )
             out.append(hidden)
 
 
-class Walk:
-    """The activations of one model, from its embeddings on; they move by half a block, and only the last file is kept."""
+class Stream:
+    """The activations of one model, from its embeddings on; they move by one sub-layer, and only the last file is kept."""
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        load: Callable[[str], Tensor],
-        ids: np.ndarray,
-        scratch: Callable[[str], Activations],
-        name: str,
+        self, spec: ModelSpec, load: Loader, ids: np.ndarray, scratch: Scratch, name: str, placement: Placement = CPU
     ):
-        self.spec, self.scratch, self.name, self.steps = spec, scratch, name, 0
-        self.at, self.batch = scratch(f"{name}-{0:05d}"), max(1, BATCH_TOKENS // ids.shape[1])
-        embed(load("model.embed_tokens.weight"), ids, self.at, self.batch)
+        self.spec, self.load, self.scratch, self.name, self.placement = spec, load, scratch, name, placement
+        self.steps = 0
+        self.at = scratch(f"{name}-{0:05d}")
+        embed(load(spec.embeddings), ids, self.at)
 
-    def advance(self, layer: int, half: Half, load: Callable[[str], Tensor]) -> None:
-        """Pass half a block, whose tensors `load` gives."""
-        weights = {t.name: load(t.name).float() for t in self.spec.block_tensors(layer) if t.half == half}
+    def advance(self, branch: Branch, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Pass one sub-layer, with other weights than its own where these are given."""
+        own = weights or BlockAt(self.spec, branch.layer, self.load, self.placement).of(branch)
         self.steps += 1
         target = self.scratch(f"{self.name}-{self.steps:05d}")
-        advance(self.spec, layer, half, weights, self.at, target, self.batch)
+        advance(branch, own, self.at, target)
         self.at.delete()
         self.at = target
 
-    def skip(self, layers: Iterable[int], load: Callable[[str], Tensor]) -> None:
-        """Pass whole layers."""
-        for layer in layers:
-            for half in HALVES:
-                self.advance(layer, half, load)
+    def skip(self, layers: Iterable[int]) -> None:
+        """Pass whole blocks."""
+        for block in walk(self.spec, self.load, self.placement, layers=layers):
+            for branch in block.branches:
+                self.advance(branch, block.of(branch))

@@ -40,7 +40,7 @@ def decide(
         KeptLayer(
             n,
             kept,
-            best(scores[n].heads, reduction.kv_heads),
+            best(scores[n].heads, reduction.kv_heads) if len(scores[n].heads) else tuple(range(spec.kv_heads)),
             {
                 name: torch.tensor(best(values, _width(name, reduction)))
                 for name, values in _channels(scores[n], kept).items()

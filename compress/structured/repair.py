@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from compress.codecs.base import TINY
-from compress.limits import BATCH_TOKENS, MOMENTS_BYTES
-from compress.models.forward import Routing, forward_attention, forward_ffn
-from compress.models.spec import ModelSpec
+from compress.limits import MOMENTS_BYTES
+from compress.models.forward import NO_TAPS, Routing, Taps, forward_branch
+from compress.models.spec import Branch
 from compress.statistics import Moments, blend, corrected_target
-from compress.streaming.journal import Activations
-from compress.streaming.walk import HALVES, Half, Walk
+from compress.streaming.activations import Activations
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import Scratch, Stream, walk
 from compress.structured.view import StructureView
+from compress.weights import Loader
 
 HELD_OUT = 8  # every eighth window
 ROUNDING = 1e-12  # squared distances below it, over the squared norm, are float32 sums in another order
@@ -49,114 +51,130 @@ class Repair:
 
 def repair_model(
     view: StructureView,
-    load: Callable[[str], Tensor],
+    load: Loader,
     ids: np.ndarray,
-    scratch: Callable[[str], Activations],
+    scratch: Scratch,
     damping: float,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> tuple[dict[str, Tensor], list[dict[Half, Repair]]]:
-    """Repair every half of the model that `view` shows, each on top of those before it.
+    placement: Placement = CPU,
+) -> tuple[dict[str, Tensor], list[dict[str, Repair]]]:
+    """Repair every sub-layer of the model that `view` shows, each on top of those before it.
 
     load(name) gives the original's tensors; ids: [windows, length]; scratch(name): activation files of the ids' shape,
     deleted when done. Returns new tensors by name, in the float type of those they replace, and what happened, one
     entry a layer. One block of each model is in memory at a time. Raises NumericalError for activations that are not finite.
     """
-    original = Walk(view.original, load, ids, scratch, "original")
-    reduced = Walk(view.spec, load, ids, scratch, "reduced")
+    original = Stream(view.original, load, ids, scratch, "original", placement)
+    reduced = Stream(view.spec, lambda name: view.load(name, load), ids, scratch, "reduced", placement)
     tensors: dict[str, Tensor] = {}
-    repairs: list[dict[Half, Repair]] = []
+    repairs: list[dict[str, Repair]] = []
     ends = [kept.layer for kept in view.kept[1:]] + [view.original.layers]
-    original.skip(range(view.kept[0].layer), load)
-    for layer, (kept, end) in enumerate(zip(view.kept, ends, strict=True)):
+    original.skip(range(view.kept[0].layer))
+    for block in walk(view.spec, reduced.load, placement):
+        kept, end = view.kept[block.layer], ends[block.layer]
         repairs.append({})
-        for half in HALVES:
-            original.advance(kept.layer, half, load)
-            if half == "ffn":
-                original.skip(range(kept.layer + 1, end), load)
-            stored = {t.name: view.load(t.name, load) for t in view.spec.block_tensors(layer) if t.half == half}
-            weights = {name: values.float() for name, values in stored.items()}
+        for branch, above in zip(block.branches, view.original.branches(kept.layer), strict=True):
+            original.advance(above)
+            if branch.last:
+                original.skip(range(kept.layer + 1, end))
+            stored = {t.name: reduced.load(t.name) for t in branch.tensors}
             dtypes = {name: values.dtype for name, values in stored.items()}
-            repair = repair_half(view.spec, layer, half, weights, reduced.at, original.at, damping, dtypes)
-            repairs[-1][half] = repair
-            tensors |= {name: values.to(dtypes[name]) for name, values in repair.tensors.items()}
-            reduced.advance(layer, half, {**weights, **repair.tensors}.__getitem__)
-        progress((layer + 1) / len(view.kept))
+            weights = {name: placement.weight(values) for name, values in stored.items()}
+            repair = repair_sublayer(Broken(branch, weights, reduced.at, original.at), damping, dtypes)
+            repairs[-1][branch.sublayer.half] = repair
+            tensors |= {name: values.to(dtypes[name]).cpu() for name, values in repair.tensors.items()}
+            reduced.advance(branch, {**weights, **repair.tensors})
+        progress((block.layer + 1) / len(view.kept))
     original.at.delete()
     reduced.at.delete()
     return tensors, repairs
 
 
-def repairable(spec: ModelSpec, layer: int, half: Half) -> list[str]:
-    """The tensors of half a block whose update stands for all that the half adds to the residual stream.
+@dataclass(frozen=True)
+class Broken:
+    """A sub-layer of a reduced model. weights: float32 by name; source: the reduced model's stream at its input; target: the
+    original's where its output should be."""
 
-    Experts only where their routing weights sum to one and none is shared: each then owes the whole lag.
+    branch: Branch
+    weights: Mapping[str, Tensor]
+    source: Activations
+    target: Activations
+
+    def batches(self) -> Iterator[tuple[range, Tensor, Tensor]]:
+        """Numbers of some windows and what both streams hold of them."""
+        for start, stop in self.source.batches:
+            yield range(start, stop), self.source.read(start, stop), self.target.read(start, stop)
+
+    def run(self, hidden: Tensor, taps: Taps = NO_TAPS, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Its output, with other weights where these are given."""
+        out = forward_branch(self.branch, weights or self.weights, hidden, taps)
+        assert out is not None
+        return out
+
+    def distance(self, weights: Mapping[str, Tensor] | None = None) -> float:
+        """Squared distance of its output to what it should be, over the squared norm of that, on the held-out windows."""
+        missed = total = 0.0
+        for windows, hidden, wanted in self.batches():
+            held = [i for i, n in enumerate(windows) if _is_held_out(n, self.source)]
+            if held:
+                out = self.run(hidden[held], weights=weights)
+                missed += float((out - wanted[held]).square().sum(dtype=torch.float64))
+                total += float(wanted[held].square().sum(dtype=torch.float64))
+        return missed / max(total, TINY)
+
+
+def repairable(branch: Branch) -> list[str]:
+    """The tensors of a sub-layer whose update stands for all that it adds to the residual stream."""
+    return [t.name for t in branch.tensors if t.declared.alone]
+
+
+def repair_sublayer(broken: Broken, damping: float, dtypes: Mapping[str, torch.dtype] | None = None) -> Repair:
+    """Least squares on the last linears of a sub-layer of the reduced model.
+
+    damping: ridge as a fraction of the mean diagonal; dtypes: float types that the new values are rounded to, by name.
+    Nothing is kept that brings the stream no nearer on the held-out windows; a single window leaves none to hold out.
     """
-    if half == "ffn" and spec.is_sparse(layer):
-        assert spec.family.moe is not None
-        if not spec.norm_topk or spec.family.moe.shared:
-            return []
-    roles = ("attention.o",) if half == "attention" else ("mlp.down", "routed_experts.down")
-    return [t.name for t in spec.block_tensors(layer) if t.role in roles]
-
-
-def repair_half(
-    spec: ModelSpec,
-    layer: int,
-    half: Half,
-    weights: Mapping[str, Tensor],
-    source: Activations,
-    target: Activations,
-    damping: float,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> Repair:
-    """Least squares on the last linears of half a block of the reduced model `spec`.
-
-    weights: of the half, float32 by name; source: the reduced model's stream at its input; target: the original's where
-    its output should be; damping: ridge as a fraction of the mean diagonal; dtypes: float types that the new values are
-    rounded to, by name. Nothing is kept that brings the stream no nearer on the held-out windows; a single window leaves
-    none to hold out.
-    """
-    names = repairable(spec, layer, half)
-    before = after = _distance(spec, layer, half, weights, source, target)
+    names, weights = repairable(broken.branch), broken.weights
+    before = after = broken.distance()
     updated: dict[str, Tensor] = {}
     if names and before > ROUNDING:
-        for group in _groups(spec, weights, names):
-            for name, update in _updates(spec, layer, half, weights, source, target, damping, group).items():
+        for group in _groups(broken, names):
+            for name, update in _updates(broken, damping, group).items():
                 values = (weights[name] + update).to((dtypes or {}).get(name)).float()
                 if not torch.equal(values, weights[name]):
                     updated[name] = values
     if updated:
-        after = _distance(spec, layer, half, {**weights, **updated}, source, target)
+        after = broken.distance({**weights, **updated})
     return Repair(updated, before, after) if after < before else Repair({}, before, before)
 
 
-def _updates(
-    spec: ModelSpec,
-    layer: int,
-    half: Half,
-    weights: Mapping[str, Tensor],
-    source: Activations,
-    target: Activations,
-    damping: float,
-    names: Sequence[str],
-) -> dict[str, Tensor]:
-    """What to add to some tensors of a half, whose moments are held at once."""
-    inputs = {t.input: t for t in spec.block_tensors(layer) if t.name in names}
+def _updates(broken: Broken, damping: float, names: Sequence[str]) -> dict[str, Tensor]:
+    """What to add to some tensors of a sub-layer, whose moments are held at once."""
+    inputs = {t.input: t for t in broken.branch.tensors if t.name in names}
+    width = broken.branch.spec.hidden_size
     fitted, judged = (
-        {key: Moments.zeros(t.shape[1], residual=spec.hidden_size) for key, t in inputs.items()} for _ in range(2)
+        {
+            key: Moments.zeros(t.shape[1], residual=width, device=broken.weights[t.name].device)
+            for key, t in inputs.items()
+        }
+        for _ in range(2)
     )
-    for windows, hidden, wanted in _batches(source, target):
+    for windows, hidden, wanted in broken.batches():
         seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+        routes: list[Routing] = []
 
         def note(key: str, x: Tensor, gate: Tensor | None, to: dict = seen) -> None:
             to[key] = (x, gate)
 
-        out, routing = _run(spec, layer, half, weights, hidden, note)
+        out = broken.run(hidden, Taps(note, on_route=routes.append))
         lag = (wanted - out).flatten(0, 1)
-        held = torch.tensor([_is_held_out(n, source) for n in windows]).repeat_interleave(hidden.shape[1])
+        held = torch.tensor([_is_held_out(n, broken.source) for n in windows], device=lag.device)
+        held = held.repeat_interleave(hidden.shape[1])
         for key in seen.keys() & inputs.keys():
             (x, gate), expert = seen[key], inputs[key].expert
-            rows = torch.arange(len(lag)) if expert is None else (routing.experts == expert).nonzero(as_tuple=True)[0]
+            rows = torch.arange(len(lag), device=lag.device)
+            if expert is not None:
+                rows = (routes[0].experts == expert).nonzero(as_tuple=True)[0]
             for moments, chosen in ((fitted, ~held[rows]), (judged, held[rows])):
                 moments[key].add(x[chosen], gate=None if gate is None else gate[chosen], lag=lag[rows[chosen]])
     return {
@@ -183,54 +201,14 @@ def least_squares_update(fitted: Moments, judged: Moments, damping: float, *, co
     return update * (gain / cost.clamp_min(TINY)).clamp(0.0, 1.0)
 
 
-def _distance(
-    spec: ModelSpec, layer: int, half: Half, weights: Mapping[str, Tensor], source: Activations, target: Activations
-) -> float:
-    """Squared distance of a half's output to what it should be, over the squared norm of that, on the held-out windows."""
-    missed = total = 0.0
-    for windows, hidden, wanted in _batches(source, target):
-        held = [i for i, n in enumerate(windows) if _is_held_out(n, source)]
-        if held:
-            out, _ = _run(spec, layer, half, weights, hidden[held])
-            missed += float((out - wanted[held]).square().sum(dtype=torch.float64))
-            total += float(wanted[held].square().sum(dtype=torch.float64))
-    return missed / max(total, TINY)
-
-
 def _is_held_out(window: int, stream: Activations) -> bool:
     """Every eighth window, the last of fewer, none of one."""
     every = min(HELD_OUT, stream.shape[0])
     return every > 1 and window % every == every - 1
 
 
-def _run(
-    spec: ModelSpec,
-    layer: int,
-    half: Half,
-    weights: Mapping[str, Tensor],
-    hidden: Tensor,
-    observe: Callable[[str, Tensor, Tensor | None], None] | None = None,
-) -> tuple[Tensor, Routing | None]:
-    if half == "attention":
-        out, routes = forward_attention(spec, layer, weights, hidden, observe=observe), []
-    else:
-        routes = []
-        out = forward_ffn(spec, layer, weights, hidden, observe=observe, on_route=routes.append)
-    assert out is not None
-    return out, routes[0] if routes else None
-
-
-def _batches(source: Activations, target: Activations) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """Numbers of some windows and what both streams hold of them."""
-    windows, length, _ = source.shape
-    batch = max(1, BATCH_TOKENS // length)
-    for start in range(0, windows, batch):
-        stop = min(start + batch, windows)
-        yield range(start, stop), source.read(start, stop), target.read(start, stop)
-
-
-def _groups(spec: ModelSpec, weights: Mapping[str, Tensor], names: Sequence[str]) -> list[list[str]]:
+def _groups(broken: Broken, names: Sequence[str]) -> list[list[str]]:
     """Tensors whose moments fit MOMENTS_BYTES together, or one that does not."""
-    columns = max(weights[name].shape[1] for name in names)
-    size = max(1, MOMENTS_BYTES // (8 * columns * (columns + spec.hidden_size)))
+    columns = max(broken.weights[name].shape[1] for name in names)
+    size = max(1, MOMENTS_BYTES // (8 * columns * (columns + broken.branch.spec.hidden_size)))
     return [list(names[start : start + size]) for start in range(0, len(names), size)]

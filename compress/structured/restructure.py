@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from compress.models.spec import ModelSpec
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import Scratch
 from compress.structured.decide import decide
 from compress.structured.options import (
     DropLayersOptions,
@@ -20,10 +22,11 @@ from compress.structured.options import (
     StructureOptions,
 )
 from compress.structured.repair import Repair, repair_model
-from compress.structured.scores import Expert, adopters, merged
+from compress.structured.scores import adopters, merged
 from compress.structured.shapes import Reduction, reduced
-from compress.structured.survey import LayerScores, Loader, Scratch, survey
+from compress.structured.survey import LayerScores, survey
 from compress.structured.view import KeptLayer, StructureView
+from compress.weights import Loader
 
 _CHANNELS = "channels."  # before the keys of a state's index lists
 
@@ -91,6 +94,7 @@ def restructure(
     progress: Callable[[float], None] = lambda fraction: None,
     *,
     shapes: Sequence[Reduction] = (),
+    placement: Placement = CPU,
 ) -> Restructured:
     """Carry out all steps that are given, together.
 
@@ -102,7 +106,7 @@ def restructure(
     asked = [step for step in (drop, experts, structured) if step is not None]
     damping = max((step.damping for step in asked if step.repair), default=None)
     part = 1.0 if damping is None else 0.5
-    scores = survey(original, load, ids, scratch, lambda fraction: progress(part * fraction))
+    scores = survey(original, load, ids, scratch, lambda fraction: progress(part * fraction), placement)
     reduction, kept = decide(original, scores, drop, experts, structured, shapes)
     view = StructureView(kept, {}, original, reduced(original, reduction))
     tensors: dict[str, Tensor] = {}
@@ -111,7 +115,8 @@ def restructure(
         view = StructureView(kept, tensors, original, view.spec)
     repairs: Sequence[Mapping[str, Repair]] = ()
     if damping is not None:
-        repaired, repairs = repair_model(view, load, ids, scratch, damping, lambda f: progress(part + part * f))
+        second = lambda f: progress(part + part * f)  # noqa: E731
+        repaired, repairs = repair_model(view, load, ids, scratch, damping, second, placement)
         tensors |= repaired
     return Restructured(original, reduction, kept, tensors, _report(asked, scores, kept, repairs))
 
@@ -123,28 +128,31 @@ def merged_experts(view: StructureView, scores: Sequence[LayerScores], load: Loa
 
     By name in the reduced model, in the original's float types.
     """
-    moe, out = view.spec.family.moe, {}
-    assert moe is not None
-
-    def expert(layer: int, e: int) -> Expert:
-        prefix = f"model.layers.{layer}." + moe.expert.format(e=e)
-        return tuple(load(f"{prefix}{leaf}.weight") for leaf in (moe.gate, moe.up, moe.down))
-
+    out: dict[str, Tensor] = {}
     for n, kept in enumerate(view.kept):
         if not kept.experts:
             continue
+        originals, reduced = _experts(view.original, kept.layer), _experts(view.spec, n)
         likeness, frequency = scores[kept.layer].likeness, scores[kept.layer].frequency
         for e, others in adopters(likeness, kept.experts).items():
             if not others:
                 continue
-            family = [expert(kept.layer, i) for i in (e, *others)]
+            family = [tuple(load(name) for name in originals[i]) for i in (e, *others)]
             whole = merged([tuple(part.float() for part in parts) for parts in family], frequency[[e, *others]])
             channels = kept.channels.get(f"experts.{e}", slice(None))
             parts = (whole[0][channels], whole[1][channels], whole[2][:, channels])
-            prefix = f"model.layers.{n}." + moe.expert.format(e=kept.experts.index(e))
-            for leaf, part, like in zip((moe.gate, moe.up, moe.down), parts, family[0], strict=True):
-                out[f"{prefix}{leaf}.weight"] = part.to(like.dtype).contiguous()
+            for name, part, like in zip(reduced[kept.experts.index(e)], parts, family[0], strict=True):
+                out[name] = part.to(like.dtype).contiguous()
     return out
+
+
+def _experts(spec: ModelSpec, layer: int) -> dict[int, list[str]]:
+    """Names of every routed expert's gate, up and down."""
+    found: dict[int, list[str]] = {}
+    for tensor in spec.block_tensors(layer):
+        if tensor.expert is not None:
+            found.setdefault(tensor.expert, []).append(tensor.name)
+    return found
 
 
 def _report(

@@ -47,8 +47,8 @@ class Fluctuation:
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, n: int) -> Fluctuation:
-        return cls(torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
+    def zeros(cls, n: int, device: torch.device | None = None) -> Fluctuation:
+        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for _ in range(2)))
 
     def add(self, x: Tensor, gate: Tensor | None = None) -> None:
         """x: float32 [tokens, n]; gate: routing weights [tokens], by whose square an expert's squared error counts."""

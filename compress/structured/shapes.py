@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from compress.models.layers.moe import MoE
 from compress.models.spec import ModelSpec, load_spec
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 
@@ -16,7 +17,6 @@ MULTIPLE_AT_MOST = 256  # no format here has longer blocks
 MULTIPLES_AT_LEAST = 64  # steps in which a wide feed-forward shrinks, so that a ratio is met to a percent
 MULTIPLE_AT_LEAST = 8  # channels: rows of experts must be multiples of 16 bytes for grouped products
 BUDGET_SLACK = 0.005  # of the matrices: shapes that miss a ratio by no more are as good as each other
-HEADS_DIVIDE_WIDTH = ("llama",)  # transformers refuses other configurations, head_dim or not
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def reduced(spec: ModelSpec, reduction: Reduction) -> ModelSpec:
         if config.get("mlp_only_layers"):
             config["mlp_only_layers"] = [n for n in config["mlp_only_layers"] if n < layers]
     if reduction.experts != spec.experts:
-        names = ("num_experts", "num_local_experts")
+        names = spec.family.experts_key
         present = [n for n in names if config.get(n)] or [n for n in names if n in spec.family.defaults]
         config |= dict.fromkeys(present, reduction.experts)
     if reduction.kv_heads != spec.kv_heads:
@@ -103,7 +103,7 @@ def reduced(spec: ModelSpec, reduction: Reduction) -> ModelSpec:
     if reduction.moe_intermediate != spec.moe_intermediate_size and _has_own_expert_width(spec):
         config["moe_intermediate_size"] = reduction.moe_intermediate
     if reduction.shared_intermediate != spec.shared_intermediate_size:
-        config["shared_expert_intermediate_size"] = reduction.shared_intermediate
+        config[spec.family.shared_key] = reduction.shared_intermediate
     return load_spec(config)
 
 
@@ -190,7 +190,10 @@ def _matrix_parameters(spec: ModelSpec, before: Reduction) -> tuple[int, int]:
     q, k and v, columns of o), and those of the feed-forwards."""
     layers = spec.layers - before.dropped
     sparse = min(len(spec.sparse_layers), layers)
-    group = layers * spec.hidden_size * spec.head_dim * (2 * (spec.heads // spec.kv_heads) + 2)
+    own = [
+        t for t in spec.block_tensors(0) if len(t.shape) == 2 and any(a and a.of == "kv_heads" for a in t.declared.axes)
+    ]
+    group = layers * sum(t.parameters for t in own) // spec.kv_heads
     routed = before.experts * spec.moe_intermediate_size + spec.shared_intermediate_size
     return group, 3 * spec.hidden_size * ((layers - sparse) * spec.intermediate_size + sparse * routed)
 
@@ -221,7 +224,7 @@ def _kept(width: int, share: float, structured: PruneStructuredOptions) -> int:
 def _loads(spec: ModelSpec, kv_heads: int) -> bool:
     """Whether transformers takes a configuration of this family with so many heads."""
     heads = spec.heads // spec.kv_heads * kv_heads
-    return spec.model_type not in HEADS_DIVIDE_WIDTH or spec.hidden_size % heads == 0
+    return not spec.family.heads_divide_width or spec.hidden_size % heads == 0
 
 
 def _has_own_expert_width(spec: ModelSpec) -> bool:
@@ -241,28 +244,25 @@ def _drop_problems(spec: ModelSpec, drop: DropLayersOptions) -> list[str]:
             "drop_layers: this model has dense layers and layers with experts, and config.json cannot say which are left; "
             "prune experts or channels instead"
         ]
-    if not _attend_alike(spec):
+    if len({block[0] for block in spec.blocks}) > 1:
+        kinds = len({type(block[0]) for block in spec.blocks})
+        some = (
+            "mix tokens in another way than others" if kinds > 1 else "attend through a sliding window and some do not"
+        )
         return [
-            "drop_layers: some layers of this model attend through a sliding window and some do not, and which are left is "
+            f"drop_layers: some layers of this model {some}, and which are left is "
             "not known before the text is read; prune heads or channels instead"
         ]
     return []
 
 
-def _attend_alike(spec: ModelSpec) -> bool:
-    """Whether all layers have the same sliding window, or none."""
-    kinds = spec.config.get("layer_types")
-    if spec.sliding_window is None or spec.family.window_rule == "all":
-        return True
-    if kinds is not None:
-        return len(set(kinds[: spec.layers])) == 1
-    first = spec.config.get("max_window_layers", 28)
-    return first <= 0 or (spec.family.window_rule == "late" and first >= spec.layers)
-
-
 def _expert_problems(spec: ModelSpec, experts: PruneExpertsOptions) -> list[str]:
     if not spec.sparse_layers:
         return ["prune_experts: this model has no routed experts; use prune_structured or drop_layers"]
+    if any(s.router.groups > 1 for block in spec.blocks for s in block if isinstance(s, MoE)):
+        return [
+            "prune_experts: this model chooses experts by groups of equal size, and which are left differs; prune channels"
+        ]
     gone = rounded(experts.ratio * spec.experts)
     if not gone:
         least = 1 / spec.experts
@@ -284,6 +284,10 @@ def _structured_problems(
     experts: PruneExpertsOptions | None,
     structured: PruneStructuredOptions,
 ) -> list[str]:
+    if spec.family.fixed_channels:
+        return [f"prune_structured: {spec.family.fixed_channels}; prune experts or layers instead"]
+    if structured.heads and spec.family.fixed_heads:
+        return [f"prune_structured: {spec.family.fixed_heads}; leave heads out"]
     widths = widths_of(spec).values()
     if structured.multiple_of is not None and structured.multiple_of > min(widths):
         return [

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -13,15 +12,12 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.limits import BATCH_TOKENS
-from compress.models.forward import forward_attention, forward_ffn
+from compress.models.forward import Taps
 from compress.models.spec import ModelSpec
-from compress.streaming.journal import Activations
-from compress.streaming.walk import embed
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import BlockAt, Scratch, embed, walk
 from compress.structured.scores import Fluctuation, block_influence, cosines, reap_terms
-
-Loader = Callable[[str], Tensor]
-Scratch = Callable[[str], Activations]
+from compress.weights import Loader
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +58,7 @@ def survey(
     ids: np.ndarray,
     scratch: Scratch,
     progress: Callable[[float], None] = lambda fraction: None,
+    placement: Placement = CPU,
 ) -> list[LayerScores]:
     """Scores of every layer.
 
@@ -69,14 +66,19 @@ def survey(
     deleted when done. Raises NumericalError naming the block whose output is not finite.
     """
     scores = []
-    for layer, watch in enumerate(_walk(spec, load, ids, scratch, partial(_Scorer, spec))):
+    for watch in _watched(spec, load, ids, scratch, _Scorer, placement):
         scores.append(watch.scores())
-        progress((layer + 1) / spec.layers)
+        progress(len(scores) / spec.layers)
     return scores
 
 
 def outlier_ratios(
-    spec: ModelSpec, load: Loader, ids: np.ndarray, scratch: Scratch, threshold: float = 5.0
+    spec: ModelSpec,
+    load: Loader,
+    ids: np.ndarray,
+    scratch: Scratch,
+    threshold: float = 5.0,
+    placement: Placement = CPU,
 ) -> list[float]:
     """Share of each layer's weights that are outliers: |W_ij| |x_j| above `threshold` times the layer's mean (OWL, arXiv
     2310.05175).
@@ -84,31 +86,30 @@ def outlier_ratios(
     |x_j| is the root mean square of the input over all tokens, for routed experts times the routing weight, 0 where
     a token goes elsewhere. Counted over all matrices of a block but routers. Arguments as of `survey`.
     """
-    return [watch.share(threshold) for watch in _walk(spec, load, ids, scratch, partial(_Outliers, spec))]
+    return [watch.share(threshold) for watch in _watched(spec, load, ids, scratch, _Outliers, placement)]
 
 
-def _walk(
+def _watched(
     spec: ModelSpec,
     load: Loader,
     ids: np.ndarray,
     scratch: Scratch,
-    begin: Callable[[int, Mapping[str, Tensor]], W],
+    begin: Callable[[BlockAt], W],
+    placement: Placement,
 ) -> Iterator[W]:
-    """Run the model over all windows; yields what `begin(layer, weights)` made, once it has seen all of them."""
-    batch = max(1, BATCH_TOKENS // ids.shape[1])
+    """Run the model over all windows; yields what `begin(block)` made, once it has seen all of them."""
     source = scratch(f"survey-{0:05d}")
-    embed(load("model.embed_tokens.weight"), ids, source, batch)
-    for layer in range(spec.layers):
-        weights = {t.name: load(t.name).float() for t in spec.block_tensors(layer)}
-        watch, target = begin(layer, weights), scratch(f"survey-{layer + 1:05d}")
+    embed(load(spec.embeddings), ids, source)
+    for block in walk(spec, load, placement):
+        watch, target = begin(block), scratch(f"survey-{block.layer + 1:05d}")
+        taps = Taps(watch.see)
         with torch.no_grad(), target.writing() as out:
-            for start in range(0, len(ids), batch):
-                hidden = source.read(start, min(start + batch, len(ids)))
-                middle = forward_attention(spec, layer, weights, hidden, observe=watch.see)
-                after = forward_ffn(spec, layer, weights, middle, observe=watch.see)
+            for start, stop in source.batches:
+                hidden = source.read(start, stop)
+                after = block.forward(hidden, taps)
                 if not torch.isfinite(after).all():
                     raise NumericalError(
-                        f"the output of block {layer} is not finite for calibration samples from {start} on; "
+                        f"the output of block {block.layer} is not finite for calibration samples from {start} on; "
                         "the checkpoint overflows there, drop the sample or check the weights"
                     )
                 watch.passed(hidden, after)
@@ -122,16 +123,24 @@ def _walk(
 class _Scorer:
     """Collects the scores of one layer."""
 
-    def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, Tensor]):
-        self.spec = spec
-        self.readers = {t.input: weights[t.name] for t in spec.block_tensors(layer) if _reads_inner(t.input)}
-        moe = spec.family.moe if spec.is_sparse(layer) else None
-        self.router = weights[f"model.layers.{layer}.{moe.router}"] if moe else None
-        self.fluctuations = {key: Fluctuation.zeros(weight.shape[1]) for key, weight in self.readers.items()}
-        experts = spec.experts if moe else 0
+    def __init__(self, block: BlockAt):
+        self.inputs = {key: given for branch in block.branches for key, given in branch.inputs.items()}
+        tensors = [t for branch in block.branches for t in branch.tensors]
+        weights, device = block.weights, block.placement.device
+        # what parts are judged by is read by the last linear of their sub-layer
+        self.readers = {t.input: weights[t.name] for t in tensors if t.declared.writes and t.input}
+        self.axes = {
+            t.input: t.declared.axes[-1] if t.declared.axes else None for t in tensors if t.input in self.readers
+        }
+        router = next((t for t in tensors if t.role == "router" and t.declared.axes), None)
+        self.router = None if router is None else weights[router.name]
+        self.fluctuations = {
+            key: Fluctuation.zeros(weight.shape[1], device=device) for key, weight in self.readers.items()
+        }
+        experts = 0 if self.router is None else len(self.router)
         self.gains = torch.zeros(experts, dtype=torch.float64)
         self.counts = torch.zeros(experts, dtype=torch.float64)
-        self.logits = torch.zeros(experts, experts, dtype=torch.float64)
+        self.logits = torch.zeros(experts, experts, dtype=torch.float64, device=device)
         self.turn, self.tokens = 0.0, 0
 
     def see(self, key: str, x: Tensor, gate: Tensor | None) -> None:
@@ -142,8 +151,9 @@ class _Scorer:
             return
         self.fluctuations[key].add(x, gate)
         if gate is not None:
-            expert = int(key.split(".")[1])
-            self.gains[expert] += reap_terms(x, self.readers[key], gate).double().sum()
+            expert = self.inputs[key].expert
+            assert expert is not None
+            self.gains[expert] += reap_terms(x, self.readers[key], gate).double().sum().cpu()
             self.counts[expert] += len(x)
 
     def passed(self, before: Tensor, after: Tensor) -> None:
@@ -152,27 +162,39 @@ class _Scorer:
 
     def scores(self) -> LayerScores:
         metrics = {key: f.metric(self.readers[key]) * (f.weight / self.tokens) for key, f in self.fluctuations.items()}
-        heads = metrics.pop("attention.out").view(self.spec.kv_heads, -1).sum(1)
+        heads, channels = torch.zeros(0, dtype=torch.float64), {}
+        for key, metric in metrics.items():
+            axis = self.axes[key]
+            if axis is None:
+                continue
+            if axis.of == "kv_heads":
+                heads = metric.view(-1, axis.run).sum(1).cpu()
+            else:
+                channels[axis.of] = metric.cpu()
         return LayerScores(
             self.turn / self.tokens,
             heads,
-            {key.removesuffix(".act"): metric for key, metric in metrics.items()},
+            channels,
             self.gains / self.counts.clamp_min(1.0),
             self.counts / self.counts.sum().clamp_min(1.0),
-            cosines(self.logits),
+            cosines(self.logits).cpu(),
         )
 
 
 class _Outliers:
     """Collects the input norms of one block."""
 
-    def __init__(self, spec: ModelSpec, layer: int, weights: Mapping[str, Tensor]):
+    def __init__(self, block: BlockAt):
         self.matrices = [
-            (t.input, weights[t.name].abs())
-            for t in spec.block_tensors(layer)
+            (t.input, block.weights[t.name].abs())
+            for branch in block.branches
+            for t in branch.tensors
             if t.input is not None and t.role != "router"
         ]
-        self.squares = {key: torch.zeros(weight.shape[1], dtype=torch.float64) for key, weight in self.matrices}
+        self.squares = {
+            key: torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+            for key, weight in self.matrices
+        }
         self.tokens = 0
 
     def see(self, key: str, x: Tensor, gate: Tensor | None) -> None:
@@ -188,8 +210,3 @@ class _Outliers:
         mean = sum(float(weight.double().sum(0) @ norms[key].double()) for key, weight in self.matrices) / size
         above = sum(int((weight * norms[key] > threshold * mean).sum()) for key, weight in self.matrices)
         return above / size
-
-
-def _reads_inner(key: str | None) -> bool:
-    """Whether an input is that of o_proj or of a down_proj."""
-    return key is not None and key.endswith((".out", ".act"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from compress.models.layers.base import Axis
     from compress.models.spec import ModelSpec, TensorSpec
 
 
@@ -46,7 +47,7 @@ class StructureView:
 
         It has the original's float type. Raises KeyError for a name that the reduced model does not have.
         """
-        tensor = self._specs[name]
+        tensor = self.spec.by_name[name]
         if name in self.tensors:
             return self.tensors[name]
         whole = load(self.source(name))
@@ -57,44 +58,46 @@ class StructureView:
 
     def source(self, name: str) -> str:
         """The original's tensor that one of the reduced model is, or is a part of."""
-        tensor = self._specs[name]
-        if tensor.layer is None:
-            return name
-        kept, root = self.kept[tensor.layer], f"model.layers.{tensor.layer}."
-        leaf = name.removeprefix(root)
-        if tensor.expert is not None:
-            assert self.spec.family.moe is not None
-            prefix = self.spec.family.moe.expert
-            new, old = prefix.format(e=tensor.expert), prefix.format(e=kept.experts[tensor.expert])
-            leaf = old + leaf.removeprefix(new)
-        return f"model.layers.{kept.layer}.{leaf}"
+        tensor = self.spec.by_name[name]
+        return name if tensor.layer is None else self._sources[tensor.layer][self._position(tensor)]
+
+    def _position(self, tensor: TensorSpec) -> tuple[str, int | None]:
+        """What tells a tensor from the others of its layer, by the original's numbers."""
+        assert tensor.layer is not None
+        kept, declared = self.kept[tensor.layer], tensor.declared
+        if tensor.expert is None:
+            return declared.name, None
+        return f"{tensor.role} {declared.gguf}", kept.experts[tensor.expert]
 
     @cached_property
-    def _specs(self) -> dict[str, TensorSpec]:
-        return {t.name: t for t in self.spec.tensors()}
+    def _sources(self) -> tuple[Mapping[tuple[str, int | None], str], ...]:
+        """Of every kept layer, the original's names by position."""
 
-    def _selection(self, tensor: TensorSpec) -> tuple[Tensor | None, Tensor | None]:
-        """Rows and columns of the original's tensor that are left, None where all are."""
-        index = None if tensor.layer is None else self._index(tensor, self.kept[tensor.layer])
-        if tensor.role == "attention.o" or tensor.role.endswith(".down"):
-            return None, index
-        return index, None
+        def position(tensor: TensorSpec) -> tuple[str, int | None]:
+            declared = tensor.declared
+            return (declared.name if tensor.expert is None else f"{tensor.role} {declared.gguf}"), tensor.expert
 
-    def _index(self, tensor: TensorSpec, kept: KeptLayer) -> Tensor | None:
-        """What is left of the inner side of a matrix, that which is not the residual stream, or of its bias."""
-        leaf, moe = tensor.name.split(".")[-2], self.spec.family.moe
-        if tensor.role == "norms" or (tensor.role == "biases" and leaf in ("o_proj", "down_proj")):
-            return None
-        if tensor.role == "router":  # the gate of a shared expert is one, too
-            return torch.tensor(kept.experts) if moe is not None and tensor.name.endswith(moe.router) else None
-        if ".self_attn." in tensor.name:
-            if len(kept.kv_heads) == self.original.kv_heads:
-                return None
-            queries = self.original.heads // self.original.kv_heads if leaf in ("q_proj", "o_proj") else 1
-            return runs(kept.kv_heads, queries * self.original.head_dim)
-        if tensor.expert is not None:
-            return kept.channels.get(f"experts.{kept.experts[tensor.expert]}")
-        return kept.channels.get("shared" if tensor.role.startswith("shared_experts") else "mlp")
+        return tuple({position(t): t.name for t in self.original.block_tensors(kept.layer)} for kept in self.kept)
+
+    def _selection(self, tensor: TensorSpec) -> tuple[Tensor | None, ...]:
+        """By dimension, what is left of the original's tensor, None where all is."""
+        if tensor.layer is None:
+            return ()
+        return tuple(
+            None if axis is None else self._index(axis, self.kept[tensor.layer]) for axis in tensor.declared.axes
+        )
+
+    def _index(self, axis: Axis, kept: KeptLayer) -> Tensor | None:
+        """Entries of the original's dimension that are left."""
+        if axis.of == "experts":
+            return torch.tensor(kept.experts)
+        if axis.of == "kv_heads":
+            return None if len(kept.kv_heads) == self.original.kv_heads else runs(kept.kv_heads, axis.run)
+        return kept.channels.get(self._names(kept).get(axis.of, axis.of))
+
+    def _names(self, kept: KeptLayer) -> Mapping[str, str]:
+        """Experts' feed-forwards by the reduced model's numbers -> by the original's."""
+        return {f"experts.{new}": f"experts.{old}" for new, old in enumerate(kept.experts)}
 
 
 def runs(picks: Sequence[int], length: int) -> Tensor:

@@ -6,8 +6,8 @@ divided by s. The producers here are linear in each channel, so that the block c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from compress.statistics import Moments
 
 if TYPE_CHECKING:
-    from compress.models.spec import ModelSpec
+    from compress.models.layers.base import Input
+    from compress.models.spec import Branch
 
 Quantize = Callable[[str, Tensor, Tensor], Tensor]
 """(name, weight [R, n], importance of its columns [n]) -> the weight as its codec would round it, or itself."""
@@ -34,7 +35,8 @@ class Fold:
     input: key of the activations in `TensorSpec.input`; channels: their width n; consumers: [m, n] weights that are
     quantized; routers: [m, n] weights that read the same input and stay float; producers: norms, weights and biases
     with one channel per row. Where several inputs share a producer's row (query heads that attend to one value head),
-    channels are ordered [kv heads, `heads` per kv head, `head_dim`] and rows [kv heads, head_dim].
+    channels are ordered [kv heads, `heads` per kv head, `head_dim`] and rows [kv heads, head_dim]. place: the recipe's word
+    for the input; shifts: what the model adds to the stored numbers of producers, by name.
     """
 
     input: str
@@ -44,6 +46,8 @@ class Fold:
     producers: tuple[str, ...]
     heads: int = 1
     head_dim: int = 1
+    place: str = ""
+    shifts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,47 +68,30 @@ class Fold:
         return values.reshape(-1, self.heads, self.head_dim).transpose(1, 2).reshape(self.rows, self.heads)
 
 
-def folds(spec: ModelSpec, layer: int, weights: Container[str]) -> tuple[Fold, ...]:
-    """The folds of one block, in execution order, as far as all their tensors are in `weights` (half a block, say).
+def folds(branch: Branch) -> tuple[Fold, ...]:
+    """The folds of one sub-layer, in execution order: every input that something in front of it produces, by its declaration.
 
-    attention.in and mlp.in fold into the norm before; with experts one scale serves the router, the shared expert's
-    gate and every expert, and its key is "router", whose activations are those of all tokens. attention.out folds into
-    v_proj, the input of each down_proj into its up_proj.
+    Inputs that are rows of another (those of routed experts, of a shared one) are scaled with it, and its activations are
+    those of all tokens.
     """
-    block = {t.name: t for t in spec.block_tensors(layer)}
-    root = f"model.layers.{layer}."
+    return tuple(_fold(branch, wanted) for wanted in branch.inputs.values() if wanted.made_by)
 
-    def reading(half: str, end: str) -> tuple[str, ...]:
-        return tuple(t.name for t in block.values() if t.half == half and t.input and t.input.endswith(end))
 
-    def made_by(weight: str) -> tuple[str, ...]:
-        return tuple(name for name in (weight, weight.removesuffix("weight") + "bias") if name in block)
-
-    sparse, h = spec.is_sparse(layer), spec.hidden_size
-    found = [
-        Fold("attention.in", h, reading("attention", ".in"), (), (f"{root}input_layernorm.weight",)),
-        Fold(
-            "attention.out",
-            spec.heads * spec.head_dim,
-            reading("attention", ".out"),
-            (),
-            made_by(f"{root}self_attn.v_proj.weight"),
-            spec.heads // spec.kv_heads,
-            spec.head_dim,
-        ),
-        Fold(
-            "router" if sparse else "mlp.in",
-            h,
-            reading("ffn", ".in"),
-            reading("ffn", "router"),
-            (f"{root}post_attention_layernorm.weight",),
-        ),
-    ]
-    ups = {t.input: t.name for t in block.values() if t.role.endswith(".up")}
-    for name in reading("ffn", ".act"):
-        key, channels = block[name].input, block[name].shape[1]
-        found.append(Fold(key, channels, (name,), (), made_by(ups[key.removesuffix("act") + "in"])))
-    return tuple(fold for fold in found if all(name in weights for name in fold.names))
+def _fold(branch: Branch, wanted: Input) -> Fold:
+    keys = {wanted.key} | {other.key for other in branch.inputs.values() if other.part_of == wanted.key}
+    readers = [t for t in branch.tensors if t.input in keys]
+    shifts = {branch.root + w.name: w.shift for w in branch.sublayer.weights if w.shift}
+    return Fold(
+        wanted.key,
+        wanted.width,
+        tuple(t.name for t in readers if t.role != "router"),
+        tuple(t.name for t in readers if t.role == "router"),
+        tuple(branch.root + name for name in wanted.made_by),
+        wanted.heads,
+        wanted.head_dim,
+        wanted.place,
+        shifts,
+    )
 
 
 def apply(weights: Mapping[str, Tensor], fold: Fold, scale: Tensor) -> dict[str, Tensor]:
@@ -120,7 +107,9 @@ def apply(weights: Mapping[str, Tensor], fold: Fold, scale: Tensor) -> dict[str,
     readers, makers = fold.consumers + fold.routers, fold.producers
     wide = {name: weights[name].double() for name in fold.names}
     out = {name: wide[name] * columns for name in readers}
-    out |= {name: wide[name] / rows.reshape(-1, *[1] * (wide[name].dim() - 1)) for name in makers}
+    for name in makers:
+        shift, divisor = fold.shifts.get(name, 0.0), rows.reshape(-1, *[1] * (wide[name].dim() - 1))
+        out[name] = (wide[name] + shift) / divisor - shift if shift else wide[name] / divisor
     return {name: w if weights[name].dtype == torch.float64 else w.float() for name, w in out.items()}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from importlib import import_module
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -20,8 +22,14 @@ class TransformOptions(BaseModel):
     """Base of the scalings of a block; `fold` names the inputs whose channels are scaled."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    module: ClassVar[str] = ""
     name: str
     fold: Places = ("attention.in", "attention.out", "ffn.in", "ffn.act")
+
+    @property
+    def implementation(self) -> ModuleType:
+        """The module with its `search`."""
+        return import_module(self.module or f"compress.transforms.{self.name}")
 
 
 class AwqOptions(TransformOptions):

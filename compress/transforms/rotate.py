@@ -8,7 +8,7 @@ channels are thereby spread over all. Nothing is left to do at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,44 +23,40 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 24  # elements in float64 at a time: embeddings are large
 
-EMBEDDINGS, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
 
 @dataclass(frozen=True)
 class Rotation:
     """Randomised Hadamard rotations of one model.
 
-    tensors: those of the rotated model, by name, which has a head of its own (`ModelSpec.untied`) because only the head
-    takes the final norm; tied: whether the original's head is its embeddings; stream: float64 [hidden_size] signs of
-    R1, or None; values: float64 [head_dim] signs of R2, one vector a layer, or none.
+    spec: the rotated model, which has a head of its own (`ModelSpec.untied`) because only the head takes the final norm;
+    tied: whether the original's head is its embeddings; stream: float64 [hidden_size] signs of R1, or None; values:
+    float64 [head_dim] signs of R2, one vector a layer, or none.
     """
 
-    tensors: Mapping[str, TensorSpec] = field(repr=False)
+    spec: ModelSpec = field(repr=False)
     tied: bool
-    head_dim: int
     stream: Tensor | None
     values: tuple[Tensor, ...]
 
     @classmethod
     def draw(cls, spec: ModelSpec, options: RotateOptions) -> Rotation:
         """Rotations of the model `spec` (as its checkpoint is, tied or not); the same for ever for the same seed."""
-        tensors = {t.name: t for t in spec.untied().tensors()}
         r1, r2 = "R1" in options.kinds, "R2" in options.kinds
         stream = random_signs(spec.hidden_size, f"R1 {options.seed}").double() if r1 else None
         layers = range(spec.layers if r2 else 0)
         values = tuple(random_signs(spec.head_dim, f"R2 {options.seed} {n}").double() for n in layers)
-        return cls(tensors, spec.tied, spec.head_dim, stream, values)
+        return cls(spec.untied(), spec.tied, stream, values)
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Names of the checkpoint's tensors that `tensor(name)` loads, itself first; none for a norm that becomes ones.
 
         Raises KeyError for a name that the rotated model does not have.
         """
-        if self._is_folded(self.tensors[name]):
+        if self._is_folded(self.spec.by_name[name]):
             return ()
-        own = EMBEDDINGS if name == HEAD and self.tied else name
-        norm = self._norm_before(self.tensors[name])
-        return (own,) if norm is None else (own, norm)
+        own = self.spec.embeddings if name == self.spec.head and self.tied else name
+        norm = self._norm_before(self.spec.by_name[name])
+        return (own,) if norm is None else (own, norm.name)
 
     def tensor(self, name: str, load: Callable[[str], Tensor]) -> Tensor:
         """A tensor of the rotated model from the original's, which `load(name)` gives.
@@ -69,9 +65,11 @@ class Rotation:
         as they were loaded. All stays on the device of what was loaded; a norm that becomes ones, for which nothing is, is
         on the CPU. Raises KeyError for a name that the rotated model does not have.
         """
-        spec = self.tensors[name]
+        spec = self.spec.by_name[name]
         if self._is_folded(spec):
-            return torch.ones(spec.shape)
+            return torch.full(spec.shape, 1.0 - spec.declared.shift)
+        before = self._norm_before(spec)
+        shift = 0.0 if before is None else before.declared.shift
         own, *norms = (load(source) for source in self.sources(name))
         turns = self._turns(spec)
         if not turns:
@@ -83,7 +81,7 @@ class Rotation:
         for start in range(0, len(own), rows):
             part = own[start : start + rows].double()
             for norm in norms:
-                part = part * norm.double()
+                part = part * (norm.double() + shift)
             for dim, signs in turns:
                 part = _turn(part, signs.to(part.device), dim)
             out[start : start + rows] = part
@@ -91,43 +89,26 @@ class Rotation:
 
     def _turns(self, tensor: TensorSpec) -> list[tuple[int, Tensor]]:
         """(dimension, signs) of every rotation that reaches a tensor."""
-        turns = []
+        turns, declared = [], tensor.declared
         if self.stream is not None:
-            if tensor.role in ("embeddings", "lm_head") or _reads_stream(tensor):
+            if tensor.role == "embeddings" or declared.reads:
                 turns.append((-1, self.stream))
-            elif _writes_stream(tensor):
+            elif declared.writes:
                 turns.append((0, self.stream))
-        if self.values and tensor.layer is not None:
-            if ".self_attn.v_proj." in tensor.name:
-                turns.append((0, self.values[tensor.layer]))
-            elif tensor.role == "attention.o":
-                turns.append((-1, self.values[tensor.layer]))
+        if self.values and tensor.layer is not None and declared.values is not None:
+            turns.append((declared.values, self.values[tensor.layer]))
         return turns
 
     def _is_folded(self, tensor: TensorSpec) -> bool:
         """Norms of the residual stream; those of queries and keys see no rotation."""
-        return self.stream is not None and tensor.role == "norms" and ".self_attn." not in tensor.name
+        return self.stream is not None and tensor.declared.stream_norm
 
-    def _norm_before(self, tensor: TensorSpec) -> str | None:
-        if self.stream is None:
+    def _norm_before(self, tensor: TensorSpec) -> TensorSpec | None:
+        if self.stream is None or tensor.declared.reads is None:
             return None
-        if tensor.role == "lm_head":
-            return FINAL_NORM
-        if not _reads_stream(tensor):
-            return None
-        leaf = "input_layernorm" if tensor.half == "attention" else "post_attention_layernorm"
-        return f"model.layers.{tensor.layer}.{leaf}.weight"
-
-
-def _reads_stream(tensor: TensorSpec) -> bool:
-    return tensor.layer is not None and tensor.input is not None and tensor.input.endswith((".in", "router"))
-
-
-def _writes_stream(tensor: TensorSpec) -> bool:
-    """o_proj and every down_proj, or their bias."""
-    if tensor.role == "biases":
-        return tensor.name.endswith((".o_proj.bias", ".down_proj.bias"))
-    return tensor.input is not None and tensor.input.endswith((".out", ".act"))
+        if tensor.layer is None:
+            return self.spec.by_name[tensor.declared.reads]
+        return self.spec.by_name[self.spec.branches(tensor.layer)[tensor.part].root + tensor.declared.reads]
 
 
 def _turn(x: Tensor, signs: Tensor, dim: int) -> Tensor:

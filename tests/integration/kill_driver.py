@@ -56,7 +56,7 @@ def calibrating_first_block() -> None:
 
 def writing_activations() -> None:
     """Half of the activations behind the first block are on disk."""
-    writer = compress.streaming.journal.ActivationWriter
+    writer = compress.streaming.activations.ActivationWriter
     writer.append = at_call(writer.append, 4)
 
 

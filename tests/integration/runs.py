@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from compress.decode import decode
 from compress.models import ModelSpec
 from compress.plan import make_plan
 from compress.recipe import Recipe, load_recipe
 from compress.report.scorecard import Scorecard
 from compress.run import WORK, run
-from compress.solve.tensor import decode
 from compress.streaming.journal import Journal
 from tests.tiny import demo_model
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from compress.codecs import block_codec
 from compress.containers import awq, safetensors
+from compress.containers.base import Options, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, TensorSpec
 from compress.plan.tensor import PlannedTensor
@@ -77,9 +78,11 @@ def test_every_code_survives(codec: str, tmp_path: Path) -> None:
     spec = spec_of(model)
     plan = planned(spec, usual(codec))
     fetch = fetcher(model, plan)
-    options = awq.Options(max_shard_size=900_000)
+    options = Options(max_shard_size=900_000)
     files = awq.write(
-        tmp_path / "out", spec, plan, fetch, source=model, options=options, provenance={"compress.recipe": "test"}
+        WriteRequest(
+            tmp_path / "out", spec, plan, fetch, source=model, options=options, provenance={"compress.recipe": "test"}
+        )
     )
     assert len(files) > 1 and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -190,9 +193,9 @@ def test_gptqmodel_loads_the_folder(family: str, choice: Choice, tmp_path: Path)
     spec = spec_of(model)
     plan = planned(spec, choice)
     fetch = fetcher(model, plan)
-    awq.write(tmp_path / "awq", spec, plan, fetch, source=model)
-    options = safetensors.Options(dtype="f16")
-    safetensors.write(tmp_path / "dense", spec, plan, fetch, source=model, options=options)
+    awq.write(WriteRequest(tmp_path / "awq", spec, plan, fetch, source=model))
+    options = Options(dtype="f16")
+    safetensors.write(WriteRequest(tmp_path / "dense", spec, plan, fetch, source=model, options=options))
     ids = torch.from_numpy(token_ids())[None]
     loaded = loader.GPTQModel.load(
         str(tmp_path / "awq"), device="cpu", backend=loader.BACKEND.TORCH_AWQ, dtype=torch.float16

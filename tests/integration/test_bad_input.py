@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from compress.errors import GateFailed, NumericalError, OutputError
 from compress.report.scorecard import read
 from compress.run import WORK
-from compress.streaming.journal import ActivationWriter
+from compress.streaming.activations import ActivationWriter
 from tests.integration.runs import SMALL, carry_out, command, final_names, names, sha256, small, text_file
 from tests.tiny import tiny_model
 
@@ -283,15 +283,15 @@ def test_original_that_overflows_alone(bench: Bench, model: Path) -> None:
 
 def test_sum_of_finite_activations_may_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values near float32's limit are no error as long as each is finite."""
-    from compress.run import half as stream
-    from compress.streaming.journal import Activations
+    from compress.streaming import walk
+    from compress.streaming.activations import Activations
 
     shape = (2, 3, 4)
     source, target = (Activations(tmp_path / name, shape) for name in ("in", "out"))
     with source.writing() as out:
         out.append(torch.full(shape, 3e38))
-    monkeypatch.setattr(stream, "forward_ffn", lambda spec, layer, weights, hidden: hidden)
-    stream.advance(None, 0, "ffn", {}, source, target, 2)  # type: ignore[arg-type]
+    monkeypatch.setattr(walk, "forward_branch", lambda branch, weights, hidden: hidden)
+    walk.advance(None, {}, source, target)  # type: ignore[arg-type]
     assert torch.equal(target.read(0, 2), torch.full(shape, 3e38))
 
 

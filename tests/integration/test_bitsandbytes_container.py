@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from compress.codecs import get_codec
 from compress.containers import bitsandbytes, safetensors
+from compress.containers.base import Options, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, TensorSpec
 from compress.solvers import gptq, rtn
@@ -56,15 +57,15 @@ class Case:
         return rtn.solve(weight.float(), None, get_codec(codec), RtnOptions()).pack()
 
     def write(self, folder: Path, **options: int) -> list[Path]:
-        return bitsandbytes.write(
-            folder, self.spec, self.lines, self.fetch, source=self.model, options=bitsandbytes.Options(**options),
+        return bitsandbytes.write(WriteRequest(
+            folder, self.spec, self.lines, self.fetch, source=self.model, options=Options(**options),
             provenance={"compress.recipe": "test"},
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def dense(self, folder: Path) -> torch.nn.Module:
         """The decoded weights, loaded by transformers."""
-        options = safetensors.Options(dtype=self.dtype)
-        safetensors.write(folder, self.spec, self.lines, self.fetch, source=self.model, options=options)
+        options = Options(dtype=self.dtype)
+        safetensors.write(WriteRequest(folder, self.spec, self.lines, self.fetch, source=self.model, options=options))
         return load(folder)
 
 
@@ -153,10 +154,10 @@ def test_solved_codes_ship_as_they_are(tmp_path: Path) -> None:
             weight = case.weights[name]
             x = torch.randn(300, weight.shape[1], generator=torch.Generator().manual_seed(1)).cumsum(1) / 8
             solved[name] = gptq.solve(weight, x.T @ x / 300, get_codec(codec), GptqOptions()).pack()
-    files = bitsandbytes.write(
+    files = bitsandbytes.write(WriteRequest(
         tmp_path / "out", case.spec, case.lines, lambda name: solved.get(name) or case.fetch(name), source=case.model,
-        options=bitsandbytes.Options(max_shard_size=400_000),
-    )  # fmt: skip
+        options=Options(max_shard_size=400_000),
+    ))  # fmt: skip
     assert len(files) > 1 and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     loaded = load(tmp_path / "out")
     dense = bitsandbytes.load_dense(tmp_path / "out", case.spec)
@@ -228,7 +229,7 @@ def test_wrong_tensors_and_damaged_folders(tmp_path: Path) -> None:
         return Packed("fp4", packed.shape, packed.parts) if packed.codec == "nf4" else packed
 
     with pytest.raises(OutputError, match="arrived as fp4"):
-        bitsandbytes.write(tmp_path / "out", case.spec, case.lines, swapped, source=case.model)
+        bitsandbytes.write(WriteRequest(tmp_path / "out", case.spec, case.lines, swapped, source=case.model))
     assert not (tmp_path / "out").exists()
     (file,) = case.write(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "compress.json").read_text()) == {"compress.recipe": "test"}

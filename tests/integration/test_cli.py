@@ -247,7 +247,7 @@ def test_score_table_without_an_original(compress: Compress, place: Path) -> Non
 
 
 def test_score_without_llama_cpp_says_so(compress: Compress, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.run.score as target
+    import compress.engines.open as target
 
     real = target.find_spec
     monkeypatch.setattr(target, "find_spec", lambda name: None if name == "llama_cpp" else real(name))

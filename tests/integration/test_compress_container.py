@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from compress.codecs.names import codec_info
 from compress.containers import compress as container
+from compress.containers.base import Options, WriteRequest
 from compress.containers.compress import Setting, setting_of
+from compress.decode import decode
 from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource
 from compress.errors import CheckpointError, OutputError
@@ -28,7 +30,7 @@ from compress.models import ModelSpec, load_spec
 from compress.plan.tensor import PlannedTensor
 from compress.runtime.embedding import PackedEmbedding, TiedHead
 from compress.runtime.linear import PackedLinear
-from compress.solve.tensor import as_stored, decode, solve_tensor
+from compress.solve.tensor import as_stored, solve_tensor
 from compress.solvers.options import RtnOptions
 from compress.weights import Packed
 from tests.integration.containers import spec_of, token_ids, weights_of
@@ -76,7 +78,11 @@ def planned(spec: ModelSpec, codec_of: Callable[[Any, int], str | Setting]) -> l
 
 
 def written(
-    folder: Path, family: str, codec_of: Callable[[Any, int], str | Setting], options: Any = None, **overrides: Any
+    folder: Path,
+    family: str,
+    codec_of: Callable[[Any, int], str | Setting],
+    options: Options | None = None,
+    **overrides: Any,
 ) -> Written:
     """A tiny random model, rounded and written to `folder`/out."""
     wide = {**WIDE, **(EXPERTS if "_moe" in family else {}), **overrides}
@@ -90,7 +96,15 @@ def written(
         for line in plan
     }
     container.write(
-        folder / "out", spec, plan, packed.__getitem__, source=model, options=options, provenance={"a": "b"}
+        WriteRequest(
+            folder / "out",
+            spec,
+            plan,
+            packed.__getitem__,
+            source=model,
+            options=options or Options(),
+            provenance={"a": "b"},
+        )
     )
     return Written(folder / "out", model, spec, plan, packed)
 
@@ -123,7 +137,7 @@ def rewrite(folder: Path, **quantization: Any) -> None:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Sharded, with every codec of the mix."""
-    options = container.Options(max_shard_size=600_000)
+    options = Options(max_shard_size=600_000)
     return written(tmp_path_factory.mktemp("llama"), "llama", mixed, options, attention_bias=True)
 
 

@@ -23,6 +23,7 @@ from compressed_tensors.utils.match import match_name
 
 from compress.codecs import block_codec
 from compress.containers import compressed_tensors, safetensors
+from compress.containers.base import Options, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, TensorSpec
 from compress.plan.tensor import PlannedTensor
@@ -76,15 +77,15 @@ def written(model: Path, folder: Path, choice: Choice) -> tuple[Path, Path]:
     spec = spec_of(model)
     plan = planned(spec, choice)
     fetch = fetcher(model, plan)
-    compressed_tensors.write(folder / "packed", spec, plan, fetch, source=model)
+    compressed_tensors.write(WriteRequest(folder / "packed", spec, plan, fetch, source=model))
     floats = [PlannedTensor(line.spec, "f32", None, 0) for line in plan]
 
     def dense(name: str) -> Packed:
         values = decoded(fetch(name))
         return Packed("f32", tuple(values.shape), {"values": values})
 
-    options = safetensors.Options(dtype="f32")
-    safetensors.write(folder / "dense", spec, floats, dense, source=model, options=options)
+    options = Options(dtype="f32")
+    safetensors.write(WriteRequest(folder / "dense", spec, floats, dense, source=model, options=options))
     return folder / "packed", folder / "dense"
 
 
@@ -98,9 +99,11 @@ def test_the_package_decodes_every_value(codec: str, tmp_path: Path) -> None:
     spec = spec_of(model)
     plan = planned(spec, usual(codec))
     fetch = fetcher(model, plan)
-    options = compressed_tensors.Options(max_shard_size=400_000)
+    options = Options(max_shard_size=400_000)
     files = compressed_tensors.write(
-        tmp_path / "out", spec, plan, fetch, source=model, options=options, provenance={"compress.recipe": "test"}
+        WriteRequest(
+            tmp_path / "out", spec, plan, fetch, source=model, options=options, provenance={"compress.recipe": "test"}
+        )
     )
     assert len(files) > 1 and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -301,8 +304,8 @@ def test_damage_is_found(tmp_path: Path) -> None:
         return fetch(name)
 
     with pytest.raises(OutputError, match="arrived as int4-g64"):
-        compressed_tensors.write(tmp_path / "out", spec, plan, other, source=model)
-    compressed_tensors.write(tmp_path / "out", spec, plan, fetch, source=model)
+        compressed_tensors.write(WriteRequest(tmp_path / "out", spec, plan, other, source=model))
+    compressed_tensors.write(WriteRequest(tmp_path / "out", spec, plan, fetch, source=model))
     wider = spec_of(tiny_model("llama", tmp_path / "wide", num_key_value_heads=4, tokenizer=False))
     with pytest.raises(CheckpointError, match="does not fit"):
         compressed_tensors.open_dense(tmp_path / "out", wider)("model.layers.0.self_attn.k_proj.weight")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.containers import container_module
+from compress.containers import CONTAINERS
 from compress.errors import CheckpointError
 from compress.report.progress import Reporter
 from compress.run.score import score_target
@@ -49,9 +49,9 @@ def marked(model: Path, **settings: Any) -> Path:
 )
 def test_other_layouts_are_refused(model: Path, settings: dict[str, Any], complaint: str) -> None:
     spec = spec_of(model)
-    module = container_module(settings["quant_method"])
+    container = CONTAINERS[settings["quant_method"]]
     with pytest.raises(CheckpointError, match=complaint):
-        module.open_dense([marked(model, **settings) / "model.safetensors"], spec)
+        container.open_dense([marked(model, **settings) / "model.safetensors"], spec)
 
 
 @pytest.mark.parametrize("part", ["weight_g_idx", "weight_zero_point"])
@@ -64,7 +64,7 @@ def test_parts_that_change_the_meaning_are_refused(model: Path, part: str) -> No
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     spec = spec_of(model)
     folder = marked(model, quant_method="compressed-tensors", format="int-quantized")
-    load = container_module("compressed-tensors").open_dense([folder / "model.safetensors"], spec)
+    load = CONTAINERS["compressed-tensors"].open_dense([folder / "model.safetensors"], spec)
     with pytest.raises(CheckpointError, match=part):
         load(NAME)
 
@@ -75,7 +75,7 @@ def test_a_bitsandbytes_weight_without_its_state_is_refused(model: Path) -> None
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     spec = spec_of(model)
     folder = marked(model, quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    load = container_module("bitsandbytes").open_dense([folder / "model.safetensors"], spec)
+    load = CONTAINERS["bitsandbytes"].open_dense([folder / "model.safetensors"], spec)
     with pytest.raises(CheckpointError, match="quant_state.bitsandbytes__nf4"):
         load(NAME)
 

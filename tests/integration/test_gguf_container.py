@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from compress.containers import gguf as container
+from compress.containers.base import Options, WriteRequest
 from compress.errors import CheckpointError, OutputError, UnsupportedModel
 from compress.models import load_spec
 from compress.weights import Packed
@@ -46,7 +47,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-PLAIN = container.Options(tokenizer=False)
+PLAIN = Options(tokenizer=False)
 
 
 def write(model: Path, target: Path, codec: str = "f32", *, tokenizer: bool = False, **options: Any) -> list[Path]:
@@ -54,13 +55,15 @@ def write(model: Path, target: Path, codec: str = "f32", *, tokenizer: bool = Fa
     spec, weights = spec_of(model), weights_of(model)
     lines = plan(spec, codec)
     return container.write(
-        target,
-        spec,
-        lines,
-        fetcher(weights, lines),
-        source=model,
-        options=container.Options(tokenizer=tokenizer, **options),
-        provenance={"compress.recipe": "test", "compress.version": "0"},
+        WriteRequest(
+            target,
+            spec,
+            lines,
+            fetcher(weights, lines),
+            source=model,
+            options=Options(tokenizer=tokenizer, **options),
+            provenance={"compress.recipe": "test", "compress.version": "0"},
+        )
     )
 
 
@@ -173,7 +176,7 @@ def test_read_back_is_what_was_written(family: str, codec: str, tmp_path: Path) 
     seen = {name: (kind, shape) for name, kind, shape, values in tensors if values.shape == shape}
     assert seen == container.inventory(files[0])
     assert {kind for kind, _ in seen.values()} == {"f32", codec}
-    assert fields["general.architecture"] == spec.family.gguf_arch
+    assert fields["general.architecture"] == spec.family.gguf.arch
     assert fields["compress.recipe"] == "test"
     assert not [key for key in fields if "imatrix" in key]
 
@@ -195,7 +198,7 @@ def test_quantized_rows_move_with_their_heads(tmp_path: Path) -> None:
             return Packed("q8_0", shape, {"blocks": torch.from_numpy(blocks[name])})
         return Packed("f32", shape, {"values": weights[name]})
 
-    (file,) = container.write(tmp_path / "m.gguf", spec, lines, fetch, source=model, options=PLAIN)
+    (file,) = container.write(WriteRequest(tmp_path / "m.gguf", spec, lines, fetch, source=model, options=PLAIN))
     dense = container.load_dense(file, spec)
     for name, data in blocks.items():
         np.testing.assert_array_equal(dense[name].numpy(), gguf.dequantize(data, kind))
@@ -233,7 +236,7 @@ def test_memory_stays_at_one_stacked_tensor(moe: Path, tmp_path: Path) -> None:
         order.append(name)
         return inner(name)
 
-    container.write(tmp_path / "m.gguf", spec, lines, fetch, source=moe, options=PLAIN)
+    container.write(WriteRequest(tmp_path / "m.gguf", spec, lines, fetch, source=moe, options=PLAIN))
     stacked: list[str] = []
     for line in lines:
         if line.spec.gguf not in stacked:
@@ -258,7 +261,7 @@ def test_interrupted_writing_leaves_nothing(error: type[BaseException], moe: Pat
         return inner(name)
 
     with pytest.raises(error):
-        container.write(target, spec, lines, fetch, source=moe)
+        container.write(WriteRequest(target, spec, lines, fetch, source=moe))
     assert [path.name for path in target.parent.iterdir()] == ["m.gguf"]
     assert target.read_bytes() == b"an earlier file"
 
@@ -289,7 +292,7 @@ def test_impossible_plans_are_refused(moe: Path, tmp_path: Path) -> None:
     fetch = fetcher(weights, lines)
 
     def attempt(changed: list[Planned]) -> None:
-        container.write(tmp_path / "m.gguf", spec, changed, fetch, source=moe, options=PLAIN)
+        container.write(WriteRequest(tmp_path / "m.gguf", spec, changed, fetch, source=moe, options=PLAIN))
 
     with pytest.raises(OutputError, match="1-D"):
         attempt([Planned(p.spec, "f16" if p.spec.role == "norms" else p.codec) for p in lines])

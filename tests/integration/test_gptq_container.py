@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from compress.codecs import get_codec
 from compress.containers import gptq, safetensors
+from compress.containers.base import Options, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models.checkpoint import Checkpoint
 from compress.weights import Packed
@@ -121,13 +122,15 @@ def test_every_code_survives(codec: str, tmp_path: Path) -> None:
     packs = {name: round_to_nearest(codec, weights[name]) for name in chosen}
     plain = fetcher(weights, [Planned(t, "f32") for t in spec.tensors()])
     files = gptq.write(
-        tmp_path / "out",
-        spec,
-        lines,
-        lambda name: packs[name] if name in chosen else plain(name),
-        source=model,
-        options=gptq.Options(max_shard_size=600_000),
-        provenance={"compress.recipe": "test"},
+        WriteRequest(
+            tmp_path / "out",
+            spec,
+            lines,
+            lambda name: packs[name] if name in chosen else plain(name),
+            source=model,
+            options=Options(max_shard_size=600_000),
+            provenance={"compress.recipe": "test"},
+        )
     )
     assert len(files) > 1 and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     dense = gptq.load_dense(tmp_path / "out", spec)
@@ -153,7 +156,7 @@ def test_tensors_of_one_module(tmp_path: Path) -> None:
         quantized = next(p.codec for p in lines if p.spec.name == name) != "bf16"
         return round_to_nearest("int4-g32", weights[name]) if quantized else floats(name)
 
-    (file,) = gptq.write(tmp_path / "out", spec, lines, fetch, source=model)
+    (file,) = gptq.write(WriteRequest(tmp_path / "out", spec, lines, fetch, source=model))
     stored = load_file(file)  # the reference reader accepts the file
     module = "model.layers.1.mlp.experts.5.down_proj"  # 64 x 32
     shapes = {key: tuple(stored[f"{module}.{key}"].shape) for key in ("qweight", "qzeros", "scales", "g_idx")}
@@ -224,15 +227,15 @@ def test_nothing_partial_and_nothing_overwritten(tmp_path: Path) -> None:
 
     target = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        safetensors.write(target, spec, lines, fetch, source=model)
+        safetensors.write(WriteRequest(target, spec, lines, fetch, source=model))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="not empty"):
-        safetensors.write(target, spec, lines, inner, source=model)
+        safetensors.write(WriteRequest(target, spec, lines, inner, source=model))
     assert [path.name for path in target.iterdir()] == ["thesis.txt"]
-    options = safetensors.Options(replace=True)
-    safetensors.write(target, spec, lines, inner, source=model, options=options)
+    options = Options(replace=True)
+    safetensors.write(WriteRequest(target, spec, lines, inner, source=model, options=options))
     assert (target / "config.json").is_file() and not (target / "thesis.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     (target / "model.safetensors").write_bytes(b"short")
@@ -246,8 +249,10 @@ def test_dense_folder_is_the_model(dtype: str, shard: int, tmp_path: Path) -> No
     model = tiny_model("qwen2_moe", tmp_path / "model", hidden_size=72, num_attention_heads=3, num_key_value_heads=3)
     spec, weights = spec_of(model), weights_of(model)
     lines = plan(spec)
-    options = safetensors.Options(dtype=dtype, max_shard_size=shard)
-    files = safetensors.write(tmp_path / "out", spec, lines, fetcher(weights, lines), source=model, options=options)
+    options = Options(dtype=dtype, max_shard_size=shard)
+    files = safetensors.write(
+        WriteRequest(tmp_path / "out", spec, lines, fetcher(weights, lines), source=model, options=options)
+    )
     assert (len(files) > 1) == (shard < 10**9)
     checkpoint = Checkpoint.open(tmp_path / "out")
     kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -280,9 +285,9 @@ def test_gptqmodel_loads_the_folder(family: str, codec: str, tmp_path: Path) -> 
             return round_to_nearest(codec, weights[name])
         return Packed("f16", tuple(weights[name].shape), {"values": weights[name].half()})
 
-    gptq.write(tmp_path / "gptq", spec, lines, fetch, source=model)
-    options = safetensors.Options(dtype="f16")
-    safetensors.write(tmp_path / "dense", spec, lines, fetch, source=model, options=options)
+    gptq.write(WriteRequest(tmp_path / "gptq", spec, lines, fetch, source=model))
+    options = Options(dtype="f16")
+    safetensors.write(WriteRequest(tmp_path / "dense", spec, lines, fetch, source=model, options=options))
     ids = torch.from_numpy(token_ids())[None]
     loaded = loader.GPTQModel.load(
         str(tmp_path / "gptq"), device="cpu", backend=loader.BACKEND.TORCH, dtype=torch.float16

@@ -12,9 +12,9 @@ import pytest
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
+from compress.containers import CONTAINERS
 from compress.errors import PlanError
 from compress.plan import make_plan
-from compress.plan.savings import container_bytes
 from compress.recipe import bundled_recipes, load_recipe
 from tests.integration.runs import carry_out, cheap, small
 from tests.tiny import FAMILIES, tiny_model
@@ -81,7 +81,7 @@ def test_recipe_on_family(name: str, family: str, models: dict[tuple[str, int], 
         return
     plan = make_plan(recipe)
     for artifact in card.artifacts:
-        planned = sum(container_bytes(artifact.container, t, plan.own_codec) for t in plan.tensors)
+        planned = sum(CONTAINERS[artifact.container].tensor_bytes(t, plan.own_codec) for t in plan.tensors)
         assert stored_bytes(tmp_path / "out" / artifact.path) == pytest.approx(planned, rel=0.01)
 
 

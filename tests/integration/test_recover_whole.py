@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.codecs import block_codec
+from compress.decode import decode
 from compress.models.checkpoint import Checkpoint
 from compress.models.forward import forward_block, rms_norm
 from compress.plan import Plan, make_plan
@@ -23,12 +24,14 @@ from compress.recover.end_to_end import CHANGE, Compressed, Original
 from compress.recover.parameters import BETAS, TunedScales
 from compress.report.progress import Reporter
 from compress.run import compress_model, load_calibration, run
+from compress.run import recover as caller
 from compress.run.source import working_model
 from compress.solve.files import load_outcomes, save_outcomes
-from compress.solve.tensor import Outcome, Solved, decode
+from compress.solve.tensor import Outcome, Solved
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
-from compress.streaming.journal import Activations, Journal
+from compress.streaming.activations import Activations
+from compress.streaming.journal import Journal
 from compress.transforms.incoherence import Incoherence
 from tests.integration.runs import text_file
 from tests.tiny import tiny_model
@@ -108,7 +111,7 @@ def _stopped(plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     """A run that has come to this stage, and the stage about to take its first step."""
     held: list[tuple] = []
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "finetune", lambda *a, **k: held.append(a) or (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(caller, "finetune", lambda *a, **k: held.append(a) or (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             _carry_out(plan, folder)
     model, original, inputs, options, scratch, *_ = held[0]
@@ -123,9 +126,9 @@ def _gradients(made: stage._Run, picks: list[int]) -> dict[str, Tensor]:
     """Gradient of every tuned tensor's first parameter, from Adam's first mean."""
     made.step(picks, 0, 0.0)
     out = {}
-    for layer in range(made.spec.layers):
-        tuned, _, optimizer = made.read(layer)
-        assert not made.states[layer][CHANGE].any()  # a step of size zero
+    for block in made.model.blocks():
+        tuned, _, optimizer = made.read(block)
+        assert not made.states[block.layer][CHANGE].any()  # a step of size zero
         assert all(len(t.steps) == 1 for t in tuned.values())
         for name, (mean, _) in zip(tuned, optimizer.moments, strict=True):
             out[name] = mean / (1 - BETAS[0])

@@ -63,7 +63,7 @@ def test_recovery_counts_with_its_epochs(model: Path, tmp_path: Path, monkeypatc
     asked = []
 
     def slow(*arguments: object, **_: object) -> None:
-        asked.append(arguments[7])
+        asked.append(arguments[3])
         time.sleep(0.1)
 
     monkeypatch.setattr(module, "recover_block", slow)

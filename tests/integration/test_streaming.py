@@ -19,17 +19,16 @@ import torch
 from compress.engines.streamed import StreamedSource
 from compress.models import load_spec
 from compress.models.checkpoint import Checkpoint
-from compress.models.forward import STAGES
 from compress.plan import make_plan
 from compress.plan.tensor import PlannedTensor
 from compress.recipe import Recipe
 from compress.report.scorecard import read
-from compress.run import half as stream
-from compress.run import load_calibration, run
+from compress.run import load_calibration, run, sublayer
 from compress.run import loop as run_module
+from compress.run.collect import Site
 from compress.statistics import Moments, Statistics
-from compress.streaming import walk
-from compress.streaming.journal import Activations
+from compress.streaming import activations as files
+from compress.streaming.activations import Activations
 from tests.integration.runs import as_model, carry_out, kept, sha256, small, spec_of, text_file
 from tests.tiny import demo_model, tiny_model
 
@@ -98,7 +97,7 @@ def test_weights_are_read_lazily_block_by_block(tmp_path: Path, monkeypatch: pyt
 def test_activations_in_memory_do_not_grow_with_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch of each model and the one that replaces it, whether 8 windows or 16 go through."""
     model = tiny_model("llama", tmp_path / "model")
-    monkeypatch.setattr(walk, "BATCH_TOKENS", 128)  # two windows
+    monkeypatch.setattr(files, "BATCH_TOKENS", 128)  # two windows
     peaks = {}
     for samples in (8, 16):
         recipe = small(RECIPE, model, tmp_path / f"out-{samples}", f"calibration.samples={samples}")
@@ -114,9 +113,9 @@ def test_result_does_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest
     found = []
     for tokens in (64, 4096):
         with monkeypatch.context() as patch:
-            patch.setattr(walk, "BATCH_TOKENS", tokens)
+            patch.setattr(files, "BATCH_TOKENS", tokens)
             seen = collected(small(RECIPE, model, tmp_path / f"out-{tokens}"), patch)
-        found.append(seen[0, 0]["attention.in"])
+        found.append(seen[0, 0, 0]["attention.in"])
     assert found[0].tokens == found[1].tokens
     assert torch.allclose(found[0].gram, found[1].gram, rtol=1e-5, atol=1e-5 * float(found[0].gram.abs().max()))
 
@@ -133,16 +132,20 @@ def test_scoring_leaves_the_callers_autograd_alone() -> None:
 # --- statistics -------------------------------------------------------------------------------
 
 
-def collected(recipe: Recipe, patch: pytest.MonkeyPatch, **options: Any) -> dict[tuple[int, int], dict[str, Moments]]:
-    """Run, keeping what every stage of every block collected: (layer, stage) -> moments."""
-    seen: dict[tuple[int, int], dict[str, Moments]] = {}
-    collect = stream.collect
+Place = tuple[int, int, int]
+"""(layer, sub-layer, stage)"""
 
-    def keep(spec: Any, layer: int, stage: int, *rest: Any) -> dict[str, Moments]:
-        seen[layer, stage] = collect(spec, layer, stage, *rest)
-        return seen[layer, stage]
 
-    patch.setattr(stream, "collect", keep)
+def collected(recipe: Recipe, patch: pytest.MonkeyPatch, **options: Any) -> dict[Place, dict[str, Moments]]:
+    """Run, keeping what every stage of every sub-layer collected."""
+    seen: dict[Place, dict[str, Moments]] = {}
+    collect = sublayer.collect
+
+    def keep(site: Site, stage: int, group: Any) -> dict[str, Moments]:
+        seen[site.branch.layer, site.branch.part, stage] = found = collect(site, stage, group)
+        return found
+
+    patch.setattr(sublayer, "collect", keep)
     run(recipe, **options)
     return seen
 
@@ -183,10 +186,11 @@ def test_moments_are_those_of_transformers(family: str, tmp_path: Path, monkeypa
     compressed = list(inputs_of(as_model(kept(recipe), model, tmp_path / "compressed"), windows))
     original = list(inputs_of(model, windows))
     checked = 0
-    for (layer, stage), moments in seen.items():
+    places = {"attention.in": (0, 0), "attention.out": (0, 1), "mlp.in": (1, 0), "mlp.act": (1, 1)}
+    for (layer, *place), moments in seen.items():
         for key, found in moments.items():
             x, x0 = compressed[layer][key], original[layer][key]
-            assert STAGES[stage] == key.replace("mlp", "ffn") and found.tokens == 4 * 64
+            assert places[key] == tuple(place) and found.tokens == 4 * 64
             assert near(found.gram, x.T @ x, 1e-4), (layer, key)
             assert found.drift is not None
             if layer == 0 and key == "attention.in":
@@ -228,7 +232,7 @@ def routed(folder: Path, windows: np.ndarray) -> list[list[int]]:
 def test_expert_that_sees_no_token(lopsided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small(RECIPE, lopsided, tmp_path / "out")
     given: dict[str, Statistics] = {}
-    solve = stream.solve_tensor
+    solve = sublayer.solve_tensor
 
     def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None, seed: int = 0) -> Any:
         if statistics is not None:
@@ -236,7 +240,7 @@ def test_expert_that_sees_no_token(lopsided: Path, tmp_path: Path, monkeypatch: 
         return solve(planned, weight, statistics, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "solve_tensor", noting)
+        patch.setattr(sublayer, "solve_tensor", noting)
         seen = collected(recipe, patch, keep_work=True)
     windows = load_calibration(make_plan(recipe))
     counts = routed(as_model(kept(recipe), lopsided, tmp_path / "compressed"), windows)
@@ -252,14 +256,14 @@ def test_expert_that_sees_no_token(lopsided: Path, tmp_path: Path, monkeypatch: 
 
     # its gate and up projections are solved against the mean over all tokens of the block
     root = f"model.layers.0.mlp.experts.{COLD}."
-    pool = seen[0, 2]["router"]
+    pool = seen[0, 1, 0]["router"]
     assert pool.tokens == windows.size
     for leaf in ("gate_proj", "up_proj"):
         statistics = given[f"{root}{leaf}.weight"]
         assert statistics.tokens == 0 and statistics.borrowed == 1.0
         assert torch.allclose(statistics.gram, pool.gram / pool.tokens, rtol=1e-5, atol=1e-7)
     # and its down projection against what its own (compressed) gate and up make of everybody's tokens
-    act = seen[0, 3][f"experts.{COLD}.act.pool"]
+    act = seen[0, 1, 1][f"experts.{COLD}.act.pool"]
     assert act.tokens > 0
     statistics = given[f"{root}down_proj.weight"]
     assert torch.allclose(statistics.gram, act.gram / act.tokens, rtol=1e-5, atol=1e-7)
@@ -277,14 +281,14 @@ def test_expert_without_tokens_borrows_even_without_shrinkage(
     """A gram of zeros would be damped into the identity in silence."""
     recipe = small(RECIPE, lopsided, tmp_path / "out", f"steps[0].quantize.solver={{name: {solver}, shrinkage: 0.0}}")
     given: dict[str, Statistics] = {}
-    solve = stream.solve_tensor
+    solve = sublayer.solve_tensor
 
     def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None, seed: int = 0) -> Any:
         if statistics is not None:
             given[planned.name] = statistics
         return solve(planned, weight, statistics, seed)
 
-    monkeypatch.setattr(stream, "solve_tensor", noting)
+    monkeypatch.setattr(sublayer, "solve_tensor", noting)
     monkeypatch.setattr(run_module, "solve_tensor", noting)
     carry_out(recipe)
     for leaf in ("gate_proj", "up_proj", "down_proj"):

@@ -23,8 +23,9 @@ PURE_MAY_IMPORT = {
         "transforms.options",
         "transforms.hadamard",
         "models.spec",
+        "models.layers.base",
         *VALUES,
-    ),  # models.spec: which tensors a block has, as types only
+    ),  # models: what a block declares, as types only
     "solvers": (
         "solvers.base",
         "solvers.options",
@@ -68,8 +69,67 @@ SAME_FORMAT = {
 }
 """Imports between two files of one folder that share a table, each with its reason."""
 
-LOWER = ("codecs", "solvers", "transforms", "models", "containers")
-UPPER = ("compress.cli", "compress.run", "compress.plan", "compress.report")
+CONTAINERS_MAY_IMPORT = (
+    "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "decode", "errors", "weights",
+)  # fmt: skip
+
+ORDER = (
+    "errors", "limits", "weights",
+    "statistics", "files", "text",
+    "codecs", "models",
+    "solvers", "transforms", "decode",
+    "streaming", "solve",
+    "containers", "runtime", "plugins",
+    "structured", "recipe", "catalog", "plan",
+    "scoring", "report", "engines",
+    "recover", "export", "run", "cli",
+)  # fmt: skip
+"""All folders and top-level modules from the bottom to the top: a room imports from those before it only, in functions,
+too. Imports for type checkers do not count. The package itself is below all: Python runs it before anything in it."""
+
+UPWARD = {
+    ("compress", "compress.runtime.hook"): "registers our folders with transformers; imports nothing of ours itself",
+    ("compress.scoring.measure", "compress.report.scorecard"): "results are a scorecard's rows",
+}
+"""Imports that go up all the same, each with its reason."""
+
+NAME_PARTS = (
+    "self_attn", "linear_attn", "mlp.", ".experts", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    "down_proj", "layernorm", "embed_tokens", "lm_head.", "model.norm", "model.layers", ".layers.", "block_sparse_moe",
+    "shared_expert.", "q_norm", "k_norm",
+)  # fmt: skip
+SAY_NAMES = {
+    "containers/awq.py": "the format leaves out modules by name, those of a layer's experts together",
+    "containers/bitsandbytes.py": "transformers keeps the head and the table it is tied to by name",
+    "containers/compress.py": "one line of the config stands for all layers and experts that are stored alike",
+    "containers/compressed_tensors.py": "targets of the format are patterns of names",
+    "runtime/loader.py": "transformers names the modules that are replaced",
+}
+"""Files outside `models` that say part of a tensor's or a module's name, each with its reason."""
+
+DOTTED = {
+    "report/table.py": "tasks with a metric of their own",
+    "structured/restructure.py": "keys of its own state",
+}
+"""Files outside `models` that take something apart at dots, and what."""
+
+COUNT_BLOCKS = {
+    "containers/gguf.py": "the first dense one",
+    "plan/plan.py": "tensors by block",
+    "plan/resources.py": "bytes of the largest",
+    "recover/sensitivity.py": "names of files",
+    "run/loop.py": "units of the journal",
+    "run/rehearse.py": "which are alike, and their measured seconds",
+    "run/summary.py": "lines of the scorecard",
+    "run/surveys.py": "a view that keeps all of them",
+}
+"""Files that count a model's blocks without touching a tensor, and what for; all work on blocks goes through `walk`."""
+
+WORK = {
+    "forward_block", "forward_branch", "advance", "embed", "forward", "load", "of", "weight", "weights", "solve_tensor",
+    "compress_sublayer", "scale_sublayer", "repair_sublayer", "recover_block", "collect", "step_block",
+}  # fmt: skip
+"""What is done to a block: never in a loop that counts them."""
 
 LONG = {"compress/containers/gguf.py": 600}
 """Files allowed more than 450 lines, and how many."""
@@ -83,6 +143,7 @@ TORCH_FREE = (
     "compress.codecs", "compress.codecs.names", "compress.solvers.options", "compress.models", "compress.models.spec",
     "compress.models.checkpoint", "compress.structured.options", "compress.structured.shapes", "compress.text",
     "compress.errors", "compress.weights", "compress.catalog", "compress.cli",
+    "compress.containers", *(f"compress.containers.{p.stem}" for p in sorted(PACKAGE.glob("containers/[!_]*.py"))),
 )  # fmt: skip
 
 
@@ -109,6 +170,57 @@ def _imports(tree: ast.AST) -> set[str]:
     return found
 
 
+def _imported(tree: ast.AST, *, functions: bool) -> set[str]:
+    """The same without what is for type checkers alone, and with or without what functions import when they run."""
+    skipped: tuple[type[ast.AST], ...] = () if functions else (ast.FunctionDef, ast.AsyncFunctionDef)
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, skipped) or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+                continue
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                found.update(_imports(ast.Module([child], [])))
+            visit(child)
+
+    visit(tree)
+    return {name for name in found if name.split(".")[0] == "compress"}
+
+
+def _room(module: str) -> str:
+    """The folder or top-level module that a module belongs to."""
+    return [*module.split("."), "compress"][1]
+
+
+def _knots(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of nodes that reach each other."""
+    reach = {node: set(targets) for node, targets in arrows.items()}
+    for middle in reach:
+        for targets in reach.values():
+            if middle in targets:
+                targets |= reach[middle]
+    return [{b for b in reach if b in reach[a] and a in reach[b]} for a in reach if a in reach[a]]
+
+
+def _strings(tree: ast.AST) -> list[str]:
+    """All that a file says but its docstrings and other prose."""
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    said = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in prose]
+    return [text.replace("\\", "") for text in said if isinstance(text, str) and " " not in text]
+
+
+def _block_loops(tree: ast.AST) -> list[ast.AST]:
+    """Loops and comprehensions over all blocks of a model, by number or by what there is one of for each."""
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    loops += [n for n in ast.walk(tree) if isinstance(n, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp)]
+
+    def over(node: ast.AST) -> bool:
+        iterables = [node.iter] if isinstance(node, ast.For) else [part.iter for part in node.generators]
+        return any(".layers" in ast.unparse(it) and "range(" in ast.unparse(it) for it in iterables)
+
+    return [node for node in loops if over(node)]
+
+
 def _calls(tree: ast.AST) -> set[str]:
     """Names of the functions called by their bare name, and of all methods as `.name`."""
     names = set()
@@ -123,7 +235,6 @@ def _calls(tree: ast.AST) -> set[str]:
 
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 PURE_FILES = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in PURE]
-LOWER_FILES = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in LOWER]
 
 
 def _id(path: Path) -> str:
@@ -173,10 +284,123 @@ def test_pure_layers_do_not_touch_the_world(path: Path) -> None:
     assert not outside, f"imports {sorted(outside)}"
 
 
-@pytest.mark.parametrize("path", LOWER_FILES, ids=_id)
-def test_lower_layers_know_nothing_of_the_upper_ones(path: Path) -> None:
-    wrong = {name for name in _imports(TREES[path]) if name.startswith(UPPER)}
+def test_every_room_has_its_place() -> None:
+    rooms = {_room(_module(path)) for path in FILES} - {"compress"}
+    assert rooms == set(ORDER) and len(ORDER) == len(set(ORDER))
+
+
+def test_arrows_go_down() -> None:
+    """Exceptions are used, or they go."""
+    wrong, used = [], set()
+    for path, tree in TREES.items():
+        me = _module(path)
+        for name in _imported(tree, functions=True):
+            mine, other = _room(me), _room(name)
+            if mine == other or other == "compress" or (mine in ORDER and ORDER.index(other) < ORDER.index(mine)):
+                continue
+            used.add((me, name))
+            wrong += [f"{me} imports {name}"] if (me, name) not in UPWARD else []
     assert not wrong
+    assert used == set(UPWARD)
+
+
+def test_no_files_import_each_other() -> None:
+    """Neither at once nor round a corner, when they are imported; a package runs before what is in it."""
+    modules = {_module(path): tree for path, tree in TREES.items()}
+    arrows: dict[str, set[str]] = {}
+    for me, tree in modules.items():
+        names = _imported(tree, functions=False)
+        packages = {name.rpartition(".")[0] for name in names}
+        arrows[me] = {n for n in names | packages if n in modules and n != me and not me.startswith(f"{n}.")}
+    del arrows["compress"]
+    assert not [sorted(knot) for knot in _knots(arrows)]
+
+
+def test_the_only_knot_of_folders_is_known() -> None:
+    arrows: dict[str, set[str]] = {room: set() for room in ORDER}
+    for path, tree in TREES.items():
+        if (me := _room(_module(path))) in arrows:
+            arrows[me] |= {_room(name) for name in _imported(tree, functions=False)} - {me, "compress"}
+    assert {frozenset(knot) for knot in _knots(arrows)} == {frozenset({"scoring", "report"})}
+
+
+OUTSIDE_MODELS = [path for path in FILES if path.relative_to(PACKAGE).parts[0] != "models"]
+
+
+def test_only_models_know_how_tensors_are_called() -> None:
+    """Elsewhere no string is part of a tensor's name, so that none can be compared, matched or taken apart by one; nor is
+    anything split at dots."""
+    says = {_id(p) for p in OUTSIDE_MODELS if any(part in s for s in _strings(TREES[p]) for part in NAME_PARTS)}
+    assert says == set(SAY_NAMES)
+    splits = {f".{name}({dot}" for name in ("split", "rsplit", "partition", "rpartition") for dot in ("'.'", '"."')}
+    assert {_id(p) for p in OUTSIDE_MODELS if any(s in ast.unparse(TREES[p]) for s in splits)} == set(DOTTED)
+
+
+def test_one_walk_over_the_blocks() -> None:
+    """Whoever runs, solves or loads blocks one after the other gets them from `streaming.walk`."""
+    loops = {_id(path): _block_loops(TREES[path]) for path in OUTSIDE_MODELS}
+    assert {name for name, found in loops.items() if found} - {"streaming/walk.py"} == set(COUNT_BLOCKS)
+    for name in COUNT_BLOCKS:
+        for loop in loops[name]:
+            called = {call.removeprefix(".") for call in _calls(loop)}
+            assert not called & WORK, f"{name}:{loop.lineno} works on blocks"
+
+
+def test_containers_know_nothing_of_plans_runs_and_engines() -> None:
+    for path in (PACKAGE / "containers").glob("*.py"):
+        inside = {name.removeprefix("compress.") for name in _imports(TREES[path]) if name.startswith("compress.")}
+        wrong = {
+            name
+            for name in inside
+            if not any(name == may or name.startswith(f"{may}.") for may in CONTAINERS_MAY_IMPORT)
+        }
+        assert not wrong, f"{path} imports {sorted(wrong)}"
+
+
+def test_packed_tensors_are_decoded_below_containers() -> None:
+    inside = {name for name in _imports(TREES[PACKAGE / "decode.py"]) if name.startswith("compress.")}
+    assert {name.split(".")[1] for name in inside} == {"codecs", "transforms", "weights"}
+
+
+OUTSIDE = [path for path in FILES if path.relative_to(PACKAGE).parts[0] != "containers"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=_id)
+def test_only_a_container_knows_its_name(path: Path) -> None:
+    """Nothing compares with a container's name, keeps a table by it, or imports its module: a container is a value that
+    answers for itself. Our own runtime reads what the container `compress` writes, of course."""
+    from compress.containers import CONTAINERS
+    from compress.recipe.schema import STEP_KINDS
+    from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS
+
+    names = {name for container in CONTAINERS.values() for name in (container.name, container.suffix) if name}
+    ambiguous = {*SOLVERS, *PRUNERS, *FACTORIZERS, *STEP_KINDS, "compress"}  # the package's own name
+
+    def literals(node: ast.AST | None) -> set[str]:
+        nodes = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
+        return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)} & names
+
+    found = []
+    for node in ast.walk(TREES[path]):
+        used: set[str] = set()
+        if isinstance(node, ast.Compare):
+            used = set().union(*(literals(side) for side in (node.left, *node.comparators)))
+        elif isinstance(node, ast.Subscript):
+            used = literals(node.slice)
+        elif isinstance(node, ast.Dict):
+            used = set().union(*(literals(key) for key in node.keys))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
+            used = set().union(*(literals(argument) for argument in node.args[:1]))
+        elif isinstance(node, ast.MatchValue):
+            used = literals(node.value)
+        if used - ambiguous or (used and "container" in ast.unparse(node).lower()):
+            found.append(ast.unparse(node))
+    assert not found
+    modules = {f"compress.containers.{file.stem}" for file in (PACKAGE / "containers").glob("*.py")}
+    if path.parent.name == "runtime":
+        modules.remove("compress.containers.compress")
+    wrong = (_imports(TREES[path]) & modules) - {"compress.containers.base", "compress.containers.__init__"}
+    assert not wrong, f"imports {sorted(wrong)}"
 
 
 def test_the_runtime_needs_nothing_that_makes_models() -> None:

@@ -1,15 +1,22 @@
 """Qwen3: per-head RMSNorm on queries and keys."""
 
-from compress.models.spec import Family
+from __future__ import annotations
+
+from compress.models.config import Config
+from compress.models.layers.compose import attention, mlp
+from compress.models.spec import Block, Family, Gguf
+
+
+def block(c: Config, layer: int) -> Block:
+    bias = c.flag("attention_bias")
+    return attention(c, qk_norm=True, bias=bias, output_bias=bias, window=c.window(layer, "late")), mlp(c)
+
 
 FAMILY = Family(
     model_types=("qwen3",),
     hf_architecture="Qwen3ForCausalLM",
-    gguf_arch="qwen3",
-    qk_norm=True,
-    attention_bias="attention_bias",
-    output_bias="attention_bias",
-    sliding_window=True,
-    window_rule="late",
+    gguf=Gguf("qwen3"),
+    block=block,
+    slides=True,
     defaults={"use_sliding_window": False, "head_dim": 128},
 )

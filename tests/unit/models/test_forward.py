@@ -14,19 +14,10 @@ from torch import Tensor
 from compress.errors import UnsupportedModel
 from compress.models import known_families, load_spec
 from compress.models.checkpoint import Checkpoint
-from compress.models.forward import (
-    STAGES,
-    Pooled,
-    Routing,
-    forward_attention,
-    forward_block,
-    forward_ffn,
-    rms_norm,
-    rope_tables,
-    route,
-    stage_of,
-    window_of,
-)
+from compress.models.forward import Pooled, Routing, Taps, forward_block, forward_branch, rms_norm
+from compress.models.forward.moe import route
+from compress.models.forward.rope import rope_tables
+from compress.models.layers.moe import MoE
 from compress.models.spec import ModelSpec
 from tests.tiny import FAMILIES, tiny_model
 
@@ -211,9 +202,9 @@ def test_a_window_changes_the_logits(folder: Path) -> None:
         "qwen2_moe, window",
     ):
         spec, weights = _load(_case(name, folder))
-        assert any(window_of(spec, layer) for layer in range(spec.layers))
+        assert any(attention.window for attention, _ in spec.blocks)
         open_spec = load_spec({**spec.config, "sliding_window": None, "layer_types": None})
-        assert not any(window_of(open_spec, layer) for layer in range(spec.layers))
+        assert not any(attention.window for attention, _ in open_spec.blocks)
         with torch.no_grad():
             a, b = _logits(spec, weights, _ids()), _logits(open_spec, weights, _ids())
         assert (a - b).abs().max() > 1e-2 * a.abs().max()
@@ -225,20 +216,24 @@ def _observe(
     weights: dict[str, Tensor],
     hidden: Tensor,
     layer: int,
-    until: int | None = None,
+    until: tuple[int, int] | None = None,
     **options: Any,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], Tensor | None]:
+    """What is seen of a block and its output; until: (sub-layer, stage) that ends it. options: of Taps."""
     seen: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def note(key: str, x: Tensor, gate: Tensor | None) -> None:
         assert key not in seen and x.dim() == 2
         seen[key] = (x.clone(), gate)
 
+    out: Tensor | None = hidden
     with torch.no_grad():
-        middle = forward_attention(spec, layer, weights, hidden, observe=note, until=until)
-        if middle is None:
-            return seen, None
-        return seen, forward_ffn(spec, layer, weights, middle, observe=note, until=until, **options)
+        for branch in spec.branches(layer):
+            stage = until[1] if until is not None and branch.part == until[0] else None
+            out = forward_branch(branch, weights, out, Taps(note, stage, **options))
+            if out is None:
+                break
+    return seen, out
 
 
 @pytest.mark.parametrize("name", ["llama, all biases", "qwen3", "qwen2"])
@@ -283,7 +278,8 @@ def test_observer_sees_each_experts_tokens_and_routing_weights(name: str, folder
     routes: list[Routing] = []
     hidden = weights["model.embed_tokens.weight"][_ids()]
     seen, _ = _observe(spec, weights, hidden, 0, on_route=routes.append)
-    (routing,) = routes
+    (routing,), moe = routes, spec.blocks[0][1]
+    assert isinstance(moe, MoE)
     x = caught["x"].reshape(-1, spec.hidden_size)
     torch.testing.assert_close(seen["router"][0], x, rtol=1e-4, atol=1e-4)
     out = torch.zeros_like(x)
@@ -296,10 +292,9 @@ def test_observer_sees_each_experts_tokens_and_routing_weights(name: str, folder
         act, gate_again = seen[f"experts.{e}.act"]
         torch.testing.assert_close(rows, x[tokens], rtol=1e-4, atol=1e-4)
         assert gate is not None and torch.equal(gate, gate_again)
-        moe = spec.family.moe
-        down = weights[f"model.layers.0.{moe.expert.format(e=e)}{moe.down}.weight"]
+        down = weights[f"model.layers.0.{moe.expert.format(e=e)}{moe.leaves[2]}.weight"]
         out.index_add_(0, tokens, gate[:, None] * (act @ down.T))
-    if spec.family.moe.shared:
+    if moe.shared:
         act = seen["shared.act"][0]
         gate = torch.sigmoid(x @ weights["model.layers.0.mlp.shared_expert_gate.weight"].T)
         out += gate * (act @ weights["model.layers.0.mlp.shared_expert.down_proj.weight"].T)
@@ -317,16 +312,19 @@ def test_until_stops_after_its_stage(name: str, folder: Path) -> None:
     assert out is not None
     inputs = {tensor.input for tensor in spec.block_tensors(0) if tensor.input}
     assert inputs - set(everything) <= {f"experts.{e}.{k}" for e in range(spec.experts) for k in ("in", "act")}
-    for stage in range(len(STAGES)):
+    at = {key: (branch.part, given.stage) for branch in spec.branches(0) for key, given in branch.inputs.items()}
+    stages = sorted(set(at.values()))
+    assert stages == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for stage in stages:
         needed = {
             tensor.name: weights[tensor.name]
             for tensor in spec.block_tensors(0)
-            if tensor.input is None or stage_of(tensor.input) < stage or tensor.role == "router"
+            if tensor.input is None or at[tensor.input] < stage or tensor.role == "router"
         }
         seen, result = _observe(spec, needed, hidden, 0, until=stage)
         assert result is None
         known = {key for key in seen if key in inputs}
-        assert known == {key for key in everything if key in inputs and stage_of(key) <= stage}
+        assert known == {key for key in everything if key in inputs and at[key] <= stage}
         for key in known:
             assert torch.equal(seen[key][0], everything[key][0])
 
@@ -371,7 +369,7 @@ def test_halves_make_a_block(folder: Path) -> None:
 def test_routing_is_softmax_top_k(folder: Path) -> None:
     spec, _ = _load(_case("qwen2_moe", folder))
     logits = torch.randn(50, spec.experts, generator=torch.Generator().manual_seed(1))
-    routing = route(spec, logits)
+    routing = route(spec.blocks[0][1].router, logits)
     probabilities = torch.softmax(logits.double(), 1)
     assert torch.equal(routing.experts, probabilities.argsort(1, descending=True)[:, : spec.experts_per_token])
     torch.testing.assert_close(routing.weights.double(), probabilities.gather(1, routing.experts), rtol=1e-5, atol=1e-7)
@@ -392,4 +390,5 @@ def test_options_that_would_change_the_maths_are_refused(folder: Path) -> None:
     with pytest.raises(UnsupportedModel, match="partial_rotary"):
         load_spec({**spec.config, "partial_rotary_factor": 0.5})
     with pytest.raises(UnsupportedModel, match="rope"):
-        rope_tables(load_spec({**spec.config, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}), 8)
+        other = load_spec({**spec.config, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}})
+        rope_tables(other.blocks[0][0].rope, 8)

@@ -105,7 +105,7 @@ RULES = st.builds(
 @given(rules=st.lists(RULES, max_size=5), seed=st.integers(0, 99))
 def test_matcher_agrees_with_slow_matcher(rules, seed):
     spec = load_spec(MOE)
-    tensors = spec.tensors()
+    tensors = list(spec.tensors())
     random.Random(seed).shuffle(tensors)  # the cache must not depend on the order of questions
     matcher = RuleMatcher(rules, spec.layers)
     found = [matcher.match(tensor) for tensor in tensors]

@@ -14,19 +14,24 @@ from torch import Tensor
 
 from compress.codecs import block_codec, get_codec
 from compress.codecs.scales import half
+from compress.decode import decode
 from compress.models.checkpoint import Checkpoint
-from compress.models.forward import forward_attention, forward_block, rms_norm
+from compress.models.forward import Taps, forward_block, forward_branch, rms_norm
 from compress.models.spec import ModelSpec, load_spec
 from compress.plan import make_plan
 from compress.recipe import load_recipe
-from compress.recover.block import Recovered, output_sensitivity, recover_block
+from compress.recover.block import Recovered, SolvedBlock, recover_block
 from compress.recover.parameters import nearest_units
+from compress.recover.sensitivity import output_sensitivity
 from compress.report.progress import Reporter
 from compress.run import compress_model
-from compress.solve.tensor import Outcome, Solved, decode
+from compress.solve.tensor import Outcome, Solved
 from compress.solvers import rtn
 from compress.solvers.options import RecoverOptions, RtnOptions
-from compress.streaming.journal import Activations, Journal
+from compress.streaming.activations import Activations
+from compress.streaming.journal import Journal
+from compress.streaming.placement import CPU
+from compress.streaming.walk import BlockAt
 from compress.transforms.incoherence import Incoherence
 from tests.tiny import tiny_model
 
@@ -83,8 +88,14 @@ def _recover(
     metric: Tensor | None = None,
 ) -> Recovered:
     with torch.inference_mode():  # as in a run
-        names = dict.fromkeys(floats, stored)
-        return recover_block(spec, 0, outcomes, floats, names, *streams, options, metric=metric)
+        block = BlockAt(spec, 0, _nothing, CPU)
+        solved = SolvedBlock(block, outcomes, floats, dict.fromkeys(floats, stored))
+        return recover_block(solved, *streams, options, metric=metric)
+
+
+def _nothing(name: str) -> Tensor:
+    """A solved block brings its own tensors."""
+    raise AssertionError(f"{name} was loaded")
 
 
 def _error(
@@ -171,9 +182,8 @@ def test_wrong_scales_come_back_to_least_squares(model: tuple, tmp_path: Path) -
     recovered = _recover(spec, planted, floats, streams, options)
     # least squares on the same windows, per row: y = sum_j s_j (u_j . x_j)
     seen: list[Tensor] = []
-    forward_attention(
-        spec, 0, dense, inputs[:-2], observe=lambda k, x, g: seen.append(x) if k.endswith("out") else None
-    )
+    taps = Taps(lambda k, x, g: seen.append(x) if k.endswith("out") else None)
+    forward_branch(spec.branches(0)[0], dense, inputs[:-2], taps)
     x, residual = seen[0].double(), (wanted - inputs)[:-2].reshape(-1, spec.hidden_size).double()
     u = solution.units.double().reshape(len(solution.units), -1, solution.codec.sub)
     found = recovered.outcomes[name].solution.grid.scale.double()

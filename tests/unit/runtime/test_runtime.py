@@ -14,11 +14,11 @@ from compress.codecs import block_codec
 from compress.codecs.names import codec_info, stored_bytes
 from compress.codecs.packing import pack_bits, packed_bytes, unpack_bits
 from compress.containers.compress import Setting, stored_parts
+from compress.decode import decode
 from compress.runtime.decode import decode_rows
 from compress.runtime.embedding import PackedEmbedding
 from compress.runtime.linear import PackedLinear, integer_matmul
 from compress.runtime.weight import CHUNK_BYTES
-from compress.solve.tensor import decode
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
 from compress.transforms.incoherence import Incoherence, pack_signs

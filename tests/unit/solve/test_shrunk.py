@@ -12,12 +12,14 @@ from torch import Tensor
 from compress.codecs import block_codec, get_codec
 from compress.codecs.factors import join, split
 from compress.codecs.names import packed_bytes
+from compress.containers import CONTAINERS
 from compress.containers.compress import Setting, packed_of, stored_parts
+from compress.decode import decode
 from compress.models.spec import TensorSpec
 from compress.plan.tensor import PlannedTensor, factored, pruned
 from compress.runtime.factored import FactoredLinear
 from compress.solve.shrunk import factorize_tensor, prune_tensor
-from compress.solve.tensor import decode, solve_tensor
+from compress.solve.tensor import solve_tensor
 from compress.solvers import compot, rtn
 from compress.solvers.options import (
     CompotOptions,
@@ -53,10 +55,10 @@ def loss(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
 
 
 def prune(
-    values: str, pattern: Pattern, options: object, solver: object = None, joint: bool = True, kinds=("compress",)
+    values: str, pattern: Pattern, options: object, solver: object = None, joint: bool = True, containers=("compress",)
 ):
     line = replace(planned(values, solver), pruner=options, joint=joint)  # type: ignore[arg-type]
-    return pruned(line, pattern, kinds)
+    return pruned(line, pattern, [CONTAINERS[name] for name in containers])
 
 
 def factorize(values: str, options: object, share: float, solver: object = None) -> PlannedTensor:
@@ -78,7 +80,7 @@ def test_pruned_tensors_ship_what_was_solved(values: str, pattern: Pattern) -> N
 
 def test_zeros_in_a_container_without_masks_are_values_like_others() -> None:
     weight, gram = problem()
-    line = prune("bf16", Pattern(0.5), WandaOptions(), kinds=("gguf", "compress"))
+    line = prune("bf16", Pattern(0.5), WandaOptions(), containers=("gguf", "compress"))
     assert line.codec == "bf16"
     shrunk = prune_tensor(line, weight, gram)
     assert shrunk.packed.codec == "bf16" and int((shrunk.dense == 0).sum()) == M * N // 2

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.models import ModelSpec, load_spec
-from compress.models.forward import forward_attention, forward_ffn
+from compress.models.forward import Taps, forward_block, forward_branch
+from compress.models.spec import Branch
 from compress.statistics import Moments
-from compress.streaming.journal import Activations
+from compress.streaming.activations import Activations
 from compress.structured.decide import decide, split_loss
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
-from compress.structured.repair import least_squares_update, repair_half, repair_model, repairable
+from compress.structured.repair import Broken, Repair, least_squares_update, repair_model, repair_sublayer, repairable
 from compress.structured.restructure import Restructured, merged_experts, restructure
 from compress.structured.scores import Fluctuation, adopters, best, block_influence, cosines, merged, reap_terms
 from compress.structured.shapes import (
@@ -37,7 +38,7 @@ from compress.structured.shapes import (
 )
 from compress.structured.survey import LayerScores, outlier_ratios, survey
 from compress.structured.view import KeptLayer, StructureView
-from tests.tiny import FAMILIES, demo_model
+from tests.tiny import FAMILIES, demo_model, tiny_config
 
 DENSE = {
     "model_type": "llama",
@@ -101,16 +102,6 @@ def _written(path: Path, values: Tensor) -> Activations:
     return stream
 
 
-def _config(family: str) -> dict[str, Any]:
-    """The config.json that transformers writes for a tiny model."""
-    import transformers
-
-    from tests.tiny import _COMMON
-
-    prefix, own = FAMILIES[family]
-    return json.loads(json.dumps(getattr(transformers, f"{prefix}Config")(**{**_COMMON, **own}).to_dict()))
-
-
 # -- options
 @pytest.mark.parametrize(
     ("options", "wrong"),
@@ -162,7 +153,7 @@ def _matrices(spec: ModelSpec) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_structured_ratio_is_a_share_of_the_blocks_matrices(family: str, ratio: float) -> None:
     """Every candidate, counted tensor by tensor, misses the ratio by half a step of the channels at most."""
-    spec = load_spec(_config(family))
+    spec = load_spec(tiny_config(family))
     shapes = candidates(spec, structured=PruneStructuredOptions(ratio=ratio))
     assert shapes
     for shape in shapes:
@@ -200,7 +191,7 @@ def test_shapes_to_choose_from_have_about_the_same_size() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_channels_alone_pay_for_the_same_budget_with_all_heads_left(family: str) -> None:
-    spec, options = load_spec(_config(family)), PruneStructuredOptions(ratio=0.3)
+    spec, options = load_spec(tiny_config(family)), PruneStructuredOptions(ratio=0.3)
     experts = PruneExpertsOptions(ratio=0.5) if spec.experts else None
     alone = channels_only(spec, None, experts, options)
     assert candidates(spec, None, experts, alone) == tuple(
@@ -227,7 +218,7 @@ def test_channels_come_in_steps_that_divide_the_width(width: int, multiple: int)
 def test_reduced_configs_are_stock_and_say_what_the_spec_says(family: str) -> None:
     import transformers
 
-    spec = load_spec(_config(family))
+    spec = load_spec(tiny_config(family))
     steps = {"drop": DropLayersOptions(count=1), "structured": PruneStructuredOptions(heads=0.5, channels=0.25)}
     if spec.experts:
         steps["experts"] = PruneExpertsOptions(ratio=0.5)
@@ -503,12 +494,28 @@ def test_the_view_selects_by_hand() -> None:
 
 
 # -- repair
-def _seen(spec: ModelSpec, half: str, weights: dict[str, Tensor], hidden: Tensor) -> tuple[dict, Tensor, Any]:
+def _half(spec: ModelSpec, half: str) -> Branch:
+    """A sub-layer of the first block."""
+    (branch,) = (b for b in spec.branches(0) if b.sublayer.half == half)
+    return branch
+
+
+def _weights_of(branch: Branch) -> dict[str, Tensor]:
+    everything = _weights(branch.spec)
+    return {t.name: everything[t.name] for t in branch.tensors}
+
+
+def _repaired(
+    branch: Branch, weights: dict[str, Tensor], streams: tuple[Activations, Activations], dtypes: dict | None = None
+) -> Repair:
+    """With a damping of 0.2."""
+    return repair_sublayer(Broken(branch, weights, *streams), 0.2, dtypes)
+
+
+def _seen(branch: Branch, weights: dict[str, Tensor], hidden: Tensor) -> tuple[dict, Tensor, Any]:
     seen, routes = {}, []
     note = lambda key, x, gate: seen.update({key: (x, gate)})  # noqa: E731
-    if half == "attention":
-        return seen, forward_attention(spec, 0, weights, hidden, observe=note), None
-    out = forward_ffn(spec, 0, weights, hidden, observe=note, on_route=routes.append)
+    out = forward_branch(branch, weights, hidden, Taps(note, on_route=routes.append))
     return seen, out, routes[0] if routes else None
 
 
@@ -540,14 +547,14 @@ def _repairable_wish(hidden: Tensor, out: Tensor, x: Tensor, seed: int) -> Tenso
 @pytest.mark.parametrize("half", ["attention", "ffn"])
 def test_repair_is_ridge_regression_on_what_the_stream_misses(half: str, tmp_path: Path) -> None:
     spec = load_spec(DENSE)
-    weights = {t.name: _weights(spec)[t.name] for t in spec.block_tensors(0) if t.half == half}
+    branch = _half(spec, half)
+    weights = _weights_of(branch)
     given = {name: values.clone() for name, values in weights.items()}
     hidden = _randn(6, 12, 16, seed=5)
-    seen, out, _ = _seen(spec, half, weights, hidden)
+    seen, out, _ = _seen(branch, weights, hidden)
     x = seen["attention.out" if half == "attention" else "mlp.act"][0]
     wanted = _repairable_wish(hidden, out, x, 6)
-    source, target = _written(tmp_path / "a", hidden), _written(tmp_path / "b", wanted)
-    repair = repair_half(spec, 0, half, weights, source, target, 0.2)
+    repair = _repaired(branch, weights, (_written(tmp_path / "a", hidden), _written(tmp_path / "b", wanted)))
     name = "model.layers.0." + ("self_attn.o_proj.weight" if half == "attention" else "mlp.down_proj.weight")
     assert set(repair.tensors) == {name}
     lag = (wanted - out).flatten(0, 1)
@@ -556,7 +563,7 @@ def test_repair_is_ridge_regression_on_what_the_stream_misses(half: str, tmp_pat
     assert np.abs(update).max() > 0.1
     energy = float(wanted[5].square().sum())
     assert repair.before == pytest.approx(float(lag[HELD].square().sum()) / energy, rel=1e-5)
-    after = _seen(spec, half, {**weights, **repair.tensors}, hidden)[1]
+    after = _seen(branch, {**weights, **repair.tensors}, hidden)[1]
     assert repair.after == pytest.approx(float((wanted - after)[5].square().sum()) / energy, rel=1e-5)
     assert repair.after < 0.5 * repair.before
     assert all(torch.equal(given[n], weights[n]) for n in weights)
@@ -565,14 +572,14 @@ def test_repair_is_ridge_regression_on_what_the_stream_misses(half: str, tmp_pat
 def test_experts_are_repaired_on_their_tokens_and_less_the_fewer_they_are(tmp_path: Path) -> None:
     """lstsq with rows times the gate; the ridge grows by columns over tokens, an expert without tokens stays."""
     spec = load_spec({**MOE, "num_experts": 5})
-    weights = {t.name: _weights(spec)[t.name] for t in spec.block_tensors(0) if t.half == "ffn"}
+    branch = _half(spec, "ffn")
+    weights = _weights_of(branch)
     router = weights["model.layers.0.mlp.gate.weight"]
     router[2:] = torch.stack([-router[0], -router[1], torch.zeros(16)])  # two others always beat the last
     hidden = _randn(6, 12, 16, seed=5)
-    seen, out, routing = _seen(spec, "ffn", weights, hidden)
+    seen, out, routing = _seen(branch, weights, hidden)
     wanted = _repairable_wish(hidden, out, hidden.flatten(0, 1), 6)
-    source, target = _written(tmp_path / "a", hidden), _written(tmp_path / "b", wanted)
-    repair = repair_half(spec, 0, "ffn", weights, source, target, 0.2)
+    repair = _repaired(branch, weights, (_written(tmp_path / "a", hidden), _written(tmp_path / "b", wanted)))
     lag = (wanted - out).flatten(0, 1)
     reached = [e for e in range(5) if f"experts.{e}.act" in seen]
     assert reached == [0, 1, 2, 3]
@@ -594,35 +601,38 @@ def test_experts_are_repaired_on_their_tokens_and_less_the_fewer_they_are(tmp_pa
 
 def test_text_too_short_to_hold_any_out_repairs_nothing(tmp_path: Path) -> None:
     spec = load_spec(DENSE)
-    weights = {t.name: _weights(spec)[t.name] for t in spec.block_tensors(0) if t.half == "ffn"}
-    streams = [_written(tmp_path / n, _randn(1, 12, 16, seed=s)) for n, s in (("a", 5), ("b", 6))]
-    assert repair_half(spec, 0, "ffn", weights, *streams, 0.2).tensors == {}
+    branch = _half(spec, "ffn")
+    weights = _weights_of(branch)
+    streams = tuple(_written(tmp_path / n, _randn(1, 12, 16, seed=s)) for n, s in (("a", 5), ("b", 6)))
+    assert _repaired(branch, weights, streams).tensors == {}
 
 
 def test_what_only_fits_by_chance_is_left_alone(tmp_path: Path) -> None:
     """The held-out window wants the opposite of the others: no step towards them serves it."""
     spec = load_spec(DENSE)
-    weights = {t.name: _weights(spec)[t.name] for t in spec.block_tensors(0) if t.half == "ffn"}
+    branch = _half(spec, "ffn")
+    weights = _weights_of(branch)
     hidden = _randn(1, 12, 16, seed=5).repeat(6, 1, 1)
-    out = _seen(spec, "ffn", weights, hidden)[1]
+    out = _seen(branch, weights, hidden)[1]
     missing = _randn(12, 16, seed=6).repeat(6, 1, 1)
     missing[5] *= -1
     streams = _written(tmp_path / "a", hidden), _written(tmp_path / "b", out + missing)
-    repair = repair_half(spec, 0, "ffn", weights, *streams, 0.2)
+    repair = _repaired(branch, weights, streams)
     assert repair.tensors == {} and repair.after == repair.before > 0
 
 
 def test_what_rounding_would_undo_is_left_alone(tmp_path: Path) -> None:
     """The stream misses less than bfloat16 loses of the weight."""
     spec = load_spec(DENSE)
-    weights = {t.name: _weights(spec)[t.name] for t in spec.block_tensors(0) if t.half == "ffn"}
+    branch = _half(spec, "ffn")
+    weights = _weights_of(branch)
     hidden = _randn(6, 12, 16, seed=5)
-    seen, out, _ = _seen(spec, "ffn", weights, hidden)
+    seen, out, _ = _seen(branch, weights, hidden)
     wanted = out + 1e-4 * (_repairable_wish(hidden, out, seen["mlp.act"][0], 6) - out)
     streams = _written(tmp_path / "a", hidden), _written(tmp_path / "b", wanted)
     dtypes = dict.fromkeys(weights, torch.bfloat16)
-    assert repair_half(spec, 0, "ffn", weights, *streams, 0.2).tensors
-    coarse = repair_half(spec, 0, "ffn", weights, *streams, 0.2, dtypes)
+    assert _repaired(branch, weights, streams).tensors
+    coarse = _repaired(branch, weights, streams, dtypes)
     assert coarse.tensors == {} and coarse.after == coarse.before > 0
 
 
@@ -639,23 +649,24 @@ def test_moments_beyond_memory_take_more_passes_and_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = load_spec(MOE)
-    weights = {t.name: _weights(spec)[t.name] for t in spec.block_tensors(0) if t.half == "ffn"}
+    branch = _half(spec, "ffn")
+    weights = _weights_of(branch)
     hidden = _randn(6, 12, 16, seed=5)
-    wanted = _repairable_wish(hidden, _seen(spec, "ffn", weights, hidden)[1], hidden.flatten(0, 1), 6)
+    wanted = _repairable_wish(hidden, _seen(branch, weights, hidden)[1], hidden.flatten(0, 1), 6)
     streams = _written(tmp_path / "a", hidden), _written(tmp_path / "b", wanted)
-    at_once = repair_half(spec, 0, "ffn", weights, *streams, 0.2)
+    at_once = _repaired(branch, weights, streams)
     monkeypatch.setattr("compress.structured.repair.MOMENTS_BYTES", 1)
-    one_by_one = repair_half(spec, 0, "ffn", weights, *streams, 0.2)
+    one_by_one = _repaired(branch, weights, streams)
     assert at_once.tensors.keys() == one_by_one.tensors.keys() and len(at_once.tensors) > 1
     assert all(torch.equal(at_once.tensors[n], one_by_one.tensors[n]) for n in at_once.tensors)
 
 
 def test_what_cannot_stand_for_the_whole_half_is_left_alone() -> None:
-    shared = load_spec({**_config("qwen2_moe"), "norm_topk_prob": True})
-    assert repairable(shared, 0, "ffn") == []
-    assert repairable(load_spec({**MOE, "norm_topk_prob": False}), 0, "ffn") == []
-    assert repairable(shared, 0, "attention") == ["model.layers.0.self_attn.o_proj.weight"]
-    assert len(repairable(load_spec(MOE), 0, "ffn")) == 4
+    shared = load_spec({**tiny_config("qwen2_moe"), "norm_topk_prob": True})
+    assert repairable(_half(shared, "ffn")) == []
+    assert repairable(_half(load_spec({**MOE, "norm_topk_prob": False}), "ffn")) == []
+    assert repairable(_half(shared, "attention")) == ["model.layers.0.self_attn.o_proj.weight"]
+    assert len(repairable(_half(load_spec(MOE), "ffn"))) == 4
 
 
 def test_a_stream_that_misses_nothing_is_not_touched(tmp_path: Path) -> None:
@@ -675,7 +686,7 @@ def _final_states(spec: ModelSpec, load: Callable[[str], Tensor], ids: np.ndarra
     hidden = load("model.embed_tokens.weight")[torch.from_numpy(ids)].float()
     for layer in range(spec.layers):
         weights = {t.name: load(t.name).float() for t in spec.block_tensors(layer)}
-        hidden = forward_ffn(spec, layer, weights, forward_attention(spec, layer, weights, hidden))
+        hidden = forward_block(spec, layer, weights, hidden)
     return hidden.double()
 
 
@@ -810,8 +821,8 @@ def test_outlier_ratios_count_products_far_above_the_layers_mean(config: dict[st
         note = lambda key, x, gate, to=squares: to.update(  # noqa: E731
             {key: ((x if gate is None else x * gate[:, None]).double() ** 2).sum(0) / IDS.size}
         )
-        middle = forward_attention(spec, layer, weights, hidden, observe=note)
-        hidden = forward_ffn(spec, layer, weights, middle, observe=note)
+        for branch in spec.branches(layer):
+            hidden = forward_branch(branch, weights, hidden, Taps(note))
         products = []
         for t in spec.block_tensors(layer):
             if t.input and t.role != "router":

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.codecs import block_codec
-from compress.models import forward as decoder
-from compress.models.forward import STAGES, forward_block, rms_norm, stage_of
+from compress.models.forward import Routing, forward_block, moe, rms_norm
+from compress.models.layers.moe import Router
 from compress.models.spec import ModelSpec, load_spec
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
@@ -57,11 +57,11 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 def exact_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder, like transformers, routes in float32, whose rounding would hide what is tested here."""
 
-    def route(spec: ModelSpec, logits: Tensor) -> decoder.Routing:
-        weights, experts = logits.softmax(-1).topk(spec.experts_per_token, dim=-1)
-        return decoder.Routing(experts, weights / weights.sum(-1, keepdim=True) if spec.norm_topk else weights)
+    def route(router: Router, logits: Tensor, correction: Tensor | None = None) -> Routing:
+        weights, experts = logits.softmax(-1).topk(router.k, dim=-1)
+        return Routing(experts, weights / weights.sum(-1, keepdim=True) if router.normalised else weights)
 
-    monkeypatch.setattr(decoder, "route", route)
+    monkeypatch.setattr(moe, "route", route)
 
 
 def _logits(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Tensor:
@@ -82,15 +82,20 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _all_folds(spec: ModelSpec, weights: Mapping[str, Tensor]) -> list[Fold]:
-    return [fold for layer in range(spec.layers) for fold in folds(spec, layer, weights)]
+def _folds(spec: ModelSpec, layer: int) -> list[Fold]:
+    """Those of a block, attention first."""
+    return [fold for branch in spec.branches(layer) for fold in folds(branch)]
+
+
+def _all_folds(spec: ModelSpec) -> list[Fold]:
+    return [fold for layer in range(spec.layers) for fold in _folds(spec, layer)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> None:
     spec, weights = models(variant)
     scaled = dict(weights)
-    for seed, fold in enumerate(_all_folds(spec, weights)):
+    for seed, fold in enumerate(_all_folds(spec)):
         changed = apply(scaled, fold, torch.exp(_random(fold.rows, seed=seed)))
         assert all(not torch.equal(changed[name], scaled[name]) for name in fold.names) and len(changed) == len(
             fold.names
@@ -101,23 +106,26 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_folds_reach_every_linear_of_a_block_once(models, variant: str) -> None:
-    spec, weights = models(variant)
+    spec, _ = models(variant)
     for layer in range(spec.layers):
         block = list(spec.block_tensors(layer))
-        found = folds(spec, layer, weights)
+        found = _folds(spec, layer)
         readers = [name for fold in found for name in fold.consumers + fold.routers]
         assert sorted(readers) == sorted(t.name for t in block if t.input)
         assert all(name.endswith("gate.weight") for fold in found for name in fold.routers)
-        assert {STAGES[stage_of(fold.input)] for fold in found} == set(STAGES)
-        half = {t.name for t in block if t.half == "ffn"}
-        assert folds(spec, layer, half) == tuple(f for f in found if stage_of(f.input) > 1)
+        assert {fold.place for fold in found} == {"attention.in", "attention.out", "ffn.in", "ffn.act"}
+        attention, feed_forward = spec.branches(layer)
+        own = {t.name for t in feed_forward.tensors}
+        assert folds(feed_forward) == tuple(f for f in found if f.place.startswith("ffn"))
+        assert all(own.issuperset(f.names) for f in folds(feed_forward))
+        assert all(own.isdisjoint(f.names) for f in folds(attention))
 
 
 @pytest.mark.parametrize("variant", ["mistral", "qwen2", "qwen2_moe", "mixtral", "qwen3-one-kv-head"])
 def test_smoothing_keeps_the_logits_and_evens_out_the_peaks(models, variant: str) -> None:
     spec, weights = models(variant)
     scaled = dict(weights)
-    for seed, fold in enumerate(_all_folds(spec, weights)):
+    for seed, fold in enumerate(_all_folds(spec)):
         absmax = torch.exp(2 * _random(fold.channels, seed=seed))
         scale = smooth.scale(fold, weights, absmax, SmoothOptions(alpha=0.5))
         scaled |= apply(scaled, fold, scale)
@@ -144,10 +152,6 @@ def test_rotations_keep_the_logits(models, variant: str, kinds: tuple) -> None:
         assert rotated[tensor.name].shape == tensor.shape
         assert tuple(loaded) == rotation.sources(tensor.name)
     assert _gap(_logits(spec.untied(), rotated), _logits(spec, weights)) < 1e-12
-
-
-def _linears(spec: ModelSpec, half: str) -> list[str]:
-    return [t.name for t in spec.block_tensors(1) if t.input and t.half == half]
 
 
 def test_r1_turns_the_stream_and_nothing_else(models) -> None:
@@ -238,7 +242,7 @@ def test_large_tables_are_turned_in_pieces(models, monkeypatch: pytest.MonkeyPat
 def test_what_is_stored_in_half_precision_comes_back_in_float32(models) -> None:
     spec, weights = models("qwen2")
     low = {n: w.bfloat16() for n, w in weights.items()}
-    fold = folds(spec, 0, low)[1]
+    fold = _folds(spec, 0)[1]
     assert {w.dtype for w in apply(low, fold, torch.full((fold.rows,), 2.0)).values()} == {torch.float32}
     rotated = Rotation.draw(spec, RotateOptions()).tensor("model.embed_tokens.weight", low.__getitem__)
     assert rotated.dtype == torch.float32
@@ -248,7 +252,7 @@ def test_what_is_stored_in_half_precision_comes_back_in_float32(models) -> None:
 def test_impossible_scales_are_refused(models, bad: Tensor) -> None:
     spec, weights = models("llama")
     with pytest.raises(ValueError, match="positive finite"):
-        apply(weights, folds(spec, 0, weights)[0], bad)
+        apply(weights, _folds(spec, 0)[0], bad)
 
 
 # -- scales ------------------------------------------------------------------------------------------------------
@@ -290,7 +294,7 @@ def _naive_error(
 
 def test_the_objective_is_the_output_error_of_what_would_ship(models) -> None:
     spec, weights = models("qwen3_moe")
-    fold = next(f for f in folds(spec, 0, weights) if f.input == "router")
+    fold = next(f for f in _folds(spec, 0) if f.input == "router")
     shared, x = _seen(64, loud=7)
     inputs = dict.fromkeys(fold.consumers, x)
     own = {}
@@ -307,7 +311,7 @@ def test_the_objective_is_the_output_error_of_what_would_ship(models) -> None:
 
 def test_the_search_takes_the_best_of_the_published_scales(models) -> None:
     spec, weights = models("qwen3")
-    fold = folds(spec, 1, weights)[1]  # o_proj behind one value head per two query heads
+    fold = _folds(spec, 1)[1]  # o_proj behind one value head per two query heads
     moments, x = _seen(128, loud=40)
     scale, before, after = awq.search(
         fold, weights, moments, _codec_rounding, AwqOptions(grid=4, fold=("attention.out",))
@@ -329,7 +333,7 @@ def test_the_search_takes_the_best_of_the_published_scales(models) -> None:
 
 def test_query_heads_of_one_value_head_share_their_scales(models) -> None:
     spec, weights = models("qwen3")
-    fold = folds(spec, 0, weights)[1]
+    fold = _folds(spec, 0)[1]
     scale = torch.exp(_random(fold.rows))
     changed = apply(weights, fold, scale)
     ratio = (changed[fold.consumers[0]] / weights[fold.consumers[0]]).mean(0)  # four heads of 32
@@ -341,7 +345,7 @@ def test_query_heads_of_one_value_head_share_their_scales(models) -> None:
 @pytest.mark.parametrize("duo", [True, False])
 def test_a_loud_channel_gets_the_largest_scale(models, duo: bool) -> None:
     spec, weights = models("llama")
-    fold = folds(spec, 0, weights)[2]
+    fold = _folds(spec, 0)[2]
     moments, _ = _seen(64, loud=11)
     scale, before, after = awq.search(fold, weights, moments, _rounding, AwqOptions(duo=duo))
     assert after < 0.7 * before and int(scale.argmax()) == 11
@@ -350,7 +354,7 @@ def test_a_loud_channel_gets_the_largest_scale(models, duo: bool) -> None:
 @pytest.mark.parametrize("variant", ["llama", "qwen2_moe", "mixtral"])
 def test_the_search_never_makes_rounding_worse(models, variant: str) -> None:
     spec, weights = models(variant)
-    for fold in folds(spec, 0, weights):
+    for fold in _folds(spec, 0):
         moments, _ = _seen(fold.channels)  # nothing to gain: all channels alike
         scale, before, after = awq.search(fold, weights, moments, _codec_rounding, AwqOptions(grid=3))
         assert after <= before and after == rounding_error(fold, weights, scale, moments, _codec_rounding)
@@ -358,7 +362,7 @@ def test_the_search_never_makes_rounding_worse(models, variant: str) -> None:
 
 def test_no_scale_where_every_scale_is_worse(models) -> None:
     spec, weights = models("llama")
-    fold = folds(spec, 0, weights)[0]
+    fold = _folds(spec, 0)[0]
 
     def untouched_only(name: str, weight: Tensor, importance: Tensor) -> Tensor:
         return weight if torch.equal(weight, weights[name].float()) else weight + 1
@@ -369,7 +373,7 @@ def test_no_scale_where_every_scale_is_worse(models) -> None:
 
 def test_a_sample_of_rows_stands_for_all(models) -> None:
     spec, weights = models("llama")
-    fold = folds(spec, 0, weights)[0]  # 64, 32 and 32 rows
+    fold = _folds(spec, 0)[0]  # 64, 32 and 32 rows
     moments, _ = _seen(64, loud=9)
     asked: list[int] = []
 
@@ -389,7 +393,7 @@ def test_a_sample_of_rows_stands_for_all(models) -> None:
 
 def test_smoothing_reports_what_it_costs_the_weights(models) -> None:
     spec, weights = models("llama")
-    fold = folds(spec, 0, weights)[0]
+    fold = _folds(spec, 0)[0]
     moments, _ = _seen(64, loud=3)
     scale, before, after = smooth.search(fold, weights, moments, _rounding, SmoothOptions(alpha=0.8))
     absmax = moments.peak.double()
@@ -401,7 +405,7 @@ def test_smoothing_reports_what_it_costs_the_weights(models) -> None:
 
 def test_smoothing_follows_the_loudest_of_heads_that_share_a_value_head(models) -> None:
     spec, weights = models("qwen3")
-    fold = folds(spec, 0, weights)[1]
+    fold = _folds(spec, 0)[1]
     absmax = torch.exp(_random(128))
     scale = smooth.scale(fold, weights, absmax, SmoothOptions(alpha=1.0)).double()
     loudest = absmax.reshape(2, 2, 32).amax(1).flatten()  # [kv head, its query heads, channel]
@@ -413,14 +417,14 @@ def test_smoothing_follows_the_loudest_of_heads_that_share_a_value_head(models) 
 
 def test_silent_channels_keep_their_scale(models) -> None:
     spec, weights = models("llama")
-    fold = folds(spec, 0, weights)[0]
+    fold = _folds(spec, 0)[0]
     scale = smooth.scale(fold, weights, torch.where(torch.arange(64) < 3, 0.0, 2.0), SmoothOptions())
     assert scale[:3].eq(1).all() and scale[3:].ne(1).all()
 
 
 def test_moments_without_magnitudes_are_an_error(models) -> None:
     spec, weights = models("llama")
-    fold = folds(spec, 0, weights)[0]
+    fold = _folds(spec, 0)[0]
     bare = replace(_seen(64)[0], absolute=None, peak=None)
     for method, options in ((awq, AwqOptions()), (smooth, SmoothOptions())):
         with pytest.raises(ValueError, match="magnitudes"):

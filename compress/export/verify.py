@@ -1,0 +1,100 @@
+"""An artifact against what was solved: every tensor read back, its logits beside those of the in-memory model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compress.containers import CONTAINERS, Container
+from compress.decode import decode
+from compress.engines.streamed import StreamedSource
+from compress.errors import CompressError
+from compress.plan.plan import Plan
+from compress.recipe.schema import Export
+from compress.report.scorecard import Check
+from compress.scoring.divergence import score
+from compress.scoring.source import LogitSource
+from compress.streaming.journal import Journal
+from compress.text import calibration_windows, eval_windows, load_suite, load_tokenizer
+
+CHECK_WINDOWS, CHECK_LENGTH = 4, 256
+# Engines compute in their own precision (llama.cpp rounds activations to 8 bits a block): median KL divergence between
+# the engine's logits and those of the in-memory compressed model, nats a token. The median, because wrong metadata
+# (rope, heads, norms) moves every token, while rounding now and then sends one token to another expert, far away.
+ENGINE_TOLERANCE = 0.02
+# The file is decoded by an independent reader and run through the same float32 forward: only rounding differs.
+SAME_ARITHMETIC_TOLERANCE = 1e-6
+
+
+def check(
+    plan: Plan, export: Export, files: Sequence[Path], journal: Journal, source: LogitSource, memory: LogitSource
+) -> list[Check]:
+    """Every planned tensor present, finite and decoding to what was solved; logits as computed in memory."""
+    container = CONTAINERS[export.container]
+    try:
+        checks = [_check_tensors(plan, container, files, journal)]
+    except CompressError as error:
+        return [_tensors(container, False, str(error))]
+    windows = check_windows(plan)
+    scores, _ = score(memory, source, windows)
+    assert scores.kld is not None
+    # the same arithmetic on the same values; else an engine, or values that a dense container has rounded
+    exact = isinstance(source, StreamedSource) and not container.dense
+    what, value, limit = ("median", scores.kld.median, ENGINE_TOLERANCE)
+    if exact:
+        what, value, limit = ("mean", scores.kld.mean, SAME_ARITHMETIC_TOLERANCE)
+    detail = f"{what} KL {value:.2g} between {source.name} and the in-memory model, limit {limit:g}"
+    return [*checks, Check(name=f"{container.name} logits", passed=bool(value <= limit), detail=detail)]
+
+
+def _tensors(container: Container, passed: bool, detail: str) -> Check:
+    return Check(name=f"{container.name} tensors", passed=passed, detail=detail)
+
+
+def _check_tensors(plan: Plan, container: Container, files: Sequence[Path], journal: Journal) -> Check:
+    load = container.open_dense(files, plan.spec)
+    stored: Mapping[str, str] = {} if container.inventory is None else container.inventory(files, plan.spec)
+    for planned in plan.tensors:
+        if (codec := stored.get(planned.name, planned.codec)) != planned.codec:
+            return _tensors(container, False, f"{planned.name} is {codec}, planned {planned.codec}")
+    worst = 0.0
+    for planned in plan.tensors:
+        values, wanted = load(planned.name).float(), decode(journal.fetch(planned.name))
+        if values.shape != wanted.shape or not torch.isfinite(values).all():
+            return _tensors(container, False, f"{planned.name} is not finite or misshapen")
+        gap = float((values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        if not gap <= container.tolerance:
+            return _tensors(
+                container,
+                False,
+                f"{planned.name} decodes {gap:.2g} (relative) off what was solved, limit {container.tolerance:.2g}",
+            )
+        worst = max(worst, gap)
+    return _tensors(
+        container,
+        True,
+        f"{len(plan.tensors)} present, finite, decoding to what was solved; largest relative gap {worst:.2g}",
+    )
+
+
+def check_windows(plan: Plan) -> np.ndarray:
+    """A few windows of text for the reload check: the suite's, else calibration text; never more than the run itself
+    takes of that text, so that a short one does."""
+    tokenizer = load_tokenizer(plan.source)
+    longest = min(CHECK_LENGTH, plan.spec.max_positions)
+    if plan.recipe.score is not None:
+        suite = load_suite(plan.recipe.score.suite)
+        return eval_windows(
+            suite.text, tokenizer, windows=min(CHECK_WINDOWS, suite.windows), length=min(longest, suite.length)
+        )
+    text = plan.recipe.calibration
+    return calibration_windows(
+        text.dataset,
+        tokenizer,
+        samples=min(CHECK_WINDOWS, text.samples),
+        length=min(longest, text.length),
+        seed=plan.recipe.seed,
+    )

@@ -1,0 +1,42 @@
+"""One artifact of a plan, written from the journal's codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from compress import __version__
+from compress.containers import CONTAINERS, Options, WriteRequest
+from compress.plan.plan import Plan
+from compress.recipe.schema import Export
+from compress.streaming.journal import Journal
+from compress.weights import Packed
+
+
+def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: Callable[[float], None]) -> list[Path]:
+    """Write one container into `folder`. Returns its weight files."""
+    container = CONTAINERS[export.container]
+    done = 0
+
+    def fetch(name: str) -> Packed:
+        nonlocal done
+        done += 1
+        progress(done / len(plan.tensors))
+        return journal.fetch(name)
+
+    path = folder / container.file_name(plan.recipe.name, export.name)
+    options = Options(max_shard_size=export.max_shard_size, name=plan.recipe.name, dtype=plan.own_codec)
+    return container.write(WriteRequest(path, plan.spec, plan.tensors, fetch, plan.source, options, provenance(plan)))
+
+
+def provenance(plan: Plan) -> dict[str, str]:
+    """What a file says about where it comes from."""
+    text = plan.recipe.calibration
+    read = f"{text.dataset}, {text.samples} x {text.length} tokens, seed {plan.recipe.seed}"
+    return {
+        "compress.version": __version__,
+        "compress.model": plan.recipe.model,
+        "compress.recipe": plan.recipe.name,
+        "compress.recipe_digest": plan.recipe.digest(),
+        "compress.calibration": read if plan.needs_calibration else "none",
+    }

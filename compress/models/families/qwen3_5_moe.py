@@ -1,0 +1,34 @@
+"""Qwen3.5 and 3.6, mixtures of experts: as Qwen3-Next, with separate projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.models.config import Config
+from compress.models.families.qwen3_next import BIASES, DEFAULTS, HEADS, experts, gguf_problems, mixer
+from compress.models.families.qwen3_next import gguf_keys as next_keys
+from compress.models.spec import Block, Family, Gguf
+
+MODULE = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet"
+
+
+def block(c: Config, layer: int) -> Block:
+    return mixer(c, layer, MODULE), experts(c)
+
+
+def gguf_keys(c: Config) -> Mapping[str, Any]:
+    """As Qwen3-Next's, and the sections of multimodal positions, which do not matter for text."""
+    sections = [*(c.parameter("mrope_section") or (11, 11, 10)), 0]
+    return {**next_keys(c), "rope.dimension_sections": tuple(sections[:4])}
+
+
+FAMILY = Family(
+    model_types=("qwen3_5_moe_text",),
+    hf_architecture="Qwen3_5MoeForCausalLM",
+    gguf=Gguf("qwen35moe", normalises=True, dense_layers=False, biases=BIASES, keys=gguf_keys, problems=gguf_problems),
+    block=block,
+    final_shift=1.0,
+    fixed_heads=HEADS,
+    defaults={**DEFAULTS, "num_experts": 256, "num_experts_per_tok": 8},
+)

@@ -1,0 +1,49 @@
+"""Rotary positions (RoPE, arXiv 2104.09864), in the layout of Hugging Face checkpoints: halves of a head."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from compress.errors import UnsupportedModel
+from compress.models.layers.rope import Rope
+
+
+@cache
+def _frequencies(rope: Rope) -> tuple[Tensor, float]:
+    """Angle a position of every pair of channels, float32 [dim / 2], and what cos and sin are multiplied by."""
+    if not rope.scaling:
+        exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+        return 1.0 / rope.theta**exponents, 1.0
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = rope.parameters.get("rope_type", rope.parameters.get("type"))
+    if kind not in ("linear", "llama3", "yarn"):
+        raise UnsupportedModel(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3, yarn")
+    fields = json.loads(rope.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies.float(), float(factor)
+
+
+@cache
+def rope_tables(rope: Rope, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [length, dim]."""
+    with torch.inference_mode(False):  # kept for later calls, some of which meet autograd
+        frequencies, factor = _frequencies(rope)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first channels of every head, as many as the tables have. x: [B, heads, T, head_dim]."""
+    dim = cos.shape[-1]
+    first, second = x[..., :dim].chunk(2, dim=-1)
+    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]  # both halves share their angles
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)

@@ -1,0 +1,193 @@
+"""Declarations of a transformer block's sub-layers: tensors, inputs, folds, axes, GGUF names. No torch.
+
+A block is a chain of residual sub-layers, x + f(norm(x)): a token mixer, then a feed-forward. A `Sublayer` says what one of
+them is made of, and everything outside `compress.models` reads that instead of taking names apart: which activations
+become known when, what multiplies the same input, what a scale may be folded into, what reads and writes the residual
+stream, what can be pruned together, what engines fuse, how GGUF calls and orders it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal
+
+from compress.models.layers.views import Map, Piece
+
+Place = Literal["attention.in", "attention.out", "ffn.in", "ffn.act"]
+"""A recipe's words for the inputs of a block's linears: what the mixer reads, what its output projection reads, what the
+feed-forward reads, what its down projection reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A dimension of a tensor that shrinks when parts of the model are pruned.
+
+    of: what is counted along it, "kv_heads", "experts" or a feed-forward ("mlp", "shared", "experts.3"), whose channels are
+    counted; run: entries a part.
+    """
+
+    of: str
+    run: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Activations that one group of linears multiplies.
+
+    key: unique in the block; width: n; stage: when they become known, counted within the sub-layer: those of a stage depend
+    on linears of earlier stages only; place: the recipe's word; signs: inputs of a block with the same word share the
+    random signs of their Hadamard transforms. expert: the routed expert, whose tokens these are; pool: the key whose
+    moments stand in for an expert that saw few tokens; part_of: the key of the activations that these are some rows of;
+    counts: these rows are counted as the expert's tokens.
+    made_by: tensors whose rows produce the channels, so that a scale may be folded into them; heads, head_dim: channels are
+    ordered [groups, heads, head_dim] where several share a producing row of [groups, head_dim].
+    """
+
+    key: str
+    width: int
+    stage: int
+    place: Place
+    signs: str
+    expert: int | None = None
+    pool: str | None = None
+    part_of: str | None = None
+    counts: bool = False
+    made_by: tuple[str, ...] = ()
+    heads: int = 1
+    head_dim: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Where a tensor lies in a checkpoint that fuses it: rows start..stop of entry `index` of tensor `name`, relative to
+    the block. transposed: stored as [in, out]."""
+
+    name: str
+    index: int | None = None
+    start: int = 0
+    stop: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of a sub-layer; names are relative to its block.
+
+    input: key of the activations it multiplies, None for norms, biases and what no solver sees. reads: the norm through
+    which it reads the residual stream; writes: what it computes is added to the stream; alone: and stands for all that
+    its sub-layer adds, so that it can make up for what the stream lags. stream_norm: a norm of the stream itself.
+    values: the dimension that a rotation of value heads turns. shift: what the model adds to the stored numbers.
+    axes: of each dimension, what shrinks it. fused: what engines multiply it together with, in words. slices: where it lies
+    in checkpoints that fuse it. pieces: how GGUF stores it, where that is not the tensor as it is, under `gguf`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    gguf: str
+    input: str | None = None
+    expert: int | None = None
+    reads: str | None = None
+    writes: bool = False
+    alone: bool = False
+    stream_norm: bool = False
+    values: int | None = None
+    shift: float = 0.0
+    axes: tuple[Axis | None, ...] = ()
+    fused: str | None = None
+    slices: tuple[Slice, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+
+
+GgufValue = int | float | bool | str | tuple[int, ...] | tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Base of all sub-layers: x + f(norm(x)) of the residual stream x, [..., hidden].
+
+    norm, norm_gguf: the norm in front; norm_shift: what the model adds to its stored weights.
+    """
+
+    hidden: int
+    norm: str
+    norm_gguf: str
+    norm_shift: float = field(default=0.0, kw_only=True)
+    half: ClassVar[str]
+    """"attention" or "ffn": its place in the block, for messages and files."""
+    forward: ClassVar[str]
+    """The module of `compress.models.forward` that computes it."""
+
+    def inputs(self) -> Iterator[Input]:
+        """All inputs, stage by stage."""
+        raise NotImplementedError
+
+    def tensors(self) -> Iterator[Weight]:
+        """All tensors but the norm in front, in execution order."""
+        raise NotImplementedError
+
+    def gguf_keys(self) -> Mapping[str, GgufValue]:
+        """What GGUF's metadata says of it, keys without the architecture's name."""
+        return {}
+
+    @property
+    def routed(self) -> int:
+        """Routed experts, 0 where there are none."""
+        return 0
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """All tensors, the norm in front first."""
+        pieces = shifted(f"{self.norm_gguf}.weight", self.norm_shift)
+        stream_norm = Weight(
+            f"{self.norm}.weight",
+            (self.hidden,),
+            "norms",
+            f"{self.norm_gguf}.weight",
+            stream_norm=True,
+            shift=self.norm_shift,
+            pieces=pieces,
+        )
+        return (stream_norm, *self.tensors())
+
+    @cached_property
+    def known(self) -> Mapping[str, Input]:
+        """The inputs by key."""
+        return {i.key: i for i in self.inputs()}
+
+    @cached_property
+    def signs(self) -> Mapping[str | None, str]:
+        """Key of an input -> the word under which it shares random signs."""
+        return {None: "", **{i.key: i.signs for i in self.known.values()}}
+
+    @cached_property
+    def stages(self) -> int:
+        """How many times inputs become known."""
+        return 1 + max(i.stage for i in self.known.values())
+
+
+def shifted(gguf: str, shift: float) -> tuple[Piece, ...]:
+    """GGUF holds norms as the model uses them."""
+    return (Piece(gguf, map=Map("shift", shift)),) if shift else ()
+
+
+def linear(
+    name: str, rows: int, columns: int, role: str, gguf: str, key: str, bias: bool = False, **facts: object
+) -> Iterator[Weight]:
+    """A linear's weight and, where it has one, its bias, which shares its rows' facts."""
+    weight = Weight(f"{name}.weight", (rows, columns), role, f"{gguf}.weight", key, **facts)  # type: ignore[arg-type]
+    yield weight
+    if bias:
+        yield Weight(
+            f"{name}.bias",
+            (rows,),
+            "biases",
+            f"{gguf}.bias",
+            expert=weight.expert,
+            writes=weight.writes,
+            values=0 if weight.values == 0 else None,
+            axes=weight.axes[:1],
+            pieces=tuple(piece.of_rows() for piece in weight.pieces),
+        )

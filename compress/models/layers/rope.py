@@ -1,0 +1,96 @@
+"""Rotary position embeddings (RoPE, arXiv 2104.09864) and their scalings, as a config gives them. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a model.
+
+    dim: channels of a head that turn, the first; theta: base; max_positions: of the model; scaling: the config's rope
+    parameters as JSON, "" for none; config: config.json as JSON, from which transformers computes scaled frequencies.
+    """
+
+    dim: int
+    theta: float
+    max_positions: int
+    scaling: str = ""
+    config: str = ""
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Any]:
+        """The scaling's own."""
+        return json.loads(self.scaling) if self.scaling else {}
+
+    @property
+    def type(self) -> str:
+        return str(self.parameters.get("rope_type") or self.parameters.get("type") or "default")
+
+    def gguf_keys(self) -> Mapping[str, Any]:
+        """Metadata, scaling included."""
+        keys: dict[str, Any] = {"rope.dimension_count": self.dim, "rope.freq_base": self.theta}
+        scaling = self.parameters
+        if self.type in ("linear", "yarn"):
+            keys |= {"rope.scaling.type": self.type, "rope.scaling.factor": float(scaling["factor"])}
+        if self.type == "yarn":
+            original = int(scaling.get("original_max_position_embeddings") or self.max_positions)
+            keys |= {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": self.yarn_attention}
+        return keys
+
+    def problems(self, arch: str, llama3: bool) -> list[str]:
+        """Why llama.cpp's architecture `arch` cannot say this scaling; llama3: it reads that one's factors."""
+        if self.type in ("default", "linear", "dynamic"):
+            return []
+        if self.type == "llama3":
+            return [] if llama3 else [f"llama.cpp's {arch} has no llama3 rope scaling"]
+        if self.type != "yarn":
+            return [f"rope scaling {self.type!r} cannot be expressed in GGUF for {arch}"]
+        unusual = []
+        if (self.parameters.get("beta_fast") or 32, self.parameters.get("beta_slow") or 1) != (32, 1):
+            unusual.append("beta_fast and beta_slow other than 32 and 1")  # keys exist, these architectures ignore them
+        if self.parameters.get("truncate", True) is False:
+            unusual.append("truncate: false")
+        return [f"llama.cpp's yarn for {arch} has no {' and no '.join(unusual)}"] if unusual else []
+
+    @property
+    def yarn_attention(self) -> float:
+        """llama.cpp's attn_factor, which multiplies yarn's own 1 + 0.1 ln(factor); transformers takes it as the whole."""
+        scaling = self.parameters
+        own = 1.0 + 0.1 * math.log(float(scaling["factor"]))
+
+        def mscale(value: float) -> float:  # transformers' get_mscale
+            return 1.0 + (own - 1.0) * value
+
+        if scaling.get("attention_factor") is not None:
+            return float(scaling["attention_factor"]) / own
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            return mscale(float(scaling["mscale"])) / mscale(float(scaling["mscale_all_dim"])) / own
+        return 1.0
+
+    def llama3_factors(self) -> np.ndarray | None:
+        """Llama 3's frequency divisors, float32 [dim / 2], GGUF's rope_freqs.weight; None for other scalings."""
+        import numpy as np
+
+        if self.type != "llama3":
+            return None
+        scaling = self.parameters
+        factor = float(scaling.get("factor", 8.0))
+        low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
+        original = float(scaling.get("original_max_position_embeddings", 8192))
+        wavelength = 2 * math.pi * self.theta ** (np.arange(0, self.dim, 2) / self.dim)
+        smooth = (original / wavelength - low) / (high - low)
+        middle = 1.0 / ((1.0 - smooth) / factor + smooth)
+        out = np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, middle))
+        return out.astype(np.float32)

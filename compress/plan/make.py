@@ -1,0 +1,150 @@
+"""Recipe + model -> Plan: a recipe proved legal for its model, in one pass over the model's tensors. No weights, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from compress.codecs.names import codec_info
+from compress.containers import Container
+from compress.errors import OutputError, PlanError, UnsupportedModel
+from compress.models.checkpoint import FLOAT_CODEC, Checkpoint, checkpoint_problems
+from compress.models.locate import model_location
+from compress.models.spec import ModelSpec, load_spec
+from compress.plan.checks import container_problems, narrow_calibration, step_problems, text_problems
+from compress.plan.plan import Plan
+from compress.plan.planner import Planner
+from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
+from compress.plan.tensor import PlannedTensor
+from compress.recipe.schema import Recipe
+from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
+
+
+def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None = None) -> Plan:
+    """Prove a recipe legal for its model.
+
+    weights=True also demands that every tensor is in the checkpoint with the shape the config implies; spec: the model
+    that a survey has left of it, where a step changes its shape.
+    Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
+    """
+    checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
+    original = load_spec(checkpoint.config)
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method is not None:
+        raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
+    turned = original.untied() if recipe.step("rotate") else original
+    problems = step_problems(recipe) + text_problems(recipe, original)
+    steps = cuts(recipe, turned).values()
+    problems += reduction_problems(turned, *steps) if any(steps) else container_problems(recipe, turned)
+    if problems:
+        raise PlanError(problems)
+    own = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
+    shapes: tuple[Reduction, ...] = ()
+    planner = Planner(recipe, checkpoint, own)
+    if spec is None:
+        spec, shapes = _shape(planner, turned)
+    decided = planner.decide(spec)
+    tensors, problems = decided.tensors, list(decided.problems)
+    if weights:
+        problems += checkpoint_problems(original, checkpoint)
+    problems += _storage_problems(recipe, spec, tensors)
+    if problems := list(dict.fromkeys(problems)):
+        raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
+    savings = _structural_savings(planner, turned)
+    savings += shrinking(tensors, recipe.containers, own)
+    warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
+    warnings += _warnings(recipe, spec, original, tensors, own) + [str(line) for line in savings if line.nothing]
+    warnings += narrow_calibration(recipe)
+    source = sum(2 * t.parameters for t in original.tensors())
+    if checkpoint.entries:
+        source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
+    stamp = tuple(
+        sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
+    )
+    return Plan(
+        recipe, original, spec, checkpoint.folder, tensors, tuple(warnings), source, own, stamp, savings, shapes
+    )
+
+
+def _shape(planner: Planner, spec: ModelSpec) -> tuple[ModelSpec, tuple[Reduction, ...]]:
+    """The model that steps leave of `spec`, as far as that is known, and every shape of it that can be stored: a survey
+    chooses among these. Where none can, the likeliest, for its problems to be told."""
+    recipe = planner.recipe
+    steps = cuts(recipe, spec)
+    if not any(steps.values()):
+        return spec, ()
+
+    def legal(shape: Reduction) -> bool:
+        left = reduced(spec, shape)
+        sketch = planner.sketch(left)
+        return sketch.sound and not _storage_problems(recipe, left, sketch.one_of_each())
+
+    found = candidates(spec, *steps.values())
+    shapes = tuple(shape for shape in found if legal(shape)) if len(found) > 1 else found
+    return reduced(spec, likeliest(spec, shapes or found, steps["prune_structured"])), shapes
+
+
+def _storage_problems(recipe: Recipe, spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[str]:
+    """Why a container cannot hold a model or its tensors as planned."""
+    problems = container_problems(recipe, spec)
+    for container in sorted(recipe.containers, key=lambda c: c.name):
+        try:
+            container.check_plan(spec, tensors)
+        except OutputError as error:
+            problems.append(f"{container.name}: {error}")
+    return problems
+
+
+def cuts(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
+    """The options of the steps that change the shape of `spec`, by kind, None for those the recipe does not have."""
+    steps = {kind: recipe.step(kind) for kind in STRUCTURAL}
+    if steps["prune_structured"] is not None and _heads_stay(recipe, spec):
+        steps["prune_structured"] = channels_only(spec, *steps.values())
+    return steps
+
+
+def _heads_stay(recipe: Recipe, spec: ModelSpec) -> str | None:
+    """Why no head can go, or None."""
+    engines = (why for container in recipe.containers if (why := container.heads_stay(spec)))
+    return spec.family.fixed_heads or next(engines, None)
+
+
+def _structural_savings(planner: Planner, spec: ModelSpec) -> tuple[Saving, ...]:
+    """What the steps save that leave a model of another shape, in the codecs of the recipe."""
+    recipe = planner.recipe
+    steps: dict[str, Any] = dict.fromkeys(STRUCTURAL)
+    chain = [("", spec)]
+    for kind, options in cuts(recipe, spec).items():
+        if options is not None:
+            steps[kind] = options
+            found = candidates(spec, *steps.values())
+            chain.append((kind, reduced(spec, likeliest(spec, found, steps["prune_structured"]))))
+
+    def size(container: Container, model: ModelSpec) -> int:
+        return planner.sketch(model).size(container)
+
+    return structural(chain, recipe.containers, size) if len(chain) > 1 else ()
+
+
+def _warnings(
+    recipe: Recipe, spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], own: str
+) -> list[str]:
+    """What users should know before they start."""
+    warnings = [line for container in recipe.containers for line in container.caveats(spec)]
+    structured = recipe.step("prune_structured")
+    if structured is not None and structured.ratio is not None and (why := _heads_stay(recipe, spec)):
+        warnings.append(f"{why}: heads stay, channels alone make up the {structured.ratio:.0%} of prune_structured")
+    if original.tied and not spec.tied:
+        warnings.append("rotate unties the head from the embeddings: both are stored")
+    if any(codec_info(t.codec).kind != "float" for t in tensors):
+        warnings += [
+            f"{container.name} is dense: decoded weights are rounded to the checkpoint's own type ({own})"
+            for container in recipe.containers
+            if container.dense
+        ]
+    for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
+        warnings.append(
+            f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
+        )
+    return warnings
