@@ -42,6 +42,8 @@ class Moments:
         magnitudes: bool = False,
         device: torch.device | None = None,
     ) -> Moments:
+        """Nothing seen yet, of what is asked for; on the CPU unless a device is given."""
+
         def sums(*shape: int) -> Tensor:
             return torch.zeros(*shape, device=device)
 

@@ -40,7 +40,7 @@ class IQ1_M(SignedCodec[SuperBlockGrid]):
         words = unpack_words(blocks[:, 48:], 2)
         d = pack_words(((words >> 12) << (4 * fields)).sum(1, keepdim=True), 2).view(torch.float16).float()
         s = ((words[..., None] >> (3 * fields)) & 7).reshape(-1, 16).float()
-        units = self.points.to(blocks.device)[blocks[:, :32].long() | (nibble.long() << 8)].reshape(-1, 256)
+        units = self.points_on(blocks.device)[blocks[:, :32].long() | (nibble.long() << 8)].reshape(-1, 256)
         return units, d * self.scale_rule.multiplier(s), None
 
 

@@ -71,7 +71,7 @@ class IQ1_S(SignedCodec[ShiftedGrid]):
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         words = unpack_words(blocks[:, 34:], 2)
         high = (words[..., None] >> (3 * torch.arange(4, device=blocks.device))) & 7
-        units = self.points.to(blocks.device)[blocks[:, 2:34].long() | (high.reshape(-1, 32) << 8)]
+        units = self.points_on(blocks.device)[blocks[:, 2:34].long() | (high.reshape(-1, 32) << 8)]
         scale = read_half(blocks, 0) * _Unshifted.scale_rule.multiplier(((words >> 12) & 7).float())
         return units.reshape(-1, 256), scale, -(scale * torch.where(words >> 15 > 0, -SHIFT, SHIFT))
 

@@ -30,7 +30,7 @@ class IQ2_S(FreeSignCodec[SuperBlockGrid]):
         index = blocks[:, 2:34].long() | (high.reshape(-1, 32) << 8)
         signs = 1.0 - 2.0 * unpack_bits(blocks[:, 34:66]).float()
         s = torch.stack((blocks[:, 74:] & 0xF, blocks[:, 74:] >> 4), dim=2).reshape(-1, 16).float()
-        units = (self.points.to(blocks.device)[index] * signs).reshape(-1, 256)
+        units = (self.points_on(blocks.device)[index] * signs).reshape(-1, 256)
         return units, read_half(blocks, 0) * self.scale_rule.multiplier(s), None
 
 

@@ -26,7 +26,7 @@ class IQ2_XS(LatticeCodec[SuperBlockGrid]):
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:
         words = unpack_words(blocks[:, 2:66], 2)
-        units = (self.points.to(blocks.device)[words & 511] * unpack_signs(words >> 9)).reshape(-1, 256)
+        units = (self.points_on(blocks.device)[words & 511] * unpack_signs(words >> 9)).reshape(-1, 256)
         s = torch.stack((blocks[:, 66:] & 0xF, blocks[:, 66:] >> 4), dim=2).reshape(-1, 16).float()
         return units, read_half(blocks, 0) * self.scale_rule.multiplier(s), None
 

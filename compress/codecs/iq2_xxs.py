@@ -29,7 +29,7 @@ class IQ2_XXS(LatticeCodec[SuperBlockGrid]):
         fields = torch.arange(4, device=blocks.device)
         index = (words[..., :1] >> (8 * fields)) & 0xFF
         signs = unpack_signs((words[..., 1:] >> (7 * fields)) & 0x7F)
-        units = (self.points.to(blocks.device)[index] * signs).reshape(-1, 256)
+        units = (self.points_on(blocks.device)[index] * signs).reshape(-1, 256)
         return units, read_half(blocks, 0) * self.scale_rule.multiplier((words[..., 1] >> 28).float()), None
 
 

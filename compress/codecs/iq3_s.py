@@ -35,7 +35,7 @@ class IQ3_S(FreeSignCodec[SuperBlockGrid]):
         index = blocks[:, 2:66].long() | (unpack_bits(blocks[:, 66:74]).long().reshape(-1, 64) << 8)
         signs = 1.0 - 2.0 * unpack_bits(blocks[:, 74:106]).float()
         s = torch.stack((blocks[:, 106:] & 0xF, blocks[:, 106:] >> 4), dim=2).reshape(-1, 8).float()
-        units = self.points.to(blocks.device)[index].reshape(-1, 256) * signs.reshape(-1, 256)
+        units = self.points_on(blocks.device)[index].reshape(-1, 256) * signs.reshape(-1, 256)
         return units, read_half(blocks, 0) * self.scale_rule.multiplier(s), None
 
 

@@ -25,7 +25,7 @@ class IQ3_XXS(LatticeCodec[SuperBlockGrid]):
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:
         words = unpack_words(blocks[:, 66:], 4)
         signs = unpack_signs((words[..., None] >> (7 * torch.arange(4, device=blocks.device))) & 0x7F)
-        units = self.points.to(blocks.device)[blocks[:, 2:66].long()].reshape(-1, 256) * signs.reshape(-1, 256)
+        units = self.points_on(blocks.device)[blocks[:, 2:66].long()].reshape(-1, 256) * signs.reshape(-1, 256)
         return units, read_half(blocks, 0) * self.scale_rule.multiplier((words >> 28).float()), None
 
 

@@ -26,7 +26,7 @@ class IQ4_XS(NonLinear4[SuperBlockGrid]):
         high = (unpack_words(blocks[:, 2:4], 2) >> (2 * torch.arange(8, device=blocks.device))) & 3
         low = torch.stack((blocks[:, 4:8] & 0xF, blocks[:, 4:8] >> 4), dim=2).reshape(-1, 8)
         scales = (low + (high << 4)).float() - 32
-        units = self.levels[unpack_nibbles(blocks[:, 8:].reshape(-1, 8, 16)).reshape(-1, 256).long()]
+        units = self.levels.on(blocks.device)[unpack_nibbles(blocks[:, 8:].reshape(-1, 8, 16)).reshape(-1, 256).long()]
         return units, read_half(blocks, 0) * scales, None
 
 

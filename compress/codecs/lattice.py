@@ -16,6 +16,7 @@ from torch import Tensor
 from compress.codecs.base import BlockCodec
 from compress.codecs.grid import G
 from compress.codecs.scales import TINY
+from compress.codecs.tables import Table
 
 SHORTLIST = 10  # candidates that the exact metric re-ranks
 
@@ -40,24 +41,30 @@ class TableCodec(BlockCodec[G]):
         return torch.from_numpy(source.grid.copy()).float().reshape(source.grid_shape)
 
     @cached_property
-    def _lookup(self) -> tuple[Tensor, Tensor]:
-        """Sorted distinct magnitudes, and the table from mixed-radix digits to the row of `points`."""
+    def _points(self) -> Table:
+        return Table(self.points)
+
+    def points_on(self, device: torch.device) -> Tensor:
+        """`points` on a device."""
+        return self._points.on(device)
+
+    @cached_property
+    def _lookup(self) -> tuple[Table, Table, Table]:
+        """Sorted distinct magnitudes, the places of their digits, and the table from the numbers that these make to the
+        row of `points`."""
         levels = self.points.unique()
         digits = torch.bucketize(self.points, levels)
-        keys = (digits * self._radix(len(levels))).sum(1)
+        radix = len(levels) ** torch.arange(self.points.shape[1])
+        keys = (digits * radix).sum(1)
         table = torch.full((len(levels) ** self.points.shape[1],), -1, dtype=torch.int64)
         table[keys] = torch.arange(len(self.points))
-        return levels, table
-
-    def _radix(self, base: int) -> Tensor:
-        return base ** torch.arange(self.points.shape[1])
+        return Table(levels), Table(radix), Table(table)
 
     def index(self, units: Tensor) -> Tensor:
         """float32 units [..., width] -> rows of `points`, int64 [...]."""
-        levels, table = self._lookup
-        levels, table = levels.to(units.device), table.to(units.device)
+        levels, radix, table = (t.on(units.device) for t in self._lookup)
         digits = torch.bucketize(units if self.signed else units.abs(), levels)
-        return table[(digits * self._radix(len(levels)).to(units.device)).sum(-1)]
+        return table[(digits * radix).sum(-1)]
 
     # -- scales ------------------------------------------------------------------------------------------------
     def fit(self, weight: Tensor, importance: Tensor) -> G:
@@ -120,7 +127,7 @@ class LatticeCodec(TableCodec[G]):
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
-        points = self.points.to(target.device)
+        points = self.points_on(target.device)
         magnitude = target.abs()
         negative = target < 0
         odd = (negative.sum(1) & 1).bool()
@@ -145,7 +152,7 @@ class LatticeCodec(TableCodec[G]):
 
     def _correlations(self, magnitude: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per group and point: sum w m p, sum w p^2 and the cheapest w m p; each [N, K]."""
-        points = self.points.to(magnitude.device)
+        points = self.points_on(magnitude.device)
         pull = weight * magnitude
         cheapest = pull[:, :1] * points[:, 0]
         for i in range(1, points.shape[1]):
@@ -167,7 +174,7 @@ class LatticeCodec(TableCodec[G]):
     def _shortlist(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor, keep: int) -> Tensor:
         """The `keep` best points under the diagonal metric, with signs: [N, keep, 8]. Exact for keep = 1; a longer
         list, which is ranked again, is chosen before the price of the flip is added."""
-        points = self.points.to(magnitude.device)
+        points = self.points_on(magnitude.device)
         pull = weight * magnitude
         if keep == 1:
             dot, square, cheapest = self._correlations(magnitude, weight)
@@ -189,7 +196,7 @@ class LatticeCodec(TableCodec[G]):
             ):
                 best = cost.topk(keep, dim=1, largest=False, sorted=True)
                 flips = torch.full_like(odd, flip)
-                out.append((best.values, self._flip(self.points.to(m.device)[best.indices], w * m, neg, flips)))
+                out.append((best.values, self._flip(self.points_on(m.device)[best.indices], w * m, neg, flips)))
         combos, costs = [], []
         for first, second, wanted in (
             (plain[0], plain[1], ~odd),
@@ -216,7 +223,7 @@ class FreeSignCodec(TableCodec[G]):
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
-        points = self.points.to(target.device)
+        points = self.points_on(target.device)
         magnitude, sign = target.abs(), torch.where(target < 0, -1.0, 1.0)
         pull = weight * magnitude
         square = weight @ (points**2).T  # [K] or [N, K]
@@ -233,7 +240,7 @@ class FreeSignCodec(TableCodec[G]):
         return units.gather(1, cost.argmin(1)[:, None, None].expand(-1, 1, self.step))[:, 0]
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        points = self.points.to(groups.device)
+        points = self.points_on(groups.device)
         return [((weight * groups.abs()) @ points.T, weight @ (points**2).T)]
 
 
@@ -246,7 +253,7 @@ class SignedCodec(TableCodec[G]):
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
-        points = self.points.to(target.device)
+        points = self.points_on(target.device)
         chunk = max(1, (1 << 21) // len(points))
         if metric is not None:
             square, pull = ((points @ metric) * points).sum(1), target @ metric
@@ -261,7 +268,7 @@ class SignedCodec(TableCodec[G]):
         return out
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        points = self.points.to(groups.device)
+        points = self.points_on(groups.device)
         return [((weight * groups) @ points.T, weight @ (points**2).T)]
 
     def _starts(self, weight: Tensor, importance: Tensor) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.codecs.base import ScalarCodec
 from compress.codecs.bits import pack_nibbles, u8, unpack_nibbles
 from compress.codecs.grid import ScaleGrid
+from compress.codecs.tables import Table
 
 # kvalues_mxfp4, ggml-common.h, in rising order without the second zero
 LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
@@ -29,15 +30,16 @@ def power_of_two(wanted: Tensor) -> Tensor:
 class MXFP4(ScalarCodec[ScaleGrid]):
     name, span, sub, block_bytes = "mxfp4", 32, 32, 17
     low, high = LEVELS[0], LEVELS[-1]
-    levels = torch.tensor(LEVELS, dtype=torch.float32)
-    codes = torch.tensor(CODES, dtype=torch.uint8)
-    _edges = (levels[1:] + levels[:-1]) / 2
+    levels = Table(torch.tensor(LEVELS, dtype=torch.float32))
+    codes = Table(torch.tensor(CODES, dtype=torch.uint8))
+    _edges = Table((levels.values[1:] + levels.values[:-1]) / 2)
+    _decoded = Table(torch.zeros(16).scatter_(0, codes.values.long(), levels.values))  # by code
 
     def index(self, units: Tensor) -> Tensor:
-        return torch.bucketize(units.contiguous(), self._edges.to(units.device))
+        return torch.bucketize(units.contiguous(), self._edges.on(units.device))
 
     def round(self, target: Tensor) -> Tensor:
-        return self.levels.to(target.device)[self.index(target)]
+        return self.levels.on(target.device)[self.index(target)]
 
     def _search_scale(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Every power of two that can be best, from one that clips nothing down to one that clips to a sixteenth."""
@@ -63,14 +65,13 @@ class MXFP4(ScalarCodec[ScaleGrid]):
 
     def pack_blocks(self, units: Tensor, grid: ScaleGrid) -> Tensor:
         exponent = torch.frexp(grid.scale)[1] - 1
-        codes = self.codes.to(units.device)[self.index(units)]
+        codes = self.codes.on(units.device)[self.index(units)]
         return torch.cat((u8(exponent - SMALLEST), pack_nibbles(codes)), dim=1)
 
     def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, None]:
-        table = torch.zeros(16, device=blocks.device)
-        table[self.codes.long()] = self.levels.to(blocks.device)
         scale = torch.ldexp(torch.ones(len(blocks), 1, device=blocks.device), blocks[:, :1].int() + SMALLEST)
-        return table[unpack_nibbles(blocks[:, 1:]).long()], scale, None
+        units = self._decoded.on(blocks.device)[unpack_nibbles(blocks[:, 1:]).long()]
+        return units, scale, None
 
 
 CODEC = MXFP4()

@@ -20,6 +20,7 @@ from compress.codecs.base import Rows, ScalarCodec
 from compress.codecs.grid import DoubleQuantizedGrid, ScaleGrid
 from compress.codecs.lookup import look_up
 from compress.codecs.scales import TINY
+from compress.codecs.tables import Table
 from compress.weights import Packed
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -62,11 +63,13 @@ class FourBit(ScalarCodec[BlockGrid]):
     def __init__(self, name: str, table: Sequence[float] | Tensor, *, nested: bool):
         self.name, self.nested = name, nested
         self.table = torch.as_tensor(table, dtype=torch.float32)
-        self._order = self.table.argsort(stable=True)
-        self._sorted = self.table[self._order]
-        self._edges = (self._sorted[1:] + self._sorted[:-1]) / 2
         self.absmax_map = dynamic_map()
-        self.map_edges = (self.absmax_map[1:] + self.absmax_map[:-1]) / 2
+        order = self.table.argsort(stable=True)
+        rising = self.table[order]
+        self._levels, self._order, self._sorted = Table(self.table), Table(order), Table(rising)
+        self._edges = Table((rising[1:] + rising[:-1]) / 2)
+        self.nested_levels = Table(self.absmax_map)
+        self.nested_edges = Table((self.absmax_map[1:] + self.absmax_map[:-1]) / 2)
 
     def bits_per_weight(self, in_features: int) -> float:
         return 4 + 8 * (1 + 4 / NESTED_BLOCK if self.nested else 4) / BLOCK
@@ -74,12 +77,12 @@ class FourBit(ScalarCodec[BlockGrid]):
     # -- levels ------------------------------------------------------------------------------------------------
     def round(self, target: Tensor) -> Tensor:
         """Nearest level; halfway cases go down, as in bitsandbytes."""
-        return self._sorted.to(target.device)[torch.bucketize(target.contiguous(), self._edges.to(target.device))]
+        return self._sorted.on(target.device)[torch.bucketize(target.contiguous(), self._edges.on(target.device))]
 
     def codes(self, units: Tensor) -> Tensor:
         """Codes of levels, int64. FP4 has a code for -0.0, which differs from 0.0 in its sign bit alone."""
         apart = torch.where((units == 0) & units.signbit(), torch.full_like(units, TINY), units)
-        return self._order.to(units.device)[torch.bucketize(apart.contiguous(), self._edges.to(units.device))]
+        return self._order.on(units.device)[torch.bucketize(apart.contiguous(), self._edges.on(units.device))]
 
     # -- scales ------------------------------------------------------------------------------------------------
     def rounding(self, weight: Tensor, importance: Tensor) -> tuple[BlockGrid, Tensor]:
@@ -104,13 +107,14 @@ class FourBit(ScalarCodec[BlockGrid]):
         nested = padded.abs().amax(1)
         ratio = deviation * _per_scale(torch.where(nested > 0, 1.0 / nested, nested), len(flat))
         bins = ((ratio + 1) * (_BINS / 2) + 0.5).floor()
-        codes = torch.bucketize(bins * 2 / _BINS - 1, self.map_edges.to(scale.device))
+        codes = torch.bucketize(bins * 2 / _BINS - 1, self.nested_edges.on(scale.device))
         codes = torch.where(_per_scale(nested, len(flat)) > 0, codes, torch.zeros_like(codes)).reshape(scale.shape)
         return self.nested_grid(codes, nested, mean.reshape(1))
 
     def nested_grid(self, codes: Tensor, nested: Tensor, mean: Tensor) -> DoubleQuantizedGrid:
         """The grid of quantized scales: codes int64 [R, J], nested float32 [ceil(R J / 256)], mean float32 [1]."""
-        values = self.absmax_map.to(codes.device)[codes] * _per_scale(nested, codes.numel()).reshape(codes.shape) + mean
+        shared = _per_scale(nested, codes.numel()).reshape(codes.shape)
+        values = self.nested_levels.on(codes.device)[codes] * shared + mean
         return DoubleQuantizedGrid(values, codes, nested, mean)
 
     def rescaled(self, grid: BlockGrid, factor: Tensor, offset_factor: Tensor | None = None) -> BlockGrid:
@@ -159,7 +163,7 @@ class FourBit(ScalarCodec[BlockGrid]):
             grid = self.nested_grid(parts["absmax"].long(), parts["nested_absmax"], parts["offset"])
         else:
             grid = ScaleGrid(parts["absmax"])
-        return self.decode(self.table.to(codes.device)[codes.int()], grid)
+        return self.decode(self._levels.on(codes.device)[codes.int()], grid)
 
     def decode_rows(
         self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
@@ -167,7 +171,9 @@ class FourBit(ScalarCodec[BlockGrid]):
         """See Codec."""
         data = parts["codes"][rows].to(torch.int32)
         values = look_up(data, _pairs(self, data.device)).reshape(len(data), -1, BLOCK)
-        scales = _nested_scales(parts, rows) if self.nested else parts["absmax"][rows]
+        scales = (
+            _nested_scales(self.nested_levels.on(data.device), parts, rows) if self.nested else parts["absmax"][rows]
+        )
         return values.mul_(scales[..., None]).reshape(len(data), shape[1]).to(dtype), None
 
 
@@ -193,7 +199,7 @@ class _NestedLevels(_AnyLevels):
         self.codec, self.nested, self.mean = codec, grid.nested, grid.mean
         self.codes, self.found = grid.codes.clone(), grid.codes[:, 0]
         self.shared = _per_scale(grid.nested, grid.codes.numel()).reshape(grid.codes.shape)
-        self.levels, self.edges = (t.to(grid.scale.device) for t in (codec.absmax_map, codec.map_edges))
+        self.levels, self.edges = (t.on(grid.scale.device) for t in (codec.nested_levels, codec.nested_edges))
 
     def nearest(self, wanted: Tensor, block: int) -> Tensor:
         shared = self.shared[:, block]
@@ -212,17 +218,12 @@ def _per_scale(nested: Tensor, count: int) -> Tensor:
     return nested.repeat_interleave(NESTED_BLOCK)[:count]
 
 
-def _nested_scales(parts: Mapping[str, Tensor], rows: Rows) -> Tensor:
+def _nested_scales(levels: Tensor, parts: Mapping[str, Tensor], rows: Rows) -> Tensor:
     """Block scales of double quantization, float32 [k, blocks]: 256 of them share a scale, row after row."""
     codes, nested = parts["absmax"], parts["nested_absmax"]
     starts = torch.arange(len(codes), device=codes.device)[rows] * codes.shape[1]
     place = (starts[:, None] + torch.arange(codes.shape[1], device=codes.device)) // NESTED_BLOCK
-    return _dynamic_levels(codes.device)[codes[rows].long()] * nested[place] + parts["offset"]
-
-
-@cache
-def _dynamic_levels(device: torch.device) -> Tensor:
-    return dynamic_map().to(device)
+    return levels[codes[rows].long()] * nested[place] + parts["offset"]
 
 
 @cache

@@ -84,7 +84,7 @@ class SparseCodec(Codec):
     def decode_rows(
         self, shape: tuple[int, int], parts: Mapping[str, Tensor], rows: Rows, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """See Codec; rows: a slice, parts: also "starts", of `row_starts`.
+        """See Codec; rows: a slice, parts: also "starts", of `row_starts`, of which two numbers are read on the CPU.
 
         Every column looks up its value: where the values of its group of columns start, plus its place among those that
         stay there; all that do not look at a zero in front.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from math import lcm, prod
 from statistics import NormalDist
 
@@ -21,6 +21,7 @@ from compress.codecs.base import BlockCodec, Rows
 from compress.codecs.grid import ScaleGrid
 from compress.codecs.lookup import look_up
 from compress.codecs.scales import half
+from compress.codecs.tables import Table
 from compress.weights import Packed
 
 TILE = 16
@@ -187,9 +188,13 @@ class TrellisCodec(BlockCodec[ScaleGrid]):
     def bits_per_weight(self, in_features: int) -> float:
         return self.bits + 16.0 / in_features
 
-    def table(self, device: torch.device | None = None) -> Tensor:
+    @cached_property
+    def _table(self) -> Table:
+        return Table(code_table(self.state_bits, self.bits))
+
+    def table(self, device: torch.device) -> Tensor:
         """Value of every state, float32 [2^state_bits]."""
-        return code_table(self.state_bits, self.bits).to(device)
+        return self._table.on(device)
 
     # -- the solver's view -------------------------------------------------------------------------------------
     def fit(self, weight: Tensor, importance: Tensor) -> ScaleGrid:

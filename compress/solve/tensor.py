@@ -109,12 +109,11 @@ def solve_tensor(
     gram = None if statistics is None else statistics.gram
     target = weight if statistics is None else _corrected(weight, statistics, options.asks)
     if gram is None and options.needs_gram:
-        gram = torch.eye(
-            weight.shape[1], device=weight.device
-        )  # rows that are looked up, not multiplied: plain squared error
+        # rows that are looked up, not multiplied: plain squared error
+        gram = torch.eye(weight.shape[1], device=weight.device)
     incoherence = None
     if planned.incoherence:
-        incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed))
+        incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed), device=weight.device)
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
     order = column_order(planned)

@@ -50,7 +50,8 @@ def inverse_hadamard_transform(x: Tensor, dim: int = -1) -> Tensor:
 def random_signs(n: int, key: str) -> Tensor:
     """The +-1 of a randomised transform, float32 [n]: bits of SHAKE-256, eight to a byte from the lowest, set for -1.
 
-    Unlike a random generator's they are the same for ever, on every machine, and nothing keeps a state.
+    Unlike a random generator's they are the same for ever, on every machine, and nothing keeps a state. They are drawn on
+    the CPU and stay there: callers move them.
     """
     stream = torch.tensor(list(hashlib.shake_256(f"compress {key}".encode()).digest(-(-n // 8))), dtype=torch.uint8)
     bits = stream[:, None] >> torch.arange(8, dtype=torch.uint8) & 1

@@ -25,9 +25,11 @@ class Incoherence:
     signs_out: Tensor
 
     @classmethod
-    def draw(cls, m: int, n: int, seed_in: int, seed_out: int) -> Incoherence:
-        """Random signs for a weight [m, n]; the same seeds give the same signs on every machine and version."""
-        return cls(random_signs(n, f"signs {seed_in}"), random_signs(m, f"signs {seed_out}"))
+    def draw(cls, m: int, n: int, seed_in: int, seed_out: int, *, device: torch.device | None = None) -> Incoherence:
+        """Random signs for a weight [m, n] on `device` (default: the CPU); the same seeds give the same signs on every
+        machine, device and version."""
+        signs_in, signs_out = random_signs(n, f"signs {seed_in}"), random_signs(m, f"signs {seed_out}")
+        return cls(signs_in.to(device), signs_out.to(device))
 
     def weight(self, weight: Tensor) -> Tensor:
         """W [m, n] -> U W V^T, same dtype."""

@@ -62,7 +62,8 @@ class Rotation:
         """A tensor of the rotated model from the original's, which `load(name)` gives.
 
         Computed in float64; float32 comes back, float64 where it came in. Tensors that no rotation touches come back
-        as they were loaded. Raises KeyError for a name that the rotated model does not have.
+        as they were loaded. All stays on the device of what was loaded; a norm that becomes ones, for which nothing is, is
+        on the CPU. Raises KeyError for a name that the rotated model does not have.
         """
         spec = self.spec.by_name[name]
         if self._is_folded(spec):
@@ -73,7 +74,8 @@ class Rotation:
         turns = self._turns(spec)
         if not turns:
             return own
-        out = torch.empty(own.shape, dtype=torch.float64 if own.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
+        out = torch.empty(own.shape, dtype=dtype, device=own.device)
         # only embeddings and heads are large, and their rows do not mix
         rows = len(own) if any(dim == 0 for dim, _ in turns) else max(1, CHUNK // own.shape[1])
         for start in range(0, len(own), rows):

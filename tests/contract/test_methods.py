@@ -41,6 +41,7 @@ SHARED = {
     "packing",
     "grid",
     "lookup",
+    "tables",
     "scales",
     "refit",
     "factors",

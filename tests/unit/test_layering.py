@@ -50,6 +50,7 @@ PURE_MAY_IMPORT = {
         "codecs.names",
         "codecs.packing",
         "codecs.lookup",
+        "codecs.tables",
         *VALUES,
     ),
 }
