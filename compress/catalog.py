@@ -12,7 +12,7 @@ from compress.recipe.schema import Factorize, Prune
 from compress.recipe.schemes import SCHEMES
 from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS, RecoverOptions
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
-from compress.transforms.options import AwqOptions, RotateOptions, SmoothOptions
+from compress.transforms.options import SCALINGS, AwqOptions, RotateOptions, SmoothOptions
 
 REFERENCE = (4096, 4096)  # the matrix whose bits per weight are listed; scales of rows weigh more in smaller ones
 STEPS = {
@@ -67,7 +67,7 @@ def factorizers() -> tuple[Method, ...]:
 
 def steps() -> tuple[Method, ...]:
     """The other kinds of step, in the order a recipe has them."""
-    return tuple(Method(name, _about(options)) for name, options in STEPS.items())
+    return tuple(Method(name, _about(options)) for name, options in {**STEPS, **SCALINGS}.items())
 
 
 def codecs() -> tuple[CodecLine, ...]:

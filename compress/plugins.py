@@ -1,4 +1,4 @@
-"""Codecs and containers from outside the package: a Python file that the user names, on the command line or here."""
+"""Codecs, methods, scalings, containers and families from outside the package: a Python file that the user names, on the command line or here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _loaded: dict[str, str] = {}
 
 
 def load(path: str | Path) -> None:
-    """Run a Python file that calls `compress.codecs.register` or `compress.containers.register`; a second time for the
-    same bytes does nothing.
+    """Run a Python file that calls `register` of `compress.codecs`, `compress.containers`, `compress.models`,
+    `compress.solvers.options` or `compress.transforms.options`; a second time for the same bytes does nothing.
 
     Only ever called with what the user names: no recipe or checkpoint can make it run. Raises RecipeError.
     """

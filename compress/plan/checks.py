@@ -9,8 +9,9 @@ from compress.codecs.names import SPARSE_VALUES, codec_info
 from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
 from compress.models.spec import ModelSpec
 from compress.plan.allocation import KNAPSACK_SHARES
-from compress.recipe.schema import STEP_KINDS, Factorize, Prune, Recipe
+from compress.recipe.schema import STEP_ORDER, Factorize, Prune, Recipe
 from compress.text import find_data, load_definition, load_suite
+from compress.transforms.options import TransformOptions
 
 if TYPE_CHECKING:
     from compress.plan.tensor import PlannedTensor
@@ -56,16 +57,16 @@ def step_problems(recipe: Recipe) -> list[str]:
     if kinds.count("quantize") > 1:
         problems.append("more than one quantize step: a tensor can be quantized once; put all rules in one step")
     problems += [f"more than one {k} step" for k in dict.fromkeys(kinds) if k != "quantize" and kinds.count(k) > 1]
-    ranks = [STEP_KINDS.index(kind) for kind in kinds]
+    ranks = [STEP_ORDER.index(kind) for kind in kinds]
     if ranks != sorted(ranks):
-        wanted = ", ".join(sorted(dict.fromkeys(kinds), key=STEP_KINDS.index))
+        wanted = ", ".join(sorted(dict.fromkeys(kinds), key=STEP_ORDER.index))
         problems.append(f"steps: this order makes no sense, write them as {wanted}")
     if "recover" in kinds and "quantize" not in kinds:
         problems.append("steps: recover repairs what quantize did; add a quantize step before it")
     problems += [
-        f"steps: {kind} scales for what quantize rounds; add a quantize step behind it"
-        for kind in ("awq", "smooth")
-        if kind in kinds and "quantize" not in kinds
+        f"steps: {step.options.name} scales for what quantize rounds; add a quantize step behind it"
+        for step in recipe.steps
+        if isinstance(step.options, TransformOptions) and "quantize" not in kinds
     ]
     if "factorize" in kinds:
         problems += [

@@ -59,7 +59,7 @@ class Plan:
     @property
     def transforms(self) -> tuple[TransformOptions, ...]:
         """The scalings of every block, in order."""
-        return tuple(step.options for step in self.recipe.steps if step.kind in ("awq", "smooth"))
+        return tuple(step.options for step in self.recipe.steps if isinstance(step.options, TransformOptions))
 
     @property
     def recover(self) -> RecoverOptions | None:

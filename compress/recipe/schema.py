@@ -17,6 +17,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
+    ValidationError,
     model_validator,
 )
 
@@ -45,7 +47,7 @@ from compress.solvers.options import (
     SparseGptOptions,
 )
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
-from compress.transforms.options import AwqOptions, RotateOptions, SmoothOptions
+from compress.transforms.options import SCALINGS, AwqOptions, RotateOptions, SmoothOptions, TransformOptions
 
 if TYPE_CHECKING:
     from compress.models.spec import ModelSpec
@@ -178,6 +180,8 @@ class Step(Section):
     prune_structured: PruneStructuredOptions | None = None
     awq: AwqOptions | None = None
     smooth: SmoothOptions | None = None
+    scaling: SerializeAsAny[TransformOptions] | None = None
+    """A registered one, under its own name in YAML."""
     prune: Prune | None = None
     factorize: Factorize | None = None
     quantize: Quantize | None = None
@@ -197,13 +201,14 @@ class Step(Section):
             if isinstance(options, dict | None) and not {key, "rules"} & set(options or ()):
                 raise problem(f"this step says nothing; give it at least a {key} or rules")
         if isinstance(value, dict):
-            return {kind: {} if options is None else options for kind, options in value.items()}
+            given = {kind: {} if options is None else options for kind, options in value.items()}
+            return dict(_registered(kind, options) for kind, options in given.items())
         return value
 
     @property
     def kind(self) -> str:
         """The key that is set."""
-        return next(name for name in STEP_KINDS if getattr(self, name) is not None)
+        return next(name for name in STEP_ORDER if getattr(self, name) is not None)
 
     @property
     def options(self) -> Any:
@@ -211,7 +216,20 @@ class Step(Section):
         return getattr(self, self.kind)
 
 
-STEP_KINDS: tuple[str, ...] = tuple(Step.model_fields)
+STEP_ORDER: tuple[str, ...] = tuple(Step.model_fields)
+STEP_KINDS: tuple[str, ...] = tuple(kind for kind in STEP_ORDER if kind != "scaling")
+"""What a recipe calls them; registered scalings come on top."""
+
+
+def _registered(kind: str, options: Any) -> tuple[str, Any]:
+    """A step from outside as the value that it is, all others as they are."""
+    if kind in STEP_KINDS or kind not in SCALINGS:
+        return kind, options
+    try:
+        return "scaling", SCALINGS[kind].model_validate(options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise problem(f"{kind}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 class Export(Section):
@@ -273,4 +291,7 @@ class Recipe(Section):
     def digest(self) -> str:
         """sha256 (hex) of all that decides the bytes of the output; not `output`, `score` and `gate`."""
         decisive = self.model_dump(mode="json", exclude={"output", "score", "gate"})
+        for step in decisive["steps"]:  # recipes without one keep the digest they had before there were any
+            if step["scaling"] is None:
+                del step["scaling"]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

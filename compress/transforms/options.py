@@ -48,6 +48,18 @@ class SmoothOptions(TransformOptions):
     alpha: float = Field(0.5, ge=0, le=1, description="how much of the difficulty moves from activations to weights")
 
 
+SCALINGS: dict[str, type[TransformOptions]] = {"awq": AwqOptions, "smooth": SmoothOptions}
+
+
+def register(options: type[TransformOptions]) -> None:
+    """Make a scaling from outside known by its name, which is then a kind of step: a subclass of TransformOptions whose
+    `module` has a `search` like AWQ's. Raises ValueError when the name is taken."""
+    name = options.model_fields["name"].default
+    if SCALINGS.get(name, options) is not options:
+        raise ValueError(f"there is a step called {name} already; give yours another name")
+    SCALINGS[name] = options
+
+
 class RotateOptions(BaseModel):
     """Rotations merged into the weights."""
 
