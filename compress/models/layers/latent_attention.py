@@ -33,8 +33,9 @@ class LatentAttention(Hosted):
     @property
     def linears(self) -> Mapping[str, str]:
         latent = {"q_b_proj": "attention.q_latent"} if self.q_rank else {}
+        first = "q_a_proj" if self.q_rank else "q_proj"
         return {
-            "kv_a_proj_with_mqa": "attention.in",
+            first: "attention.in",
             **latent,
             "kv_b_proj": "attention.kv_latent",
             "o_proj": "attention.out",
