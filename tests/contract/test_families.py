@@ -261,10 +261,14 @@ def test_scales_may_be_folded_where_declared(families: Callable[[str], Family], 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_alone_moves_the_stream_by_its_own_change(families: Callable[[str], Family], name: str) -> None:
-    """W + dW adds dW x, times the routing weight of an expert, whose weights sum to one."""
+    """W + dW adds dW x, times the routing weight of an expert, whose weights sum to one; without them nothing is added."""
     spec, weights, _ = families(name)
     for branch in _kinds(spec):
-        own = _of(branch, weights)
+        own, hidden = _of(branch, weights), _randn(2, 12, spec.hidden_size, seed=1)
+        writers = {t.name for t in branch.tensors if t.declared.alone or (t.declared.writes and len(t.shape) == 1)}
+        if any(t.declared.alone for t in branch.tensors):
+            _, out = _run(branch, {n: torch.zeros_like(w) if n in writers else w for n, w in own.items()})
+            assert torch.equal(out, hidden)
         for t in branch.tensors:
             if not t.declared.alone:
                 continue
@@ -276,7 +280,6 @@ def test_what_stands_alone_moves_the_stream_by_its_own_change(families: Callable
             rows = torch.arange(24)
             if t.expert is not None:
                 routes: list[Routing] = []
-                hidden = _randn(2, 12, spec.hidden_size)
                 forward_branch(branch, own, hidden, Taps(on_route=routes.append))
                 torch.testing.assert_close(routes[0].weights.sum(1).double(), torch.ones(24, dtype=torch.float64))
                 rows = (_everywhere(branch, 24).experts == t.expert).nonzero()[:, 0]
@@ -322,7 +325,7 @@ def test_gguf_names_are_each_somebodys_own(families: Callable[[str], Family], na
     for t in spec.tensors():
         for piece in t.pieces:
             found.setdefault(piece.name, []).append(t.expert)
-            assert (0 < len(piece.name) < 64 and not piece.name.startswith("blk.")) or t.layer is not None
+            assert piece.name.startswith(f"blk.{t.layer}.") == (t.layer is not None)
     for piece, experts in found.items():
         assert len(piece) < 64 and experts in ([None], list(range(spec.experts))), piece
 
