@@ -1,0 +1,24 @@
+"""One tiny model of every family for all contracts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+from safetensors.torch import load_file
+
+from compress.models import load_spec
+from tests.contract.blocks import SMALL, Families
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    @cache
+    def make(name: str):  # type: ignore[no-untyped-def]
+        folder = tiny_model(name, tmp_path_factory.mktemp(name), tokenizer=False, **SMALL)
+        spec = load_spec(json.loads((folder / "config.json").read_text()))
+        return spec, {n: w.double() for n, w in load_file(folder / "model.safetensors").items()}, folder
+
+    return make
