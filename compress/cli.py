@@ -27,6 +27,10 @@ PluginOption = Annotated[
     list[str] | None,
     typer.Option("--plugin", help="A Python file that registers codecs or containers; its code runs. Repeatable."),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps; by default COMPRESS_DEVICE, else the CPU."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print what every stage does.")]
@@ -71,6 +75,7 @@ def run(
     plugin: PluginOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished run in the output folder.")] = False,
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
+    device: DeviceOption = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -83,7 +88,8 @@ def run(
     from compress.report.table import scorecard_table
     from compress.run.loop import run as run_recipe
 
-    card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=Reporter(0 if quiet else 2 if verbose else 1))
+    reporter = Reporter(0 if quiet else 2 if verbose else 1)
+    card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=reporter, device=device)
     _print(scorecard_table(card))
     for artifact in card.artifacts:
         typer.echo(str(Path(loaded.output) / artifact.path))
@@ -98,6 +104,7 @@ def plan(
     plugin: PluginOption = None,
     as_json: JsonOption = False,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
+    device: DeviceOption = None,
 ) -> None:
     """Prove a recipe legal for its model and show sizes, memory and disk; reads no weights."""
     from compress.plan.make import make_plan
@@ -109,7 +116,7 @@ def plan(
     if rehearse:
         from compress.run.rehearse import rehearse as rehearse_plan
 
-        estimate = rehearse_plan(made)
+        estimate = rehearse_plan(made, device)
     if as_json:
         typer.echo(json.dumps({**made.as_dict(), **({"estimated_seconds": estimate.as_dict()} if estimate else {})}))
         return
@@ -140,6 +147,7 @@ def score(
     plugin: PluginOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    device: DeviceOption = None,
 ) -> None:
     """Perplexity, KL divergence and task accuracy of a file or folder against the original."""
     from compress.report.progress import Reporter
@@ -147,7 +155,7 @@ def score(
     from compress.run.score import score_target
 
     _load_plugins(plugin)
-    card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1))
+    card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1), device)
     if as_json:
         typer.echo(card.to_json())
     else:

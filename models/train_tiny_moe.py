@@ -77,9 +77,7 @@ def split_text(text: str) -> Iterator[str]:
         yield "\n\n".join(held)
 
 
-def endless_tokens(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, seed: int
-) -> Iterator[np.ndarray]:
+def endless_tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[np.ndarray]:
     """Token ids of one document and its end mark at a time, reshuffled on every pass over the documents."""
     order = list(range(len(documents)))
     shuffle = random.Random(seed)
@@ -109,9 +107,7 @@ def batches(stream: Iterator[np.ndarray], batch: int, length: int) -> Iterator[t
 # ----------------------------------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(
-    documents: Sequence[str], vocab_size: int, characters: int, seed: int
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Sequence[str], vocab_size: int, characters: int, seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE in Qwen2's pre-tokenization, learned from about `characters` characters of text."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from tokenizers.normalizers import NFC

@@ -76,6 +76,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+OTHER_MIXERS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "deepseek_v3")
+"""Families whose token mixers are not all grouped-query attention: every recipe on each would take too long."""
+
+
 def demo_model() -> Path:
     """The trained demo model that ships in models/ (its tokenizer is the tiny models' tokenizer)."""
     return Path(__file__).resolve().parents[1] / "models" / "tiny-qwen3-moe"

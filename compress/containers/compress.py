@@ -30,7 +30,6 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.codecs.factors import join, split
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
 from compress.containers._safetensors import Slot, header_bytes, write_checkpoint
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
@@ -181,6 +180,7 @@ def module_name(tensor: str) -> str:
 
 def stored_parts(packed: Packed) -> dict[str, Tensor]:
     """The parts of a coded tensor as they are stored: those of `packed`, intN codes and zero points packed to bits."""
+    from compress.codecs.factors import join, split
     from compress.codecs.packing import pack_bits
 
     info = codec_info(packed.codec)
@@ -200,6 +200,7 @@ def packed_of(codec: str, shape: tuple[int, int], parts: Mapping[str, Tensor]) -
     """The inverse of `stored_parts`."""
     import torch
 
+    from compress.codecs.factors import join, split
     from compress.codecs.packing import unpack_bits
     from compress.weights import Packed
 

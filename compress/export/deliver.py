@@ -27,6 +27,7 @@ from compress.report.scorecard import Artifact, Check, Fallback, TaskScore
 from compress.scoring.divergence import Scores
 from compress.scoring.source import LogitSource
 from compress.streaming.journal import Journal
+from compress.streaming.placement import CPU, Placement
 from compress.text import eval_windows, load_suite, load_tokenizer
 
 
@@ -68,7 +69,14 @@ def require_texts(plan: Plan) -> None:
         container.require(plan.source, plan.spec)
 
 
-def deliver(plan: Plan, checkpoint: Checkpoint, journal: Journal, output: Path, reporter: Reporter) -> Delivery:
+def deliver(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    journal: Journal,
+    output: Path,
+    reporter: Reporter,
+    placement: Placement = CPU,
+) -> Delivery:
     """Write and prove every artifact of the plan. See Delivery for what is returned."""
     result = Delivery()
     staging = output / ".checking"
@@ -80,8 +88,9 @@ def deliver(plan: Plan, checkpoint: Checkpoint, journal: Journal, output: Path, 
             with reporter.stage(f"write {export.container}") as progress:
                 files = write(plan, export, journal, staging, progress)
             written.append(_Written(export, files, _roots(files, staging)))
-        original = StreamedSource(plan.original, checkpoint.load, "original")
-        memory = StreamedSource(plan.spec, lambda name: decode(journal.fetch(name)), "in-memory compressed model")
+        original = StreamedSource(plan.original, checkpoint.load, "original", placement)
+        solved = lambda name: decode(journal.fetch(name))  # noqa: E731
+        memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
         for one in written:
             result.artifacts.append(_proved(plan, one, journal, original, memory, result, reporter))
         _rename(written, output, result)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UnsupportedModel
+from compress.models.layers.base import Slice
+from compress.models.spec import load_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +36,15 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: file, dtype name and shape as the safetensors header gives them."""
+    """Where one tensor lies: file, dtype name and shape as the safetensors header gives them.
+
+    part: of another tensor that holds several, by its full name.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    part: Slice | None = None
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -109,7 +115,7 @@ class Checkpoint:
                 "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
             )
             raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
-        return cls(folder, config, entries)
+        return cls(folder, config, entries | _parts(config, entries))
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -122,8 +128,9 @@ class Checkpoint:
         if name not in self.entries:
             raise CheckpointError(f"{self.folder} has no tensor {name}; the checkpoint does not fit its config.json")
         try:
-            with safe_open(self.entries[name].file, "pt") as file:
-                tensor = file.get_tensor(name)
+            entry = self.entries[name]
+            with safe_open(entry.file, "pt") as file:
+                tensor = file.get_tensor(name) if entry.part is None else _part(file, entry.part)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {self.entries[name].file}: {error}") from None
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -133,6 +140,35 @@ class Checkpoint:
                 "the checkpoint is damaged, fetch it again"
             )
         return tensor
+
+
+def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Tensors of the model that the checkpoint holds in others, as its family declares (all experts of a layer in one)."""
+    try:
+        spec = load_spec(config)
+    except UnsupportedModel:
+        return {}
+    found = {}
+    for layer in range(spec.layers if entries else 0):
+        for branch in spec.branches(layer):
+            for tensor in branch.tensors:
+                for part in tensor.declared.slices if tensor.name not in entries else ():
+                    whole = entries.get(branch.root + part.name)
+                    if whole is not None:
+                        found[tensor.name] = replace(
+                            whole, shape=tensor.shape, part=replace(part, name=branch.root + part.name)
+                        )
+    return found
+
+
+def _part(file: Any, part: Slice) -> Tensor:
+    """Some rows of one entry of a stacked tensor, without reading the others."""
+    stored = file.get_slice(part.name)
+    rows = slice(part.start, part.stop)
+    if part.index is None:
+        return stored[:, rows].T.contiguous() if part.transposed else stored[rows]
+    entry = stored[part.index : part.index + 1]
+    return (entry[0][:, rows].T if part.transposed else entry[0][rows]).contiguous()
 
 
 def _download(model: str, weights: bool) -> Path:

@@ -43,6 +43,8 @@ class Planner:
         """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as our own
         would store it where the recipe only writes decoded values."""
         container = next((c for c in self.containers if not c.dense), packed_layout())
+        if not container.takes(planned.codec):  # its `check_plan` will say why
+            return 0
         return container.tensor_bytes(planned, self.own)
 
     def decide(self, spec: ModelSpec) -> Decided:

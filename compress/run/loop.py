@@ -85,7 +85,7 @@ def run(
     require_texts(plan)
     with torch.inference_mode():
         plan = compress_model(plan, checkpoint, journal, reporter, placement)
-        results = deliver(plan, checkpoint, journal, output, reporter)
+        results = deliver(plan, checkpoint, journal, output, reporter, placement)
     card = make_scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
     write_synced(output / "recipe.json", json.dumps(recipe.as_dict(), indent=2).encode())

@@ -17,6 +17,7 @@ from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Fallback, Gate, Scorecard
 from compress.scoring.measure import Measured, measure
 from compress.scoring.source import LogitSource
+from compress.streaming.placement import Placement
 from compress.text import load_suite, load_tokenizer
 
 
@@ -43,7 +44,17 @@ class Target:
         return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
 
 
-def score_target(target: str, against: str | None, suite: str, reporter: Reporter) -> Scorecard:
+def score(target: str, against: str | None = None, *, suite: str = "quick", device: str | None = None) -> Scorecard:
+    """Perplexity, KL divergence and task accuracy of a GGUF file or folder, against its original where that is named.
+
+    Arguments and errors as of `score_target`; device as of `compress.run`.
+    """
+    return score_target(target, against, suite, Reporter(0), device)
+
+
+def score_target(
+    target: str, against: str | None, suite: str, reporter: Reporter, device: str | None = None
+) -> Scorecard:
     """Score `target` on a suite and, when `against` names the original, say how far the two are apart.
 
     target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model.
@@ -53,6 +64,7 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
     Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary), UnsupportedModel,
     CalibrationError (no such suite) and NumericalError (logits that are not finite).
     """
+    placement = Placement.choose(device)
     chosen = load_suite(suite)
     with reporter.stage("open"):
         found = _open(target, against)
@@ -60,9 +72,9 @@ def score_target(target: str, against: str | None, suite: str, reporter: Reporte
         if found.opened is None:
             file_set(found.container, Path(target))
     fallbacks: list[Fallback] = []
-    with _source(found, fallbacks) as source, reporter.stage("score") as progress:
+    with _source(found, fallbacks, placement) as source, reporter.stage("score") as progress:
         original = found.original
-        reference = None if original is None else StreamedSource(original.spec, original.load, "original")
+        reference = None if original is None else StreamedSource(original.spec, original.load, "original", placement)
         measured = measure(
             source,
             reference,
@@ -127,11 +139,11 @@ def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...
     )
 
 
-def _source(found: Target, fallbacks: list[Fallback]) -> AbstractContextManager[LogitSource]:
+def _source(found: Target, fallbacks: list[Fallback], placement: Placement) -> AbstractContextManager[LogitSource]:
     """What runs the target."""
     opened = found.opened
     if opened is None:
         return artifact_source(found.container, [Path(found.name)], found.model.spec, found.model.parameters, fallbacks)
     if opened.container.original:
-        return nullcontext(StreamedSource(opened.spec, opened.load, "streamed weights"))
+        return nullcontext(StreamedSource(opened.spec, opened.load, "streamed weights", placement))
     return artifact_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)

@@ -6,8 +6,10 @@ numbers; which heads, channels and experts those are is for the survey to say.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from compress.models.layers.moe import MoE
 from compress.models.spec import ModelSpec, load_spec
@@ -59,9 +61,10 @@ def candidates(
         kv_heads = spec.kv_heads - rounded((structured.heads or 0.0) * spec.kv_heads)
         shares = {kv_heads: structured.channels or 0.0}
     else:
-        group, ffn = _matrix_parameters(spec, before)
-        budget = structured.ratio * (group * spec.kv_heads + ffn)
-        shares = {n: (budget - group * (spec.kv_heads - n)) / ffn for n in range(1, spec.kv_heads + 1)}
+        group, ffn, fixed = _matrix_parameters(spec, before)
+        budget = structured.ratio * (group * spec.kv_heads + ffn + fixed)
+        least = spec.kv_heads if spec.family.fixed_heads else 1
+        shares = {n: (budget - group * (spec.kv_heads - n)) / ffn for n in range(least, spec.kv_heads + 1)}
     most = min(1 - multiple_for(width, structured) / width for width in widths_of(spec).values())
     shapes = (
         _narrowed(spec, before, n, share, structured)
@@ -129,10 +132,10 @@ def channels_only(
     structured: PruneStructuredOptions,
 ) -> PruneStructuredOptions:
     """The step with the same budget, paid for by channels alone, for engines that take no other number of heads."""
-    group, ffn = _matrix_parameters(spec, _whole(spec, drop, experts))
+    group, ffn, fixed = _matrix_parameters(spec, _whole(spec, drop, experts))
     if structured.ratio is None or ffn <= 0:
         return structured
-    share = min(structured.ratio * (group * spec.kv_heads + ffn) / ffn, 0.99)
+    share = min(structured.ratio * (group * spec.kv_heads + ffn + fixed) / ffn, 0.99)
     return structured.model_copy(update={"ratio": None, "heads": 0.0, "channels": share})
 
 
@@ -185,17 +188,23 @@ def widths_of(spec: ModelSpec) -> dict[str, int]:
     return widths
 
 
-def _matrix_parameters(spec: ModelSpec, before: Reduction) -> tuple[int, int]:
+def _matrix_parameters(spec: ModelSpec, before: Reduction) -> tuple[int, int, int]:
     """Weights of all blocks' matrices: those that belong to one key-value head and the query heads that read it (rows of
-    q, k and v, columns of o), and those of the feed-forwards."""
+    q, k and v, columns of o), those of the feed-forwards, and those of mixers that cannot lose heads."""
     layers = spec.layers - before.dropped
     sparse = min(len(spec.sparse_layers), layers)
-    own = [
-        t for t in spec.block_tensors(0) if len(t.shape) == 2 and any(a and a.of == "kv_heads" for a in t.declared.axes)
-    ]
-    group = layers * sum(t.parameters for t in own) // spec.kv_heads
+    of_heads = fixed = 0
+    for mixer, count in Counter(s for block in spec.blocks for s in block if s.half == "attention").items():
+        for weight in mixer.weights:
+            if weight.input is None or len(weight.shape) != 2:
+                continue
+            if not spec.family.fixed_heads and any(axis and axis.of == "kv_heads" for axis in weight.axes):
+                of_heads += count * prod(weight.shape)
+            else:
+                fixed += count * prod(weight.shape)
     routed = before.experts * spec.moe_intermediate_size + spec.shared_intermediate_size
-    return group, 3 * spec.hidden_size * ((layers - sparse) * spec.intermediate_size + sparse * routed)
+    ffn = 3 * spec.hidden_size * ((layers - sparse) * spec.intermediate_size + sparse * routed)
+    return layers * of_heads // (spec.layers * spec.kv_heads), ffn, layers * fixed // spec.layers
 
 
 def _share_gone(spec: ModelSpec, before: Reduction, after: Reduction) -> float:
@@ -208,8 +217,8 @@ def _share_gone(spec: ModelSpec, before: Reduction, after: Reduction) -> float:
             moe_intermediate_size=shape.moe_intermediate,
             shared_intermediate_size=shape.shared_intermediate,
         )
-        group, ffn = _matrix_parameters(widths, shape)
-        left.append(group * shape.kv_heads + ffn)
+        group, ffn, fixed = _matrix_parameters(widths, shape)
+        left.append(group * shape.kv_heads + ffn + fixed)
     return 1 - left[1] / left[0]
 
 

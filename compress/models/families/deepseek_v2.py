@@ -104,7 +104,7 @@ FAMILY = Family(
     fixed_channels=CHANNELS,
     experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
     defaults={
-        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 0, "qk_nope_head_dim": 128,
+        "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512, "topk_method": "greedy", "moe_intermediate_size": 1407,
     },
 )  # fmt: skip

@@ -117,6 +117,22 @@ def test_bytes_are_those_of_the_container(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("codec", "container", "complaint"),
+    [
+        ("int8-row", "awq", "hold int4 in groups"),
+        ("int4-row", "awq", "hold int4 in groups"),
+        ("int3-g128", "compressed-tensors", "read int4 and int8"),
+    ],
+)
+def test_codecs_of_a_kind_that_a_container_does_not_hold(
+    codec: str, container: str, complaint: str, tmp_path: Path
+) -> None:
+    steps = f"[{{quantize: {{rules: [{{targets: [attention, routed_experts], codec: {codec}}}]}}}}]"
+    with pytest.raises(PlanError, match=complaint):
+        plan_of(folder(tmp_path / "m"), recipe_file(tmp_path / "r.yaml", steps, container))
+
+
+@pytest.mark.parametrize(
     ("steps", "complaint"),
     [
         ("[awq]", "steps: awq scales for what quantize rounds"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.codecs import block_codec
-from compress.models.forward import Routing, forward_block, moe, rms_norm
+from compress.models.forward import Routing, final_norm, forward_block, moe
 from compress.models.layers.moe import Router
 from compress.models.spec import ModelSpec, load_spec
 from compress.solvers import rtn
@@ -69,7 +69,7 @@ def _logits(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Tensor:
     for layer in range(spec.layers):
         hidden = forward_block(spec, layer, weights, hidden)
     head = weights["model.embed_tokens.weight" if spec.tied else "lm_head.weight"]
-    out = rms_norm(hidden, weights["model.norm.weight"], spec.norm_eps) @ head.T
+    out = final_norm(spec, weights["model.norm.weight"], hidden) @ head.T
     assert out.dtype == torch.float64
     return out
 
@@ -104,6 +104,10 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
     assert _gap(_logits(spec, scaled), _logits(spec, weights)) < 1e-12
 
 
+UNFOLDED = {"deepseek_v2": "o_proj", "deepseek_v3": "o_proj"}
+"""Value channels are rows of a matrix that keys come from, too."""
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_folds_reach_every_linear_of_a_block_once(models, variant: str) -> None:
     spec, _ = models(variant)
@@ -111,9 +115,13 @@ def test_folds_reach_every_linear_of_a_block_once(models, variant: str) -> None:
         block = list(spec.block_tensors(layer))
         found = _folds(spec, layer)
         readers = [name for fold in found for name in fold.consumers + fold.routers]
-        assert sorted(readers) == sorted(t.name for t in block if t.input)
+        fixed = UNFOLDED.get(variant, "nothing")
+        assert sorted(readers) == sorted(t.name for t in block if t.input and fixed not in t.name)
         assert all(name.endswith("gate.weight") for fold in found for name in fold.routers)
-        assert {fold.place for fold in found} == {"attention.in", "attention.out", "ffn.in", "ffn.act"}
+        places = {"attention.in", "attention.out", "ffn.in", "ffn.act"} - (
+            {"attention.out"} if fixed == "o_proj" else set()
+        )
+        assert {fold.place for fold in found} == places
         attention, feed_forward = spec.branches(layer)
         own = {t.name for t in feed_forward.tensors}
         assert folds(feed_forward) == tuple(f for f in found if f.place.startswith("ffn"))

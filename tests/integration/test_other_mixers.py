@@ -1,0 +1,155 @@
+"""Blocks beyond grouped-query attention, from a recipe to the engine: gated DeltaNet hybrids and latent attention.
+
+The gate is the proof: every tensor read back against what was solved, and the logits of llama.cpp (or of the decoded
+weights) beside those of the model in memory. That the forward is transformers' own, and that llama.cpp computes it,
+is proved in float32 by the contract of families and by test_gguf_container.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compress.decode import decode
+from compress.models.checkpoint import Checkpoint
+from compress.plan import make_plan
+from compress.solve.tensor import solve_tensor
+from compress.statistics import Moments, blend
+from tests.integration.runs import SMALL, carry_out, cheap, small
+from tests.tiny import OTHER_MIXERS, tiny_model
+
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"linear_value_head_dim": 32, "linear_key_head_dim": 32, "shared_expert_intermediate_size": 256},
+    "qwen3_5_moe_text": {
+        "linear_value_head_dim": 32,
+        "linear_key_head_dim": 32,
+        "shared_expert_intermediate_size": 256,
+    },
+    "qwen3_5_text": {"linear_value_head_dim": 32, "linear_key_head_dim": 32, "intermediate_size": 256},
+    "deepseek_v2": {"kv_lora_rank": 128, "v_head_dim": 32, "qk_rope_head_dim": 32, "intermediate_size": 256},
+    "deepseek_v3": {
+        "kv_lora_rank": 128,
+        "q_lora_rank": 128,
+        "v_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "intermediate_size": 256,
+    },
+}
+"""Widths that blocks of 256 and groups of 128 divide."""
+
+
+@pytest.fixture(scope="module", params=OTHER_MIXERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = request.param
+    experts = {} if family == "qwen3_5_text" else {"moe_intermediate_size": 256}
+    return tiny_model(family, tmp_path_factory.mktemp(family) / family, hidden_size=256, **experts, **WIDE[family])
+
+
+@pytest.mark.parametrize("name", ["qwen-moe-2bit", "gptq-w4-g128"])
+def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
+    recipe = small(name, model, tmp_path / "out", "calibration.samples=2", *cheap(name))
+    plan = make_plan(recipe)
+    card = carry_out(recipe)
+    assert card.gate.passed, card.gate
+    solved = {t.spec.role for t in plan.tensors if t.method is not None}
+    assert "attention.o" in solved and solved & {"attention.qkv", "attention.q_a", "attention.kv_a"}
+    assert {t.codec for t in plan.tensors if t.spec.role == "small"} <= {"f32"}
+
+
+def test_columns_in_another_order_are_solved_in_it(tmp_path: Path) -> None:
+    """llama.cpp orders the value heads of Qwen3.5 otherwise; the codes of out_proj are those of its reordered weight and
+    gram, and what ships decodes to the checkpoint's order."""
+    model = tiny_model(
+        "qwen3_5_text", tmp_path / "model", hidden_size=256, linear_key_head_dim=32, linear_value_head_dim=32
+    )
+    plan = make_plan(small("gguf-q4-k-m", model, tmp_path / "out"))
+    name = "model.layers.0.linear_attn.out_proj.weight"
+    planned, weight = plan.by_name[name], Checkpoint.open(model).load(name).float()
+    heads, groups, run = 8, 2, 32
+    order = torch.tensor(
+        [(g * (heads // groups) + e) * run + i for e in range(4) for g in range(2) for i in range(run)]
+    )
+    assert planned.ordered
+    x = torch.randn(600, weight.shape[1], generator=torch.Generator().manual_seed(0)) * torch.rand(weight.shape[1])
+    moments, turned = Moments.zeros(weight.shape[1]), Moments.zeros(weight.shape[1])
+    moments.add(x)
+    turned.add(x[:, order])
+    outcome = solve_tensor(planned, weight, blend(moments, None, 0.0))
+    options = planned.solver
+    assert options is not None
+    alone = options.implementation.solve(
+        weight[:, order], blend(turned, None, 0.0).gram, outcome.solution.codec, options
+    )
+    assert torch.equal(outcome.pack().parts["blocks"], alone.pack().parts["blocks"])
+    assert torch.equal(decode(outcome.pack())[:, order], alone.decode())
+
+
+def test_containers_of_two_orders_are_refused_together(tmp_path: Path) -> None:
+    from compress.errors import PlanError
+
+    model = tiny_model("qwen3_5_text", tmp_path / "model", hidden_size=256)
+    both = "export=[{container: gguf}, {container: compress}]"
+    with pytest.raises(PlanError, match="a recipe of its own"):
+        make_plan(small("gguf-q4-k-m", model, tmp_path / "out", both))
+
+
+def test_fused_experts_are_read(tmp_path: Path) -> None:
+    """Checkpoints that hold all experts of a layer in one tensor give the same weights as those that do not."""
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model("qwen3_5_moe_text", tmp_path / "model")
+    stored = load_file(model / "model.safetensors")
+    fused: dict[str, torch.Tensor] = {k: v for k, v in stored.items() if ".experts." not in k}
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            p: torch.stack([stored[f"{prefix}{e}.{p}_proj.weight"] for e in range(6)]) for p in ("gate", "up", "down")
+        }
+        fused[f"{prefix}gate_up_proj"] = torch.cat((parts["gate"], parts["up"]), 1)
+        fused[f"{prefix}down_proj"] = parts["down"]
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / "config.json").write_text((model / "config.json").read_text())
+    save_file({k: v.contiguous() for k, v in fused.items()}, tmp_path / "fused" / "model.safetensors", {"format": "pt"})
+    opened, whole = Checkpoint.open(tmp_path / "fused"), Checkpoint.open(model)
+    for name, values in stored.items():
+        assert torch.equal(opened.load(name), values) and opened.entries[name].shape == whole.entries[name].shape, name
+
+
+def test_plans_of_real_sizes(tmp_path: Path) -> None:
+    """Qwen3-Next-80B-A3B and DeepSeek-V3 by their published config.json: parameters as their names say."""
+    for config, billions in ((NEXT_80B, 79.7), (DEEPSEEK_V3, 671.0)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        sets = (*SMALL, "calibration.length=64")
+        from compress.recipe import load_recipe
+
+        plan = make_plan(load_recipe("qwen-moe-2bit", sets, model=str(tmp_path), output=str(tmp_path / "out")))
+        assert plan.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+        assert 2.0 < plan.bits_per_weight < 3.5
+        assert np.isfinite(plan.peak_memory_bytes)
+
+
+NEXT_80B = {
+    "model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 151936, "intermediate_size": 5120, "num_experts": 512,
+    "num_experts_per_tok": 10, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "full_attention_interval": 4, "partial_rotary_factor": 0.25, "rope_theta": 1e7, "norm_topk_prob": True,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
+    "num_key_value_heads": 128, "vocab_size": 129280, "intermediate_size": 18432, "n_routed_experts": 256,
+    "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "n_group": 8,
+    "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "tie_word_embeddings": False, "dtype": "bfloat16",
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "beta_fast": 32, "beta_slow": 1,
+    },
+}  # fmt: skip
