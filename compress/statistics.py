@@ -107,17 +107,16 @@ def blend(own: Moments, pool: Moments | None, strength: float) -> Statistics:
         prior = strength * own.gram.shape[0]
         share = prior / (own.tokens + prior) if own.tokens + prior > 0 else 1.0
 
-    def mixed(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-        if mine is None:
-            return None
+    def mixed(mine: Tensor, theirs: Tensor | None) -> Tensor:
         out = (1.0 - share) * mine / max(own.weight, 1e-30)
-        return out if theirs is None or not share else out + share * theirs / max(pool.weight, 1e-30)
+        if pool is None or theirs is None or not share:
+            return out
+        return out + share * theirs / max(pool.weight, 1e-30)
 
-    gram = mixed(own.gram, None if pool is None else pool.gram)
     return Statistics(
-        gram,
-        mixed(own.drift, None if pool is None else pool.drift),
-        mixed(own.residual, None if pool is None else pool.residual),
+        mixed(own.gram, None if pool is None else pool.gram),
+        None if own.drift is None else mixed(own.drift, None if pool is None else pool.drift),
+        None if own.residual is None else mixed(own.residual, None if pool is None else pool.residual),
         own.tokens,
         share,
     )

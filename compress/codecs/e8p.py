@@ -59,7 +59,7 @@ def e8p_points() -> Tensor:
     negative[:, 0] = False
     odd = torch.where(negative, -rows, rows).sum(1).remainder(2) > 0.5
     negative[:, 0] = odd  # flipping a half-integer changes the sum by an odd number
-    return torch.where(negative, -rows, rows) + torch.where(minus, *reversed(SHIFTS))
+    return torch.where(negative, -rows, rows) + torch.where(minus, SHIFTS[1], SHIFTS[0])
 
 
 @cache

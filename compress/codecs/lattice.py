@@ -29,7 +29,7 @@ class TableCodec(BlockCodec[G]):
     step = 8
     table: str
     signed = False
-    stretches = (0.75, 0.84, 0.93, 1.02, 1.12)
+    stretches: tuple[float, ...] = (0.75, 0.84, 0.93, 1.02, 1.12)
 
     @cached_property
     def points(self) -> Tensor:
@@ -137,7 +137,7 @@ class LatticeCodec(TableCodec[G]):
             units = self._shortlist(magnitude, weight, negative, odd, keep)
         else:
             units = self._shortlist_halves(magnitude, weight, negative, odd, 4 if keep > 1 else 1)
-        if units.shape[1] == 1:
+        if metric is None:
             return units[:, 0]
         error = units - target[:, None]
         cost = ((error @ metric) * error).sum(2)
@@ -186,7 +186,8 @@ class LatticeCodec(TableCodec[G]):
 
     def _shortlist_halves(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor, keep: int) -> Tensor:
         """The same for points of four columns: when parity is off, one of the two halves takes the flip."""
-        plain, flipped = [], []
+        plain: list[tuple[Tensor, Tensor]] = []
+        flipped: list[tuple[Tensor, Tensor]] = []
         for half in (slice(0, 4), slice(4, 8)):
             m, w, neg = magnitude[:, half], weight[:, half], negative[:, half]
             dot, square, cheapest = self._correlations(m, w)
@@ -210,8 +211,8 @@ class LatticeCodec(TableCodec[G]):
             combos.append(torch.cat((a, b), dim=3).flatten(1, 2))
         cost, combo = torch.cat(costs, 1), torch.cat(combos, 1)
         keep = min(keep * keep, SHORTLIST)
-        best = cost.topk(keep, dim=1, largest=False, sorted=False).indices
-        return combo.gather(1, best[..., None].expand(-1, -1, 8))
+        chosen = cost.topk(keep, dim=1, largest=False, sorted=False).indices
+        return combo.gather(1, chosen[..., None].expand(-1, -1, 8))
 
 
 class FreeSignCodec(TableCodec[G]):

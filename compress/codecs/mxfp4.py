@@ -45,16 +45,17 @@ class MXFP4(ScalarCodec[ScaleGrid]):
         """Every power of two that can be best, from one that clips nothing down to one that clips to a sixteenth."""
         _, top = torch.frexp(x.abs().amax(2))
         x = torch.ldexp(x, -top[..., None])  # now at most 1, so that squares neither overflow nor vanish
-        best_error, best, curvature = torch.full_like(x[..., 0], torch.inf), torch.zeros_like(top), None
+        best_error, best = torch.full_like(x[..., 0], torch.inf), torch.zeros_like(top)
+        curvature: Tensor | None = None
         for exponent in range(-3, -8, -1):
             u = self.round(x * 2.0**-exponent)
             error, square = (a * (x - u * 2.0**exponent) ** 2).sum(2), (a * u * u).sum(2)
             curvature = square if curvature is None else torch.where(error < best_error, square, curvature)
             best = torch.where(error < best_error, top + exponent, best)
             best_error = torch.minimum(error, best_error)
-        empty = (x == 0).all(2)
-        exponent = torch.where(empty, SMALLEST, best).clamp(SMALLEST, LARGEST)
-        return torch.ldexp(torch.ones_like(best_error), exponent), curvature
+        assert curvature is not None
+        chosen = torch.where((x == 0).all(2), SMALLEST, best).clamp(SMALLEST, LARGEST)
+        return torch.ldexp(torch.ones_like(best_error), chosen), curvature
 
     def storable(self, scale: Tensor) -> Tensor:
         return power_of_two(scale)

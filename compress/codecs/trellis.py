@@ -85,8 +85,8 @@ def _tail_biting(target: Tensor, weight: Tensor, table: Tensor, bits: int) -> Te
     weight = weight / weight.amax(0).clamp_min(1e-30)
     weight = weight.clamp_min(1e-6)  # not zero: path costs are kept in units of the present weight
     near = min(SEAM, target.shape[0] // 2)
-    around = [torch.cat((values[-near:], values[:near])) for values in (target, weight)]
-    seam = viterbi(*around, table, bits)[near] >> bits
+    target_there, weight_there = (torch.cat((values[-near:], values[:near])) for values in (target, weight))
+    seam = viterbi(target_there, weight_there, table, bits)[near] >> bits
     return viterbi(target, weight, table, bits, seam).T
 
 

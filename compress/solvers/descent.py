@@ -6,6 +6,7 @@ Feedback never looks back; here every step of columns moves to its optimum given
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,18 @@ Move = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
 
 Settle = Callable[[Tensor, slice], Tensor]
 """(wanted values [m, R], columns) -> the storable values nearest to them."""
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """How often, before its columns are swept, each group of `group` columns of each row revives a pruned weight in place
+    of the kept one that is cheapest to drop, where that lowers the objective."""
+
+    times: int = 0
+    group: int = BLOCK
+
+
+NO_EXCHANGES = Exchanges()
 
 
 def descend(weight: Tensor, values: Tensor, hessian: Tensor, step: int, move: Move) -> None:
@@ -76,15 +89,13 @@ def sweep_kept(
     mask: Tensor,
     hessian: Tensor,
     *,
-    group: int = BLOCK,
-    exchanges: int = 0,
+    exchanges: Exchanges = NO_EXCHANGES,
     settle: Settle = lambda wanted, at: wanted,
 ) -> None:
     """One pass in which every kept weight moves to its optimum, column by column.
 
     weight, values, mask: [n, R], the latter two changed in place; hessian: [n, n]; settle: the storable value nearest a
-    wanted one, by default itself. exchanges: how often, before its columns are swept, each group of `group` columns of
-    each row revives a pruned weight in place of the kept one that is cheapest to drop, where that lowers the objective.
+    wanted one, by default itself.
     """
 
     def move(at: slice, present: Tensor, pull: Tensor, curve: Tensor) -> Tensor:
@@ -94,10 +105,10 @@ def sweep_kept(
             value[part] += delta
             pull.addmm_(curve[:, part], delta, alpha=-1)
 
-        for low in range(0, len(value), group):
-            here = slice(low, min(low + group, len(value)))
+        for low in range(0, len(value), exchanges.group):
+            here = slice(low, min(low + exchanges.group, len(value)))
             there = slice(at.start + here.start, at.start + here.stop)
-            for _ in range(exchanges):
+            for _ in range(exchanges.times):
                 change(here, _exchange(value[here], pull[here], kept[here], curve[here, here], settle, there))
             for i in range(here.start, here.stop):
                 one = slice(i, i + 1)
@@ -105,7 +116,7 @@ def sweep_kept(
                 change(one, torch.where(kept[one], wanted - value[one], 0.0))
         return value
 
-    descend(weight, values, hessian, -(-WIDTH // group) * group, move)
+    descend(weight, values, hessian, -(-WIDTH // exchanges.group) * exchanges.group, move)
 
 
 def _exchange(value: Tensor, pull: Tensor, kept: Tensor, curve: Tensor, settle: Settle, at: slice) -> Tensor:

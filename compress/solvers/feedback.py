@@ -67,15 +67,16 @@ def feedback(
     step: int = 1,
     reach: Callable[[slice], None] | None = None,
     every: int = 1,
-    block: int = BLOCK,
-    micro: int = MICRO,
+    batches: tuple[int, int] = (BLOCK, MICRO),
 ) -> None:
     """Fix `step` columns at a time, from the first to the last; U_bb^-T (x - q) U_b,rest is taken off the rest.
 
     x: float32 [n, R], overwritten with what is left to make up for; upper: U with U^T U = H^-1, [n, n], in the same
     order. `reach(columns)` is called before the first of every `every` columns is fixed, when x has those columns as
-    all earlier ones left them: `every` is the block, or divides `micro`.
+    all earlier ones left them: `every` is the block, or divides the micro-block. batches: columns whose updates to the
+    rest are one product (a block), and within it those whose updates to the rest of the block are (a micro-block).
     """
+    block, micro = batches
     n = x.shape[0]
     for start in range(0, n, block):
         stop = min(start + block, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from compress.weights import Pattern
@@ -10,7 +11,7 @@ from compress.weights import Pattern
 def lowest(scores: Tensor, count: int) -> Tensor:
     """bool [N, m], True at exactly `count` smallest scores of every row, equal ones from the left. scores: [N, m]."""
     if not count:
-        return scores.new_zeros(scores.shape, dtype=bool)
+        return scores.new_zeros(scores.shape, dtype=torch.bool)
     last = scores.kthvalue(count, dim=1, keepdim=True)[0]
     below, equal = scores < last, scores == last
     return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))

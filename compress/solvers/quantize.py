@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compress.codecs.base import BlockCodec
 from compress.solvers.base import Solution, check_prunable, damped_gram, inverse_factor, of_size_one, relative_error
-from compress.solvers.descent import sweep_codes, sweep_kept
-from compress.solvers.feedback import BLOCK, Columns, energy_order, round_columns
+from compress.solvers.descent import NO_EXCHANGES, Exchanges, sweep_codes, sweep_kept
+from compress.solvers.feedback import Columns, energy_order, round_columns
 from compress.solvers.options import GptqOptions
 from compress.weights import Masked
 
@@ -25,14 +25,12 @@ def quantize(
     options: GptqOptions,
     mask: Tensor | None = None,
     sparse: Masked | None = None,
-    *,
-    group: int = BLOCK,
-    exchanges: int = 0,
+    exchanges: Exchanges = NO_EXCHANGES,
 ) -> Solution:
     """weight: float32 [R, n]; gram: [n, n] second moment of the inputs, any scale. n must be a multiple of the span.
 
     mask: bool [R, n], where it is False the result is zero, whatever the weight is there; sparse: instead, a mask and the
-    floats that come nearest to the weight under it, where they are known. group, exchanges: as in `sweep_kept`, for the
+    floats that come nearest to the weight under it, where they are known. exchanges: as in `sweep_kept`, for the
     passes over the codes. Raises NumericalError when the gram cannot be factorised, ValueError for a mask with a codec
     that has no zero.
     """
@@ -60,9 +58,7 @@ def quantize(
         if mask is None:
             units = sweep_codes(weight, units, grid, hessian, codec)
         else:
-            units, mask = _sweep_kept_codes(
-                weight, units, mask, Columns(codec, grid, natural), hessian, group, exchanges
-            )
+            units, mask = _sweep_kept_codes(weight, units, mask, Columns(codec, grid, natural), hessian, exchanges)
         grid = codec.refit(weight, units, grid, hessian)
     error = relative_error(weight, codec.decode(units, grid), gram.float())
     return Solution(units, grid, codec, damping, retries, error, mask)
@@ -78,7 +74,7 @@ def _settled(weight: Tensor, mask: Tensor, hessian: Tensor) -> Masked:
 
 
 def _sweep_kept_codes(
-    weight: Tensor, units: Tensor, mask: Tensor, columns: Columns, hessian: Tensor, group: int, exchanges: int
+    weight: Tensor, units: Tensor, mask: Tensor, columns: Columns, hessian: Tensor, exchanges: Exchanges
 ) -> tuple[Tensor, Tensor]:
     """`sweep_kept` on a grid laid out in natural order: units and mask [R, n] -> new ones."""
     values = (units.T * columns.scale).contiguous()
@@ -87,6 +83,6 @@ def _sweep_kept_codes(
     def settle(wanted: Tensor, at: slice) -> Tensor:
         return columns.nearest(wanted, at)[1]
 
-    sweep_kept(weight.T, values, kept, hessian, group=group, exchanges=exchanges, settle=settle)
+    sweep_kept(weight.T, values, kept, hessian, exchanges=exchanges, settle=settle)
     units = columns.nearest(values, slice(0, len(values)))[0]
     return units.T.contiguous(), kept.T.contiguous()

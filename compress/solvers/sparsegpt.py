@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.codecs.base import BlockCodec
 from compress.solvers.base import Solution, damped_gram, inverse_factor, of_size_one
-from compress.solvers.descent import sweep_kept
+from compress.solvers.descent import Exchanges, sweep_kept
 from compress.solvers.feedback import BLOCK, MICRO, feedback
 from compress.solvers.masks import check_groups, lowest
 from compress.solvers.options import GptqOptions, SparseGptOptions
@@ -42,8 +42,9 @@ def prune(weight: Tensor, gram: Tensor, pattern: Pattern, options: SparseGptOpti
     del damped
     dense = weight.T.contiguous()
     values, mask = _feedback(dense, upper, pattern, options.block)
+    exchanges = Exchanges(int(options.exchange), pattern.of or BLOCK)
     for _ in range(options.sweeps):
-        sweep_kept(dense, values, mask, hessian, group=pattern.of or BLOCK, exchanges=int(options.exchange))
+        sweep_kept(dense, values, mask, hessian, exchanges=exchanges)
     return Masked(values.T.contiguous(), mask.T.contiguous(), damping, retries)
 
 
@@ -66,7 +67,7 @@ def _feedback(weight: Tensor, upper: Tensor, pattern: Pattern, block: int) -> tu
         return values[at]
 
     block, micro = (-(-size // (pattern.of or 1)) * (pattern.of or 1) for size in (block, MICRO))  # whole groups
-    feedback(x, upper, fix, reach=reach, every=pattern.of or block, block=block, micro=micro)
+    feedback(x, upper, fix, reach=reach, every=pattern.of or block, batches=(block, micro))
     return values, mask
 
 
@@ -90,6 +91,6 @@ def prune_and_quantize(
     what pruning costs beyond rounding, adds 16 % (int4-g128, 50 %): it then lacks what sweeps over floats find.
     """
     sparse = prune(weight, gram, pattern, options)
-    exchanges = CODE_EXCHANGES if options.exchange else 0
+    exchanges = Exchanges(CODE_EXCHANGES if options.exchange else 0, pattern.of or BLOCK)
     quantizer = quantizer.model_copy(update={"damping": options.damping})
-    return quantize(weight, gram, codec, quantizer, sparse=sparse, group=pattern.of or BLOCK, exchanges=exchanges)
+    return quantize(weight, gram, codec, quantizer, sparse=sparse, exchanges=exchanges)
