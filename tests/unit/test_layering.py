@@ -116,6 +116,7 @@ DOTTED = {
 COUNT_BLOCKS = {
     "containers/gguf.py": "the first dense one",
     "plan/plan.py": "tensors by block",
+    "plan/planner.py": "tensors by block and kind",
     "plan/resources.py": "bytes of the largest",
     "recover/sensitivity.py": "names of files",
     "run/loop.py": "units of the journal",
