@@ -45,6 +45,8 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(INSTALLED)
 	set -e; for script in benchmarks/[!_]*.py; do $(BIN)/python "$$script"; done

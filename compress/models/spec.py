@@ -315,7 +315,7 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
 
     Raises UnsupportedModel for an unknown `model_type` (listing the supported ones) or an unsupported option.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     known = known_families()
     if model_type not in known:
         near = difflib.get_close_matches(str(model_type), known, 1)

@@ -171,8 +171,7 @@ def factored(planned: PlannedTensor, share: float) -> PlannedTensor:
 
 def sizes_at(shape: tuple[int, int], options: FactorizerOptions, share: float) -> tuple[int, int] | None:
     """Atoms and coefficients an output that take `share` of the bytes of a 16-bit matrix; None where nothing fits."""
-    sparse = options.sparse
-    return factor_sizes(*shape, share, options.k_over_s if sparse else 1.0, sparse)
+    return factor_sizes(*shape, share, options.atoms_a_coefficient, options.sparse)
 
 
 def holds_zero(codec: str) -> bool:

@@ -277,7 +277,9 @@ class RuleMatcher:
     def __init__(self, rules: Sequence[AnyRule], layer_count: int, ignore: Sequence[str] = ()):
         self.rules = tuple(rules)
         self._float = tuple(isinstance(r, Rule) and codec_info(r.codec).kind == "float" for r in self.rules)
-        self._layers = tuple(rule.layers and layer_set(rule.layers, layer_count) for rule in self.rules)
+        self._layers = tuple(
+            None if rule.layers is None else layer_set(rule.layers, layer_count) for rule in self.rules
+        )
         self._ignored = _Targets(ignore)
         self._targets = tuple(_Targets(rule.targets) for rule in self.rules)
         self._cache: dict[tuple[str, int | None, bool], tuple[int, ...]] = {}
@@ -311,9 +313,10 @@ class RuleMatcher:
         """Rules that may match such a tensor, up to the first that surely does."""
         if self._ignored.by_role(role):
             return ()
-        found = []
+        found: list[int] = []
         for index, targets in enumerate(self._targets):
-            if self._layers[index] is not None and layer not in self._layers[index]:
+            layers = self._layers[index]
+            if layers is not None and layer not in layers:
                 continue
             if (flat or role in FLOAT_ROLES) and not self._float[index]:
                 continue

@@ -211,9 +211,9 @@ def _expert_table(scorecard: Scorecard) -> Table:
         )
         layers = sorted((layer for layer in layers if layer.cold), key=lambda layer: min(layer.tokens))[:SHOWN_LAYERS]
     for layer in layers:
-        cold = ", ".join(_cold(layer, expert) for expert in layer.cold[:6])
-        cold += f" and {len(layer.cold) - 6} more" if len(layer.cold) > 6 else ""
-        table.add_row(f"layer {layer.layer}", str(len(layer.tokens)), *_spread(layer.tokens), cold or "none")
+        names = ", ".join(_cold(layer, expert) for expert in layer.cold[:6])
+        names += f" and {len(layer.cold) - 6} more" if len(layer.cold) > 6 else ""
+        table.add_row(f"layer {layer.layer}", str(len(layer.tokens)), *_spread(layer.tokens), names or "none")
     return table
 
 

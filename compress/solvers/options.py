@@ -186,6 +186,11 @@ class FactorizerOptions(ShrinkingOptions):
 
     sparse: ClassVar[bool] = False
 
+    @property
+    def atoms_a_coefficient(self) -> float:
+        """Atoms in the dictionary for every coefficient of an output."""
+        return 1.0
+
     damping: float = Field(0.01, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
 
 
@@ -198,6 +203,10 @@ class DictionaryOptions(FactorizerOptions):
     residual: float = Field(1.0, ge=0, le=1, description="how far to repair the residual stream, too")
     k_over_s: float = Field(2.0, ge=1, description="atoms in the dictionary for every coefficient of an output")
     ridge: float = Field(1e-4, gt=0, description="of the dictionary's least squares, over the mean diagonal")
+
+    @property
+    def atoms_a_coefficient(self) -> float:
+        return self.k_over_s
 
 
 class SvdOptions(FactorizerOptions):

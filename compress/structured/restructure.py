@@ -22,7 +22,7 @@ from compress.structured.options import (
     StructureOptions,
 )
 from compress.structured.repair import Repair, repair_model
-from compress.structured.scores import adopters, merged
+from compress.structured.scores import Expert, adopters, merged
 from compress.structured.shapes import Reduction, reduced
 from compress.structured.survey import LayerScores, survey
 from compress.structured.view import KeptLayer, StructureView
@@ -137,13 +137,20 @@ def merged_experts(view: StructureView, scores: Sequence[LayerScores], load: Loa
         for e, others in adopters(likeness, kept.experts).items():
             if not others:
                 continue
-            family = [tuple(load(name) for name in originals[i]) for i in (e, *others)]
-            whole = merged([tuple(part.float() for part in parts) for parts in family], frequency[[e, *others]])
+            family = [_matrices(load, originals[i]) for i in (e, *others)]
+            whole = merged(
+                [(gate.float(), up.float(), down.float()) for gate, up, down in family], frequency[[e, *others]]
+            )
             channels = kept.channels.get(f"experts.{e}", slice(None))
             parts = (whole[0][channels], whole[1][channels], whole[2][:, channels])
             for name, part, like in zip(reduced[kept.experts.index(e)], parts, family[0], strict=True):
                 out[name] = part.to(like.dtype).contiguous()
     return out
+
+
+def _matrices(load: Loader, names: Sequence[str]) -> Expert:
+    gate, up, down = (load(name) for name in names)
+    return gate, up, down
 
 
 def _experts(spec: ModelSpec, layer: int) -> dict[int, list[str]]:

@@ -48,7 +48,8 @@ class Fluctuation:
 
     @classmethod
     def zeros(cls, n: int, device: torch.device | None = None) -> Fluctuation:
-        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for _ in range(2)))
+        mean, squares = (torch.zeros(n, dtype=torch.float64, device=device) for _ in range(2))
+        return cls(mean, squares)
 
     def add(self, x: Tensor, gate: Tensor | None = None) -> None:
         """x: float32 [tokens, n]; gate: routing weights [tokens], by whose square an expert's squared error counts."""
@@ -118,7 +119,10 @@ def _matching(expert: Expert, reference: Expert) -> Tensor:
     """Neurons of `expert` in the order of those of `reference` that they are nearest to."""
     from scipy.optimize import linear_sum_assignment
 
-    products = sum(a @ b.T for a, b in zip(_neurons(reference), _neurons(expert), strict=True))
+    pairs = list(zip(_neurons(reference), _neurons(expert), strict=True))
+    products = pairs[0][0] @ pairs[0][1].T
+    for a, b in pairs[1:]:
+        products = products + a @ b.T
     return torch.from_numpy(linear_sum_assignment(products.numpy(), maximize=True)[1])
 
 

@@ -66,17 +66,17 @@ def candidates(
         least = spec.kv_heads if spec.family.fixed_heads else 1
         shares = {n: (budget - group * (spec.kv_heads - n)) / ffn for n in range(least, spec.kv_heads + 1)}
     most = min(1 - multiple_for(width, structured) / width for width in widths_of(spec).values())
-    shapes = (
+    narrowed = (
         _narrowed(spec, before, n, share, structured)
         for n, share in shares.items()
         if n > 0 and _loads(spec, n) and -1e-9 < share < most + 1e-9
     )
-    shapes = tuple(shape for shape in shapes if shape != before)
-    if structured.ratio is None or not shapes:
+    shapes, ratio = tuple(shape for shape in narrowed if shape != before), structured.ratio
+    if ratio is None or not shapes:
         return shapes
 
     def missed(shape: Reduction) -> float:
-        return abs(_share_gone(spec, before, shape) - structured.ratio)
+        return abs(_share_gone(spec, before, shape) - ratio)
 
     near = tuple(shape for shape in shapes if missed(shape) <= BUDGET_SLACK)
     return near or (min(shapes, key=lambda shape: (missed(shape), -shape.kv_heads)),)

@@ -16,9 +16,9 @@ FEED_FORWARD = ("post_attention_layernorm", "ffn_norm")
 
 def attention(c: Config, **options: Any) -> Attention:
     """Grouped-query attention; options: fields of `Attention`."""
+    sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim, "eps": c.eps}
     rope = options.pop("rope", None) or c.rope()
-    own = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim, "rope": rope, "eps": c.eps}
-    return Attention(c.hidden, *MIXER, **own, **options)
+    return Attention(c.hidden, MIXER[0], MIXER[1], rope=rope, **sizes, **options)
 
 
 def mlp(c: Config, width: int | None = None, norm: tuple[str, str] = FEED_FORWARD, **options: Any) -> Mlp:

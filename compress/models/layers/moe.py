@@ -122,7 +122,7 @@ class MoE(Sublayer):
                 )
 
     def _expert(self, e: int) -> Iterator[Weight]:
-        slices = [()] * 3
+        slices: list[tuple[Slice, ...]] = [()] * 3
         if self.fused:
             both, down = self.fused
             slices = [
