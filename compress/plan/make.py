@@ -143,8 +143,13 @@ def _warnings(
             for container in recipe.containers
             if container.dense
         ]
-    for wanted, count in Counter((t.wanted, t.codec) for t in tensors if t.wanted).items():
-        warnings.append(
-            f"{count} tensors have rows that do not divide into {wanted[0]} blocks and fall back to {wanted[1]}"
+    for (wanted, codec, apart), count in Counter(
+        (t.wanted, t.codec, t.taken_apart) for t in tensors if t.wanted
+    ).items():
+        why = (
+            "are stored in pieces that only floats can be"
+            if apart
+            else f"have rows that do not divide into {wanted} blocks"
         )
+        warnings.append(f"{count} tensors {why} and {'stay' if apart else 'fall back to'} {codec}")
     return warnings

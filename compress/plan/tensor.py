@@ -82,6 +82,18 @@ class PlannedTensor:
         return "+".join(names) or None
 
     @property
+    def taken_apart(self) -> bool:
+        """Whether a container may store it as more than choices of its rows."""
+        return any(not piece.exact for piece in self.spec.declared.pieces)
+
+    @property
+    def why(self) -> str:
+        """Why it is not stored in the codec that the recipe asked for."""
+        if self.taken_apart:
+            return "the file stores it in pieces, some of them transposed, which only floats can be"
+        return f"rows of {self.spec.shape[-1]} do not divide into {self.wanted} blocks"
+
+    @property
     def kept(self) -> int | None:
         """Values that a sparse tensor, or the coefficients of a factored one, store."""
         rows, columns = (1, *self.spec.shape)[-2:]
@@ -138,7 +150,7 @@ def in_pieces(planned: PlannedTensor, own: str, containers: Iterable[Container])
     in the checkpoint's own float type where a piece is more than a choice of rows."""
     if not any(c.pieces for c in containers) or planned.solver is None:
         return planned
-    if any(piece.swapped or piece.map is not None for piece in planned.spec.declared.pieces):
+    if planned.taken_apart:
         wanted = planned.wanted or planned.codec
         return PlannedTensor(planned.spec, own, None, 0, wanted, values=own)
     return replace(planned, ordered=planned.spec.column_order is not None)

@@ -27,10 +27,14 @@ def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
         parts += ["", _savings_table(plan)]
     if plan.fallbacks:
         count = len(plan.fallbacks)
-        parts += ["", Text(f"Fallbacks: {count} tensors whose rows do not divide into the codec's blocks")]
+        parts += ["", Text(f"Fallbacks: {count} tensors that the recipe's codec cannot hold")]
         counts: dict[tuple[str, str, str], int] = {}
         for t in plan.fallbacks:
-            line = (t.spec.role, f"{t.wanted} -> {t.codec}", f"rows of {t.spec.shape[-1]}")
+            line = (
+                t.spec.role,
+                f"{t.wanted} -> {t.codec}",
+                "in pieces" if t.taken_apart else f"rows of {t.spec.shape[-1]}",
+            )
             counts[line] = counts.get(line, 0) + 1
         parts += [Text(f"  {role}: {change} ({count} tensors, {why})") for (role, change, why), count in counts.items()]
     if plan.warnings:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -49,78 +51,15 @@ def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
 def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Reporter) -> Scorecard:
     """What `scorecard.json` says about a run whose artifacts are written."""
     solved = [s for report in journal.units.values() for s in report.get("solved", ())]
+    experts = _experts(plan, journal, solved)
     fallbacks = [
-        Fallback(
-            subject=t.name,
-            wanted=t.wanted or "",
-            used=t.codec,
-            reason=f"rows of {t.spec.shape[-1]} do not divide into {t.wanted} blocks",
-        )
-        for t in plan.fallbacks
+        *_of_codecs(plan),
+        *_of_damping(plan, solved),
+        *_of_recovery(plan, journal),
+        *_of_factors(plan),
+        *(line for layer in experts for line in _of_cold_experts(layer)),
+        *results.fallbacks,
     ]
-    fallbacks += [
-        Fallback(
-            subject=s["name"],
-            wanted=f"damping {t.asks.damping:g}",
-            used=f"damping {s['damping']:g}",
-            reason=f"gram not positive definite, {s['retries']} retries",
-        )
-        for s in solved
-        if s["retries"] and (t := plan.by_name[s["name"]])
-    ]
-    fallbacks += [
-        Fallback(
-            subject=f"block {layer}",
-            wanted="recovery",
-            used="the block as it was solved",
-            reason=recovered.get("reason", ""),
-        )
-        for layer in range(plan.spec.layers)
-        if (recovered := journal.units[f"block-{layer:05d}"].get("recovered")) and not recovered["kept"]
-    ]
-    if RECOVERED in journal and not (whole := journal.units[RECOVERED]["recovered"])["kept"]:
-        fallbacks.append(
-            Fallback(
-                subject="all blocks together",
-                wanted="end-to-end recovery",
-                used="the blocks as they were recovered one by one",
-                reason=whole["reason"],
-            )
-        )
-    fallbacks += [
-        Fallback(
-            subject=t.name,
-            wanted="factors",
-            used=f"dense {t.codec}",
-            reason="its share of the budget is the whole matrix, or no factors of its size are smaller",
-        )
-        for t in plan.tensors
-        if t.unfactored
-    ]
-    experts = []
-    for layer in range(plan.spec.layers):
-        tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()
-        if not tokens:
-            continue
-        borrowed = [0.0] * len(tokens)
-        for s in solved:
-            tensor = plan.by_name[s["name"]].spec
-            if tensor.layer == layer and tensor.expert is not None:
-                borrowed[tensor.expert] = max(borrowed[tensor.expert], s["borrowed"])
-        cold = tuple(e for e, share in enumerate(borrowed) if share > 0.5)
-        fallbacks += [
-            Fallback(
-                subject=f"block {layer} expert {e}",
-                wanted="own statistics",
-                used=f"{borrowed[e]:.0%} of the block's pool",
-                reason=f"{tokens[e]} calibration tokens reached it",
-            )
-            for e in cold
-        ]
-        experts.append(
-            Experts(layer=layer, tokens=tuple(tokens), cold=cold, borrowed=tuple(round(b, 4) for b in borrowed))
-        )
-    fallbacks += results.fallbacks
     base = Base(
         bytes=plan.source_bytes,
         bits_per_weight=8 * plan.source_bytes / plan.original_parameters,
@@ -133,7 +72,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         recipe=plan.recipe.name,
         artifacts=tuple(results.artifacts),
         base=base,
-        experts=tuple(experts),
+        experts=tuple(_rounded(layer) for layer in experts),
         fallbacks=tuple(fallbacks),
         gate=Gate(passed=results.passed, checks=tuple(results.checks)),
         stages=tuple(reporter.stages),
@@ -143,3 +82,85 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         versions={"compress": __version__, "torch": torch.__version__},
         notes=tuple(plan.warnings) + structure_notes(plan, journal),
     )
+
+
+def _of_codecs(plan: Plan) -> Iterator[Fallback]:
+    """Tensors in another codec than the recipe's."""
+    for t in plan.fallbacks:
+        yield Fallback(subject=t.name, wanted=t.wanted or "", used=t.codec, reason=t.why)
+
+
+def _of_damping(plan: Plan, solved: Sequence[Mapping[str, Any]]) -> Iterator[Fallback]:
+    """Grams that took more damping than the recipe gives."""
+    for s in solved:
+        if s["retries"]:
+            yield Fallback(
+                subject=s["name"],
+                wanted=f"damping {plan.by_name[s['name']].asks.damping:g}",
+                used=f"damping {s['damping']:g}",
+                reason=f"gram not positive definite, {s['retries']} retries",
+            )
+
+
+def _of_recovery(plan: Plan, journal: Journal) -> Iterator[Fallback]:
+    """Blocks that recovery left as they were, and the model where that is true of the last stage."""
+    for layer in range(plan.spec.layers):
+        recovered = journal.units[f"block-{layer:05d}"].get("recovered")
+        if recovered and not recovered["kept"]:
+            yield Fallback(
+                subject=f"block {layer}",
+                wanted="recovery",
+                used="the block as it was solved",
+                reason=recovered.get("reason", ""),
+            )
+    if RECOVERED in journal and not (whole := journal.units[RECOVERED]["recovered"])["kept"]:
+        yield Fallback(
+            subject="all blocks together",
+            wanted="end-to-end recovery",
+            used="the blocks as they were recovered one by one",
+            reason=whole["reason"],
+        )
+
+
+def _of_factors(plan: Plan) -> Iterator[Fallback]:
+    """Tensors that no factors of their size make smaller."""
+    for t in plan.tensors:
+        if t.unfactored:
+            yield Fallback(
+                subject=t.name,
+                wanted="factors",
+                used=f"dense {t.codec}",
+                reason="its share of the budget is the whole matrix, or no factors of its size are smaller",
+            )
+
+
+def _of_cold_experts(layer: Experts) -> Iterator[Fallback]:
+    """Experts whose statistics are mostly their pool's."""
+    for e in layer.cold:
+        yield Fallback(
+            subject=f"block {layer.layer} expert {e}",
+            wanted="own statistics",
+            used=f"{layer.borrowed[e]:.0%} of the block's pool",
+            reason=f"{layer.tokens[e]} calibration tokens reached it",
+        )
+
+
+def _experts(plan: Plan, journal: Journal, solved: Sequence[Mapping[str, Any]]) -> list[Experts]:
+    """What the calibration text was to the experts of every layer that has some; shares borrowed unrounded."""
+    experts = []
+    for layer in range(plan.spec.layers):
+        tokens = journal.units[f"block-{layer:05d}"].get("tokens") or ()
+        if not tokens:
+            continue
+        borrowed = [0.0] * len(tokens)
+        for s in solved:
+            tensor = plan.by_name[s["name"]].spec
+            if tensor.layer == layer and tensor.expert is not None:
+                borrowed[tensor.expert] = max(borrowed[tensor.expert], s["borrowed"])
+        cold = tuple(e for e, share in enumerate(borrowed) if share > 0.5)
+        experts.append(Experts(layer=layer, tokens=tuple(tokens), cold=cold, borrowed=tuple(borrowed)))
+    return experts
+
+
+def _rounded(layer: Experts) -> Experts:
+    return layer.model_copy(update={"borrowed": tuple(round(share, 4) for share in layer.borrowed)})

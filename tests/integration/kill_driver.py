@@ -19,9 +19,9 @@ import llama_cpp  # noqa: F401  (imported before the forks: it takes a second)
 import torch
 
 import compress.export.deliver
-import compress.run.loop
 import compress.streaming.journal
 from compress.recipe import load_recipe
+from compress.run import loop
 from compress.statistics import Moments
 from compress.streaming.journal import Journal
 from compress.text import load_tokenizer
@@ -81,7 +81,7 @@ def checking_container() -> None:
 
 def before_scorecard() -> None:
     """The artifact has its name, the scorecard is not written."""
-    compress.run.loop.scorecards.write = at_call(compress.run.loop.scorecards.write, 1)
+    loop.scorecards.write = at_call(loop.scorecards.write, 1)
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
         if child == 0:
             signal.alarm(120)  # a child that hangs fails the test instead of holding it up
             globals()[moment]()
-            compress.run.loop.run(load_recipe(spec["recipe"], spec["sets"], model=spec["model"], output=output))
+            loop.run(load_recipe(spec["recipe"], spec["sets"], model=spec["model"], output=output))
             os._exit(0)
         print(moment, os.waitpid(child, 0)[1], flush=True)
 

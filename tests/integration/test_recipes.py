@@ -141,7 +141,7 @@ FAMILY_CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_every_family_has_a_case() -> None:
-    assert {family for family, _ in FAMILY_CASES} == set(FAMILIES)
+    assert {family for family, _ in FAMILY_CASES} == set(PLAIN)
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILY_CASES, ids=[family for family, _ in FAMILY_CASES])

@@ -116,8 +116,7 @@ def test_dense_export_holds_the_same_values(step: str, model: Path, tmp_path: Pa
 
 def test_a_killed_survey_is_not_done_twice(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped behind its structure and allocation, a run goes on with both, to the same bytes."""
-    import compress.run.loop
-    import compress.run.surveys
+    from compress.run import loop, surveys
 
     chain = "steps=[{prune_experts: {}}, {factorize: {solver: compot, ratio: 0.2}}]"
     whole, cut = (small("wanda-50", model, tmp_path / name, chain, "name=chain") for name in ("whole", "cut"))
@@ -127,15 +126,15 @@ def test_a_killed_survey_is_not_done_twice(model: Path, tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(compress.run.loop, "_block", killed)
+        patched.setattr(loop, "_block", killed)
         with pytest.raises(KeyboardInterrupt):
             carry_out(cut)
 
     def again(*_: object, **__: object) -> None:
         raise AssertionError("surveyed twice")
 
-    monkeypatch.setattr(compress.run.surveys, "restructure", again)
-    monkeypatch.setattr(compress.run.surveys, "_shares", again)
+    monkeypatch.setattr(surveys, "restructure", again)
+    monkeypatch.setattr(surveys, "_shares", again)
     carry_out(cut)
     files = [tmp_path / name / "chain-compress" / "model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
