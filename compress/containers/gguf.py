@@ -249,13 +249,13 @@ def _restored(pieces: Sequence[tuple[Piece, np.ndarray]], shape: tuple[int, ...]
             values = values.swapaxes(1, 2)
         if piece.map is not None:
             values = piece.map.undo(values)
-        count = shape[0] if piece.rows is None else len(piece.rows.index(shape[0]))
-        values = values.reshape(count, *shape[1:])
+        rows = np.arange(shape[0]) if piece.rows is None else piece.rows.index(shape[0])
+        values = values.reshape(len(rows), *shape[1:])
         if piece.columns is not None:
             columns = np.empty_like(values)
             columns[:, piece.columns.index(shape[1])] = values
             values = columns
-        out[slice(None) if piece.rows is None else piece.rows.index(shape[0])] = values
+        out[rows] = values
     return out
 
 
@@ -274,7 +274,7 @@ def write(request: WriteRequest) -> list[Path]:
     """Write the file, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
 
     `fetch` is called once per tensor, and only one GGUF tensor (a layer's stacked experts at most) is in memory at a
-    time. `options.name` becomes general.name, `provenance` lands as string keys (`compress.recipe.schema`, ...).
+    time. `options.name` becomes general.name, `provenance` lands as string keys (`compress.recipe`, ...).
     OutputError for a plan that does not fit the format or a full disk; UnsupportedModel for a tokenizer llama.cpp has
     no equivalent of. Nothing partial ever has a final name.
     """

@@ -144,20 +144,20 @@ class Checkpoint:
 
 def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Tensors of the model that the checkpoint holds in others, as its family declares (all experts of a layer in one)."""
+    if not entries:
+        return {}
     try:
         spec = load_spec(config)
     except UnsupportedModel:
         return {}
     found = {}
-    for layer in range(spec.layers if entries else 0):
+    for layer in range(spec.layers):
         for branch in spec.branches(layer):
-            for tensor in branch.tensors:
-                for part in tensor.declared.slices if tensor.name not in entries else ():
-                    whole = entries.get(branch.root + part.name)
-                    if whole is not None:
-                        found[tensor.name] = replace(
-                            whole, shape=tensor.shape, part=replace(part, name=branch.root + part.name)
-                        )
+            for weight in branch.sublayer.weights:
+                name = branch.root + weight.name
+                for part in weight.slices if name not in entries else ():
+                    if (whole := branch.root + part.name) in entries:
+                        found[name] = replace(entries[whole], shape=weight.shape, part=replace(part, name=whole))
     return found
 
 

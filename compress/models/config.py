@@ -38,6 +38,11 @@ class Config:
         return next((c[k] for c in (self.given, self.defaults) for k in keys if c.get(k)), 0)
 
     @cached_property
+    def text(self) -> str:
+        """What was given, as JSON: sub-layers that transformers has a say in keep it."""
+        return json.dumps(dict(self.given), sort_keys=True)
+
+    @cached_property
     def hidden(self) -> int:
         return self.need("hidden_size")
 
@@ -104,7 +109,7 @@ class Config:
         if dim is None and self.turning_share != 1.0:
             raise UnsupportedModel("partial_rotary_factor other than 1 is not supported")
         scaling = "" if self.scaling is None else json.dumps(dict(self.scaling), sort_keys=True)
-        config = json.dumps(dict(self.given), sort_keys=True) if scaling else ""
+        config = self.text if scaling else ""
         positions = self.get("max_position_embeddings", 2048)
         return Rope(dim or self.head_dim, self.theta, positions, scaling, config)
 

@@ -163,7 +163,13 @@ class ModelSpec:
 
     def branches(self, layer: int) -> tuple[Branch, ...]:
         """The sub-layers of a block, at their places."""
-        return tuple(Branch(self, layer, part) for part in range(len(self.blocks[layer])))
+        return self._branches[layer]
+
+    @cached_property
+    def _branches(self) -> tuple[tuple[Branch, ...], ...]:
+        return tuple(
+            tuple(Branch(self, layer, part) for part in range(len(block))) for layer, block in enumerate(self.blocks)
+        )
 
     @cached_property
     def outer(self) -> tuple[TensorSpec, ...]:
@@ -225,7 +231,7 @@ class ModelSpec:
         return {t.name: t for t in self.tensors()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Branch:
     """One sub-layer at its place in a model: the residual branch `part` of block `layer`."""
 
@@ -252,7 +258,7 @@ class Branch:
         """Whether it is the last of its block."""
         return self.part == len(self.spec.blocks[self.layer]) - 1
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         return self._placed(self.sublayer.weights)
 

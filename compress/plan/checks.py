@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress.codecs.names import SPARSE_VALUES, codec_info
 from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
+from compress.models.layers import rope
 from compress.models.spec import ModelSpec
 from compress.plan.allocation import KNAPSACK_SHARES
 from compress.recipe.schema import STEP_ORDER, Factorize, Prune, Recipe
@@ -15,8 +16,6 @@ from compress.transforms.options import TransformOptions
 
 if TYPE_CHECKING:
     from compress.plan.tensor import PlannedTensor
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def container_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
@@ -28,9 +27,9 @@ def container_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
 def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
     """Texts and limits that do not go with the model."""
     problems = []
-    rope = (spec.rope_scaling or {}).get("rope_type", (spec.rope_scaling or {}).get("type", "default"))
-    if rope not in ROPE_TYPES:
-        problems.append(f"rope scaling {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    kind = (spec.rope_scaling or {}).get("rope_type", (spec.rope_scaling or {}).get("type", "default"))
+    if kind not in rope.TYPES:
+        problems.append(f"rope scaling {kind!r} is not supported; supported: {', '.join(rope.TYPES)}")
     calibration = recipe.calibration
     find_data("calibration", calibration.dataset)
     if calibration.length > spec.max_positions:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from compress.codecs.names import codec_info
-from compress.containers import Container
 from compress.errors import OutputError, PlanError, UnsupportedModel
 from compress.models.checkpoint import FLOAT_CODEC, Checkpoint, checkpoint_problems
 from compress.models.locate import model_location
@@ -113,18 +112,18 @@ def _heads_stay(recipe: Recipe, spec: ModelSpec) -> str | None:
 def _structural_savings(planner: Planner, spec: ModelSpec) -> tuple[Saving, ...]:
     """What the steps save that leave a model of another shape, in the codecs of the recipe."""
     recipe = planner.recipe
+    wanted = cuts(recipe, spec)
+    if not any(wanted.values()):
+        return ()
     steps: dict[str, Any] = dict.fromkeys(STRUCTURAL)
-    chain = [("", spec)]
-    for kind, options in cuts(recipe, spec).items():
+    chain = [("", planner.sketch(spec))]
+    for kind, options in wanted.items():
         if options is not None:
             steps[kind] = options
             found = candidates(spec, *steps.values())
-            chain.append((kind, reduced(spec, likeliest(spec, found, steps["prune_structured"]))))
-
-    def size(container: Container, model: ModelSpec) -> int:
-        return planner.sketch(model).size(container)
-
-    return structural(chain, recipe.containers, size) if len(chain) > 1 else ()
+            left = reduced(spec, likeliest(spec, found, steps["prune_structured"]))
+            chain.append((kind, planner.sketch(left)))
+    return structural([(kind, sketch.size) for kind, sketch in chain], recipe.containers)
 
 
 def _warnings(

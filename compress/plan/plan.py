@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__, plugins
-from compress.containers import packed_layout
 from compress.models.spec import ModelSpec
 from compress.plan import resources as footprint
 from compress.plan.savings import STRUCTURAL, Saving
-from compress.plan.tensor import PlannedTensor, factored, pruned
+from compress.plan.tensor import PlannedTensor, factored, packed_bytes, pruned
 from compress.recipe.schema import Recipe
 from compress.solvers.options import RecoverOptions
 from compress.structured.shapes import Reduction
@@ -97,14 +96,13 @@ class Plan:
     def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
         """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""
         containers = self.recipe.containers
-        layout = next((c for c in containers if not c.dense), packed_layout())
 
         def settle(planned: PlannedTensor) -> PlannedTensor:
             if planned.name in patterns:
                 planned = pruned(planned, patterns[planned.name], containers)
             if planned.name in shares:
                 planned = factored(planned, shares[planned.name])
-            return replace(planned, bytes=layout.tensor_bytes(planned, self.own_codec))
+            return replace(planned, bytes=packed_bytes(planned, containers, self.own_codec))
 
         return replace(self, tensors=tuple(settle(t) for t in self.tensors))
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from compress.containers import Container, packed_layout
+from compress.containers import Container
 from compress.models.checkpoint import FLOAT_CODEC, Checkpoint
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.plan.checks import tensor_problems
-from compress.plan.tensor import PlannedTensor, Rules, in_pieces, planned_tensor, precise_float
+from compress.plan.tensor import PlannedTensor, Rules, in_pieces, packed_bytes, planned_tensor, precise_float
 from compress.recipe.rules import FLOAT_ROLES, RuleMatcher
 from compress.recipe.schema import Recipe
 
@@ -38,14 +38,6 @@ class Planner:
     @cached_property
     def containers(self) -> Sequence[Container]:
         return self.recipe.containers
-
-    def stored_bytes(self, planned: PlannedTensor) -> int:
-        """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as our own
-        would store it where the recipe only writes decoded values."""
-        container = next((c for c in self.containers if not c.dense), packed_layout())
-        if not container.takes(planned.codec):  # its `check_plan` will say why
-            return 0
-        return container.tensor_bytes(planned, self.own)
 
     def decide(self, spec: ModelSpec) -> Decided:
         """Every tensor of a model."""
@@ -138,7 +130,7 @@ class _Decisions:
         planned = in_pieces(planned_tensor(self.spec, tensor, codec, found, containers), own, containers)
         problems = self.problems(planned)
         if not problems:
-            planned = replace(planned, bytes=self.planner.stored_bytes(planned))
+            planned = replace(planned, bytes=packed_bytes(planned, containers, own))
         else:
             self.faulty.add(id(planned))
         return planned
@@ -146,14 +138,8 @@ class _Decisions:
     def problems(self, planned: PlannedTensor) -> list[str]:
         """Why a tensor cannot be stored as planned."""
         found = tensor_problems(planned, self.planner.containers)
-        if (
-            all(self.matchers[kind].match(planned.spec) for kind in ("prune", "factorize") if kind in self.matchers)
-            and {
-                "prune",
-                "factorize",
-            }
-            <= self.matchers.keys()
-        ):
+        shrinking = [self.matchers[kind] for kind in ("prune", "factorize") if kind in self.matchers]
+        if len(shrinking) == 2 and all(matcher.match(planned.spec) for matcher in shrinking):
             found.insert(0, f"{planned.spec.role}: prune and factorize both name it; factors have a mask already")
         return found
 

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 from compress.codecs.names import codec_info
 from compress.containers import Container
-from compress.models.spec import ModelSpec
 from compress.plan.tensor import PlannedTensor
 
 STRUCTURAL = ("drop_layers", "prune_experts", "prune_structured")
@@ -75,14 +74,14 @@ def _has_mask(planned: PlannedTensor) -> bool:
 
 
 def structural(
-    specs: list[tuple[str, ModelSpec]], containers: Iterable[Container], size: Callable[[Container, ModelSpec], int]
+    sizes: Sequence[tuple[str, Callable[[Container], int]]], containers: Iterable[Container]
 ) -> tuple[Saving, ...]:
-    """What a chain of steps saves. specs: "" and the whole model, then every step and the model it leaves; size:
-    (container, model) to bytes."""
+    """What a chain of steps saves. sizes: "" and the whole model's bytes by container, then every step and those of the
+    model it leaves."""
     containers, lines = tuple(containers), []
-    for (_, whole), (step, left) in pairwise(specs):
+    for (_, whole), (step, left) in pairwise(sizes):
         for container in containers:
-            before, after = size(container, whole), size(container, left)
+            before, after = whole(container), left(container)
             note = "a stock model of the same architecture, smaller and faster in proportion"
             if after >= before:
                 note = "nothing of this model goes at this ratio"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from compress.codecs.names import codec_info, ggml_fallback, sparse_name, stored_bytes
-from compress.containers import Container
+from compress.containers import Container, packed_layout
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.plan.allocation import factor_sizes
 from compress.recipe.rules import FactorizeRule, PruneRule, Rule
@@ -154,6 +154,15 @@ def in_pieces(planned: PlannedTensor, own: str, containers: Iterable[Container])
         wanted = planned.wanted or planned.codec
         return PlannedTensor(planned.spec, own, None, 0, wanted, values=own)
     return replace(planned, ordered=planned.spec.column_order is not None)
+
+
+def packed_bytes(planned: PlannedTensor, containers: Sequence[Container], own: str) -> int:
+    """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as our own
+    would store it where a recipe only writes decoded values."""
+    container = next((c for c in containers if not c.dense), packed_layout())
+    if not container.takes(planned.codec):  # its `check_plan` will say why
+        return 0
+    return container.tensor_bytes(planned, own)
 
 
 def pruned(planned: PlannedTensor, pattern: Pattern, containers: Iterable[Container]) -> PlannedTensor:

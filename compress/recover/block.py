@@ -25,6 +25,7 @@ from compress.limits import BATCH_TOKENS
 from compress.models.forward import forward_block
 from compress.recover.parameters import (
     Adam,
+    Judged,
     Tuned,
     held_out_windows,
     plain_outcome,
@@ -40,7 +41,7 @@ from compress.streaming.walk import BlockAt
 
 
 @dataclass(frozen=True)
-class Recovered:
+class Recovered(Judged):
     """outcomes, floats: of the whole block, by checkpoint name, tuned where `kept` and as given where not; before,
     after: relative error on the held-out windows, of the block as given and of the best candidate; epochs: how many
     ran; reason: why nothing was kept, else empty."""
@@ -52,12 +53,6 @@ class Recovered:
     kept: bool
     epochs: int
     reason: str = ""
-
-    @property
-    def report(self) -> dict[str, float | int | bool | str]:
-        """For the journal."""
-        facts = {"before": self.before, "after": self.after, "kept": self.kept, "epochs": self.epochs}
-        return facts if self.kept else {**facts, "reason": self.reason}
 
 
 @dataclass(frozen=True)

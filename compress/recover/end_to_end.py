@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from compress.models.forward import final_norm, forward_block
 from compress.models.spec import ModelSpec
 from compress.recover.parameters import (
     Adam,
+    Judged,
     Tuned,
     TunedFloat,
     held_out_windows,
@@ -39,17 +39,14 @@ from compress.recover.parameters import (
 from compress.solve.tensor import Outcome
 from compress.solvers.options import RecoverOptions
 from compress.streaming.activations import Activations
-from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import BlockAt, walk
 from compress.weights import Packed
 
-if TYPE_CHECKING:
-    pass
 CHANGE, MEAN, SQUARE, BEST = range(4)  # rows of a block's state: its parameters, Adam's moments, the best so far
 
 
 @dataclass(frozen=True)
-class Finetuned:
+class Finetuned(Judged):
     """before, after: mean KL divergence from the original on the held-out windows, nats a token, of the model as given
     and of the best candidate; norm: the final norm as it ships, where it was tuned and kept; reason: why nothing was
     kept, else empty."""
@@ -61,31 +58,20 @@ class Finetuned:
     epochs: int
     reason: str = ""
 
-    @property
-    def report(self) -> dict[str, float | int | bool | str]:
-        """For the journal."""
-        facts = {"before": self.before, "after": self.after, "kept": self.kept, "epochs": self.epochs}
-        return facts if self.kept else {**facts, "reason": self.reason}
-
 
 @dataclass(frozen=True)
 class Compressed:
     """A model whose blocks are all solved. fetch(name): a tensor as it ships; outcomes(layer): a block's solved ones;
-    head: float32 [vocabulary, hidden], as it ships, where it is computed with."""
+    head: float32 [vocabulary, hidden], as it ships."""
 
     spec: ModelSpec
     fetch: Callable[[str], Packed]
     outcomes: Callable[[int], Mapping[str, Outcome]]
     head: Tensor
-    placement: Placement = CPU
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor as it ships, float32, decoded."""
-        return self.placement.put(decode(self.fetch(name)))
 
     def blocks(self, *, backwards: bool = False) -> Iterator[BlockAt]:
         """One after the other."""
-        return walk(self.spec, lambda name: decode(self.fetch(name)), self.placement, backwards=backwards)
+        return walk(self.spec, lambda name: decode(self.fetch(name)), backwards=backwards)
 
 
 @dataclass(frozen=True)
@@ -182,14 +168,10 @@ class _Run:
         self.places = scratch("states", self.spec.layers + 1, min(self.batch, training), length, hidden)
         self.held = scratch("held-out", self.held_out, length, hidden)
         self.states: dict[int, Tensor] = {}
-        name = self.spec.final_norm
-        self.norm = TunedFloat(model.tensor(name), model.fetch(name).codec, options.lr_floats)
+        norm = model.fetch(self.spec.final_norm)
+        self.norm = TunedFloat(decode(norm), norm.codec, options.lr_floats)
         self.norm_optimizer = Adam(self.norm.steps if "norms" in options.tune else [])
         self.best_norm = torch.zeros_like(self.norm.change)
-
-    def put(self, states: Tensor) -> Tensor:
-        """Hidden states where they are computed with."""
-        return self.model.placement.put(states)
 
     @property
     def tuned(self) -> bool:
@@ -257,14 +239,13 @@ class _Run:
             layer = block.layer
             with torch.no_grad():
                 weights = self.weights(block, stored=False)
-                inputs = self.put(self.places[layer, :count])
-                self.places[layer + 1, :count] = forward_block(self.spec, layer, weights, inputs)
-        loss, gradient = self.loss_gradient(self.put(self.places[self.spec.layers, :count]), picks)
+                self.places[layer + 1, :count] = forward_block(self.spec, layer, weights, self.places[layer, :count])
+        loss, gradient = self.loss_gradient(self.places[self.spec.layers, :count], picks)
         if not math.isfinite(loss):
             return False
         self.norm_optimizer.step(share)
         for block in self.model.blocks(backwards=True):
-            gradient = self.step_block(block, self.put(self.places[block.layer, :count]), gradient, taken, share)
+            gradient = self.step_block(block, self.places[block.layer, :count], gradient, taken, share)
         return True
 
     def step_block(self, block: BlockAt, inputs: Tensor, gradient: Tensor, taken: int, share: float) -> Tensor:
@@ -316,12 +297,10 @@ class _Run:
         for block in self.model.blocks():
             weights = self.weights(block, stored=stored)
             for start, stop in parts:
-                self.held[start:stop] = forward_block(self.spec, block.layer, weights, self.put(self.held[start:stop]))
+                self.held[start:stop] = forward_block(self.spec, block.layer, weights, self.held[start:stop])
         norm = self.norm.stored() if stored else self.norm.dense()
         total = 0.0
         for slot in range(self.held_out):
             wanted = self.original.states.read(self.training + slot, self.training + slot + 1)[0]
-            total += sum(
-                float(self.divergence(self.put(self.held[slot, rows]), norm, wanted[rows])) for rows in self.chunks()
-            )
+            total += sum(float(self.divergence(self.held[slot, rows], norm, wanted[rows])) for rows in self.chunks())
         return total / self.held[..., 0].numel()

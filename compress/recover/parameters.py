@@ -27,6 +27,27 @@ WARM_UP = 5  # steps until the full step size
 BETAS = (0.9, 0.95)
 
 
+class Judged:
+    """What was judged on held-out windows, and kept or not."""
+
+    before: float
+    after: float
+    kept: bool
+    epochs: int
+    reason: str
+
+    @property
+    def report(self) -> dict[str, float | int | bool | str]:
+        """For the journal."""
+        facts: dict[str, float | int | bool | str] = {
+            "before": self.before,
+            "after": self.after,
+            "kept": self.kept,
+            "epochs": self.epochs,
+        }
+        return facts if self.kept else {**facts, "reason": self.reason}
+
+
 class Tuned(Protocol):
     """Something that is stored, with parameters that start at zero, where it is as it was given."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
@@ -34,7 +35,7 @@ class Site:
     tokens: tuple[int, ...] = ()
 
     @property
-    def device(self) -> object:
+    def device(self) -> torch.device:
         """Where its weights lie."""
         return next(iter(self.weights.values())).device
 

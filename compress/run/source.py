@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from compress.models.checkpoint import Checkpoint
 from compress.plan.plan import Plan
 from compress.weights import Loader
-
-if TYPE_CHECKING:
-    pass
 
 
 def working_model(plan: Plan, checkpoint: Checkpoint) -> Loader:

@@ -1,4 +1,4 @@
-"""One tensor: from its float weight to what ships, and back. Here transforms, solvers and codecs meet; `shrink` has what
+"""One tensor: from its float weight to what ships, and back. Here transforms, solvers and codecs meet; `shrunk` has what
 is pruned or factorised.
 
 Codecs made for it (and any other whose rule says `incoherence`) are solved in incoherent space: the weight between

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.models.forward import NO_TAPS, Taps, forward_branch
+from compress.models.forward import NO_TAPS, Taps, forward_block, forward_branch
 from compress.models.spec import Branch, ModelSpec
 from compress.streaming.activations import Activations
 from compress.streaming.placement import CPU, Placement
@@ -50,11 +50,7 @@ class BlockAt:
 
     def forward(self, hidden: Tensor, taps: Taps = NO_TAPS) -> Tensor:
         """Run it whole; hidden: float32 [B, T, hidden], not modified."""
-        for branch in self.branches:
-            out = forward_branch(branch, self.weights, hidden, taps)
-            assert out is not None
-            hidden = out
-        return hidden
+        return forward_block(self.spec, self.layer, self.weights, hidden, taps)
 
 
 def walk(

@@ -59,25 +59,17 @@ class StructureView:
     def source(self, name: str) -> str:
         """The original's tensor that one of the reduced model is, or is a part of."""
         tensor = self.spec.by_name[name]
-        return name if tensor.layer is None else self._sources[tensor.layer][self._position(tensor)]
-
-    def _position(self, tensor: TensorSpec) -> tuple[str, int | None]:
-        """What tells a tensor from the others of its layer, by the original's numbers."""
-        assert tensor.layer is not None
-        kept, declared = self.kept[tensor.layer], tensor.declared
-        if tensor.expert is None:
-            return declared.name, None
-        return f"{tensor.role} {declared.gguf}", kept.experts[tensor.expert]
+        if tensor.layer is None:
+            return name
+        expert = None if tensor.expert is None else self.kept[tensor.layer].experts[tensor.expert]
+        return self._sources[tensor.layer][_kind(tensor), expert]
 
     @cached_property
     def _sources(self) -> tuple[Mapping[tuple[str, int | None], str], ...]:
-        """Of every kept layer, the original's names by position."""
-
-        def position(tensor: TensorSpec) -> tuple[str, int | None]:
-            declared = tensor.declared
-            return (declared.name if tensor.expert is None else f"{tensor.role} {declared.gguf}"), tensor.expert
-
-        return tuple({position(t): t.name for t in self.original.block_tensors(kept.layer)} for kept in self.kept)
+        """Of every kept layer, the original's names by kind and expert."""
+        return tuple(
+            {(_kind(t), t.expert): t.name for t in self.original.block_tensors(kept.layer)} for kept in self.kept
+        )
 
     def _selection(self, tensor: TensorSpec) -> tuple[Tensor | None, ...]:
         """By dimension, what is left of the original's tensor, None where all is."""
@@ -98,6 +90,11 @@ class StructureView:
     def _names(self, kept: KeptLayer) -> Mapping[str, str]:
         """Experts' feed-forwards by the reduced model's numbers -> by the original's."""
         return {f"experts.{new}": f"experts.{old}" for new, old in enumerate(kept.experts)}
+
+
+def _kind(tensor: TensorSpec) -> str:
+    """What tells a tensor from the others of its layer, whatever the number of its expert."""
+    return tensor.declared.name if tensor.expert is None else f"{tensor.role} {tensor.declared.gguf}"
 
 
 def runs(picks: Sequence[int], length: int) -> Tensor:

@@ -19,14 +19,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
 from compress.errors import CalibrationError
-
-if TYPE_CHECKING:
-    pass
 
 DataKind = Literal["recipes", "calibration", "eval", "models"]
 TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ def mixer(c: Config, module: str) -> Sublayer:
     return LatentAttention(
         c.hidden,
         *MIXER,
-        config=json.dumps(dict(c.given), sort_keys=True),
+        config=c.text,
         module=module.format("Attention"),
         prefix="self_attn.",
         rotary=module.format("RotaryEmbedding"),

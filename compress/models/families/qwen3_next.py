@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +45,7 @@ def mixer(c: Config, layer: int, module: str, *, joined: bool = False) -> Sublay
     return GatedDeltaNet(
         c.hidden,
         *MIXER,
-        config=json.dumps(dict(c.given), sort_keys=True),
+        config=c.text,
         module=module,
         prefix="linear_attn.",
         key_heads=c.need("linear_num_key_heads"),

@@ -31,10 +31,12 @@ def forward_branch(
     return None if out is None else hidden + out
 
 
-def forward_block(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+def forward_block(
+    spec: ModelSpec, layer: int, weights: Mapping[str, Tensor], hidden: Tensor, taps: Taps = NO_TAPS
+) -> Tensor:
     """Run one block. weights: full checkpoint names -> float32; hidden: float32 [B, T, hidden_size], not modified."""
     for branch in spec.branches(layer):
-        out = forward_branch(branch, weights, hidden)
+        out = forward_branch(branch, weights, hidden, taps)
         assert out is not None
         hidden = out
     return hidden

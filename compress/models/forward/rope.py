@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedModel
-from compress.models.layers.rope import Rope
+from compress.models.layers.rope import TYPES, Rope
 
 
 @cache
@@ -22,8 +22,8 @@ def _frequencies(rope: Rope) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = rope.parameters.get("rope_type", rope.parameters.get("type"))
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UnsupportedModel(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3, yarn")
+    if kind not in TYPES:
+        raise UnsupportedModel(f"rope scaling {kind!r} is not supported; supported: {', '.join(TYPES)}")
     fields = json.loads(rope.config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))

@@ -132,7 +132,7 @@ class MoE(Sublayer):
             ]
         weights = gated(
             self, self.expert.format(e=e), self.leaves, self.width, "routed_experts", "ffn_{}_exps", f"experts.{e}",
-            fused="the routed experts of a layer", alone=self.sums_to_one and self.shared is None, expert=e,
+            alone=self.sums_to_one and self.shared is None, expert=e,
         )  # fmt: skip
         for weight, slice in zip(weights, slices, strict=True):
             yield replace(weight, slices=slice, fused="the routed experts of a layer")

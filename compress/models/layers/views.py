@@ -6,7 +6,6 @@ is written, orders of columns before a tensor is solved: blocks and error feedba
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,9 +111,3 @@ class Piece:
     def of_rows(self) -> Piece:
         """The same for the bias of a linear."""
         return replace(self, name=self.name.removesuffix("weight") + "bias", columns=None)
-
-    @property
-    def size(self) -> int:
-        """Numbers it holds, where its shape is its own."""
-        assert self.shape is not None
-        return math.prod(self.shape)
