@@ -129,9 +129,6 @@ def quantize(
     *,
     imatrix: Mapping[str, np.ndarray] | None = None,
     tensor_types: Mapping[str, str] | None = None,
-    output_type: str | None = None,
-    token_embedding_type: str | None = None,
-    pure: bool = False,
     threads: int | None = None,
 ) -> None:
     """llama.cpp's own quantizer (llama_model_quantize) from a float GGUF `source` to `target`.
@@ -146,11 +143,6 @@ def quantize(
     params = api.llama_model_quantize_default_params()
     params.ftype = FTYPES[ftype.lower()]
     params.nthread = threads or default_threads()
-    params.pure = pure
-    if output_type:
-        params.output_tensor_type = _ggml_type(output_type)
-    if token_embedding_type:
-        params.token_embedding_type = _ggml_type(token_embedding_type)
     keep: list[Any] = []  # what the C structs point at
     if imatrix:
         entries = (api.llama_model_imatrix_data * (len(imatrix) + 1))()  # a NULL name ends the list

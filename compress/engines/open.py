@@ -16,7 +16,7 @@ from compress.errors import CheckpointError, UnsupportedModel
 from compress.models.checkpoint import Checkpoint, checkpoint_problems
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
-from compress.report.scorecard import Fallback
+from compress.scoring.results import Fallback
 from compress.scoring.source import LogitSource
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from compress.models.checkpoint import Checkpoint
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
 from compress.report.progress import Reporter
-from compress.report.scorecard import Artifact, Check, Fallback, TaskScore
+from compress.report.scorecard import Artifact, Check
 from compress.scoring.divergence import Scores
+from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
 from compress.streaming.journal import Journal
 from compress.streaming.placement import CPU, Placement

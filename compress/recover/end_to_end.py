@@ -62,12 +62,14 @@ class Finetuned(Judged):
 @dataclass(frozen=True)
 class Compressed:
     """A model whose blocks are all solved. fetch(name): a tensor as it ships; outcomes(layer): a block's solved ones;
-    head: float32 [vocabulary, hidden], as it ships."""
+    head: float32 [vocabulary, hidden], as it ships; inputs: its embeddings of the calibration windows, [windows, length,
+    hidden]."""
 
     spec: ModelSpec
     fetch: Callable[[str], Packed]
     outcomes: Callable[[int], Mapping[str, Outcome]]
     head: Tensor
+    inputs: Activations
 
     def blocks(self, *, backwards: bool = False) -> Iterator[BlockAt]:
         """One after the other."""
@@ -87,7 +89,6 @@ class Original:
 def finetune(
     model: Compressed,
     original: Original,
-    inputs: Activations,
     options: RecoverOptions,
     scratch: Callable[..., Tensor],
     write: Callable[[int, Mapping[str, Packed]], None],
@@ -97,15 +98,14 @@ def finetune(
 ) -> Finetuned:
     """Tune all blocks together and hand what moved to `write(layer, tensors)`, where it is kept.
 
-    inputs: the compressed embeddings of the calibration windows, [windows, length, hidden]; scratch(name, *shape): float32
-    zeros that need not stay in memory. The same seed gives the same bytes on the same machine and thread count.
+    scratch(name, *shape): float32 zeros that need not stay in memory. The same seed gives the same bytes on the same machine and thread count.
     """
     with torch.inference_mode(False):
-        windows = inputs.shape[0]
+        windows = model.inputs.shape[0]
         training = windows - held_out_windows(windows, options)
         if training < 1:
             return Finetuned(None, 0.0, 0.0, False, 0, "too few calibration windows to hold any out")
-        run = _Run(model, original, inputs, options, scratch, training)
+        run = _Run(model, original, options, scratch, training)
         before = run.held_out_divergence(stored=False)
         if not run.tuned:
             return Finetuned(None, before, before, False, 0, "nothing to tune")
@@ -155,14 +155,13 @@ class _Run:
         self,
         model: Compressed,
         original: Original,
-        inputs: Activations,
         options: RecoverOptions,
         scratch: Callable[..., Tensor],
         training: int,
     ):
-        self.model, self.spec, self.original, self.inputs = model, model.spec, original, inputs
+        self.model, self.spec, self.original, self.inputs = model, model.spec, original, model.inputs
         self.options, self.scratch, self.training = options, scratch, training
-        windows, length, hidden = inputs.shape
+        windows, length, hidden = model.inputs.shape
         self.batch = max(1, BATCH_TOKENS // length)  # windows of one step
         self.held_out = windows - training
         self.places = scratch("states", self.spec.layers + 1, min(self.batch, training), length, hidden)

@@ -16,34 +16,17 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from compress.errors import CompressError, OutputError
 from compress.scoring.divergence import Scores
+from compress.scoring.results import Fallback, TaskScore, Value
 
 FORMAT = 1
 FILE_NAME = "scorecard.json"
 
 
-class _Value(BaseModel):
-    """Frozen; unknown keys are kept out on reading so that a newer minor version's file still opens."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class TaskScore(_Value):
-    """One row of compress.scoring.tasks.run_tasks. `difference` is against the original, paired by document:
-    {"value", "low", "high"} from compress.scoring.tasks.compare."""
-
-    metric: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    n: int
-    difference: dict[str, Any] | None = None
-
-
-class Artifact(_Value):
+class Artifact(Value):
     """One delivered file set.
 
     path is relative to the scorecard; bytes all files that must be shipped to run it; bits_per_weight
@@ -62,7 +45,7 @@ class Artifact(_Value):
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
 
 
-class Base(_Value):
+class Base(Value):
     """The original: bytes of its weight files and its own scores on the same windows and documents; all None when
     a model was scored on its own."""
 
@@ -73,7 +56,7 @@ class Base(_Value):
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
 
 
-class Experts(_Value):
+class Experts(Value):
     """Routing of one layer during calibration.
 
     tokens[e]: tokens routed to expert e; cold: experts that saw too few to stand alone; borrowed[e]: share of
@@ -86,17 +69,7 @@ class Experts(_Value):
     borrowed: tuple[float, ...] = ()
 
 
-class Fallback(_Value):
-    """Something done otherwise than planned: `subject` (a tensor, usually) was to get `wanted` and got
-    `used`."""
-
-    subject: str
-    wanted: str
-    used: str
-    reason: str
-
-
-class Check(_Value):
+class Check(Value):
     """One integrity check and, in `detail`, what was measured against which limit."""
 
     name: str
@@ -104,12 +77,12 @@ class Check(_Value):
     detail: str = ""
 
 
-class Gate(_Value):
+class Gate(Value):
     passed: bool
     checks: tuple[Check, ...] = ()
 
 
-class Stage(_Value):
+class Stage(Value):
     """Wall time in seconds and peak resident memory in bytes up to the stage's end."""
 
     name: str
@@ -117,7 +90,7 @@ class Stage(_Value):
     peak_bytes: int | None = None
 
 
-class Scorecard(_Value):
+class Scorecard(Value):
     """The whole file. recipe is the recipe's name, recipe_digest identifies its content after overrides."""
 
     model: str

@@ -16,8 +16,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from compress.report.scorecard import Artifact, Base, Scorecard, TaskScore
+from compress.report.scorecard import Artifact, Base, Scorecard
 from compress.scoring.divergence import Scores
+from compress.scoring.results import TaskScore
 
 DASH = "–"
 SHOWN_LAYERS = 8

@@ -58,12 +58,13 @@ def recover_end_to_end(run: Run, ids: np.ndarray, states: Activations, progress:
         table = decode(journal.fetch(spec.embeddings))
         embed(table, ids, inputs)
         head = table if spec.tied else decode(journal.fetch(spec.head))
-        model = Compressed(spec, journal.fetch, lambda layer: load_outcomes(outcomes_file(journal, layer)), head)
+        model = Compressed(
+            spec, journal.fetch, lambda layer: load_outcomes(outcomes_file(journal, layer)), head, inputs
+        )
         original = Original(states, run.load(spec.final_norm).float(), run.load(spec.head).float())
     result = finetune(
         model,
         original,
-        inputs,
         recover,
         lambda name, *shape: mapped(journal.folder / f"recover-{name}.f32", *shape),
         write,

@@ -14,8 +14,9 @@ from compress.engines.open import OpenedModel, artifact_source, file_container, 
 from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError
 from compress.report.progress import Reporter
-from compress.report.scorecard import Artifact, Base, Check, Fallback, Gate, Scorecard
+from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
 from compress.scoring.measure import Measured, measure
+from compress.scoring.results import Fallback
 from compress.scoring.source import LogitSource
 from compress.streaming.placement import Placement
 from compress.text import load_suite, load_tokenizer

@@ -12,9 +12,10 @@ from compress import __version__
 from compress.export.deliver import Delivery
 from compress.plan.plan import Plan
 from compress.report.progress import Reporter
-from compress.report.scorecard import Base, Experts, Fallback, Gate, Scorecard
+from compress.report.scorecard import Base, Experts, Gate, Scorecard
 from compress.run.recover import RECOVERED
 from compress.run.surveys import STRUCTURE
+from compress.scoring.results import Fallback
 from compress.streaming.journal import Journal
 from compress.structured.shapes import widths_of
 

@@ -29,6 +29,7 @@ from compress.streaming.journal import Journal
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import Scratch, Stream, Streams, walk
 from compress.structured.restructure import Restructured, restructure
+from compress.structured.shapes import Cuts
 from compress.structured.survey import outlier_ratios
 from compress.structured.view import KeptLayer, StructureView
 from compress.weights import Loader, Pattern
@@ -60,10 +61,8 @@ def settle(
         assert ids is not None
         with reporter.stage("structure") as progress:
             if STRUCTURE not in journal:
-                steps = cuts(plan.recipe, plan.turned).values()
-                made = restructure(
-                    plan.turned, *steps, load, ids, scratch, progress, shapes=plan.shapes, placement=placement
-                )
+                wanted = Cuts(*cuts(plan.recipe, plan.turned).values(), shapes=plan.shapes)
+                made = restructure(plan.turned, wanted, load, ids, scratch, progress, placement)
                 _save(_state_file(journal), *made.state())
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
             cut = Restructured.restore(plan.turned, *_read(_state_file(journal)))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from compress.report.scorecard import Fallback, TaskScore
 from compress.scoring.divergence import Scores, score_many
+from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
 from compress.text import Suite, eval_windows
 

@@ -9,29 +9,21 @@ from torch import Tensor
 
 from compress.codecs.base import TINY
 from compress.models.spec import ModelSpec
-from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
+from compress.structured.options import PruneExpertsOptions
 from compress.structured.scores import best
-from compress.structured.shapes import Reduction, candidates
+from compress.structured.shapes import Cuts, Reduction, candidates
 from compress.structured.survey import LayerScores
 from compress.structured.view import KeptLayer
 
 
-def decide(
-    spec: ModelSpec,
-    scores: Sequence[LayerScores],
-    drop: DropLayersOptions | None,
-    experts: PruneExpertsOptions | None,
-    structured: PruneStructuredOptions | None,
-    shapes: Sequence[Reduction] = (),
-) -> tuple[Reduction, tuple[KeptLayer, ...]]:
-    """The shape that is left, one of `shapes`, and what each of its layers keeps. scores: one a layer of `spec`, the original;
-    shapes: some of the `candidates` of the steps, by default all."""
-    shapes = shapes or candidates(spec, drop, experts, structured)
+def decide(spec: ModelSpec, scores: Sequence[LayerScores], cuts: Cuts) -> tuple[Reduction, tuple[KeptLayer, ...]]:
+    """The shape that is left, and what each of its layers keeps. scores: one a layer of `spec`, the original."""
+    shapes = cuts.shapes or candidates(spec, cuts.drop, cuts.experts, cuts.structured)
     reduction = shapes[0]  # all drop as many layers and experts
     influence = torch.tensor([s.influence for s in scores], dtype=torch.float64)
     layers = best(influence, spec.layers - reduction.dropped)
-    chosen = [_experts(spec, n, scores[n], experts, reduction) for n in layers]
-    if structured is None:
+    chosen = [_experts(spec, n, scores[n], cuts.experts, reduction) for n in layers]
+    if cuts.structured is None:
         groups = tuple(range(spec.kv_heads))
         return reduction, tuple(KeptLayer(n, kept, groups) for n, kept in zip(layers, chosen, strict=True))
     left = [scores[n] for n in layers]

@@ -15,15 +15,10 @@ from compress.models.spec import ModelSpec
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import Scratch
 from compress.structured.decide import decide
-from compress.structured.options import (
-    DropLayersOptions,
-    PruneExpertsOptions,
-    PruneStructuredOptions,
-    StructureOptions,
-)
+from compress.structured.options import PruneStructuredOptions, StructureOptions
 from compress.structured.repair import Repair, repair_model
 from compress.structured.scores import Expert, adopters, merged
-from compress.structured.shapes import Reduction, reduced
+from compress.structured.shapes import Cuts, Reduction, reduced
 from compress.structured.survey import LayerScores, survey
 from compress.structured.view import KeptLayer, StructureView
 from compress.weights import Loader
@@ -85,29 +80,26 @@ class Restructured:
 
 def restructure(
     original: ModelSpec,
-    drop: DropLayersOptions | None,
-    experts: PruneExpertsOptions | None,
-    structured: PruneStructuredOptions | None,
+    cuts: Cuts,
     load: Loader,
     ids: np.ndarray,
     scratch: Scratch,
     progress: Callable[[float], None] = lambda fraction: None,
-    *,
-    shapes: Sequence[Reduction] = (),
     placement: Placement = CPU,
 ) -> Restructured:
-    """Carry out all steps that are given, together.
+    """Carry out all cuts together.
 
     load(name) gives a tensor of `original`; ids: [windows, length], calibration text; scratch(name): activation files of
     the ids' shape, deleted when done. Everything is scored on the original in one pass; a second one repairs if any step
-    asks for it, with the largest damping asked for. shapes: what may be left, by default any of `candidates`. Deterministic. Raises NumericalError for activations that
-    are not finite.
+    asks for it, with the largest damping asked for. Deterministic. Raises NumericalError for activations that are not
+    finite.
     """
-    asked = [step for step in (drop, experts, structured) if step is not None]
+    experts = cuts.experts
+    asked = [step for step in (cuts.drop, experts, cuts.structured) if step is not None]
     damping = max((step.damping for step in asked if step.repair), default=None)
     part = 1.0 if damping is None else 0.5
     scores = survey(original, load, ids, scratch, lambda fraction: progress(part * fraction), placement)
-    reduction, kept = decide(original, scores, drop, experts, structured, shapes)
+    reduction, kept = decide(original, scores, cuts)
     view = StructureView(kept, {}, original, reduced(original, reduction))
     tensors: dict[str, Tensor] = {}
     if experts is not None and experts.method == "merge":

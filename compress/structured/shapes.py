@@ -33,6 +33,16 @@ class Reduction:
     shared_intermediate: int
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """The steps that make a model smaller, and what they may leave of it: some of their `candidates`, by default all."""
+
+    drop: DropLayersOptions | None = None
+    experts: PruneExpertsOptions | None = None
+    structured: PruneStructuredOptions | None = None
+    shapes: Sequence[Reduction] = ()
+
+
 def likeliest(
     spec: ModelSpec, shapes: Sequence[Reduction], structured: PruneStructuredOptions | None = None
 ) -> Reduction:
@@ -270,7 +280,8 @@ def _expert_problems(spec: ModelSpec, experts: PruneExpertsOptions) -> list[str]
         return ["prune_experts: this model has no routed experts; use prune_structured or drop_layers"]
     if any(s.router.groups > 1 for block in spec.blocks for s in block if isinstance(s, MoE)):
         return [
-            "prune_experts: this model chooses experts by groups of equal size, and which are left differs; prune channels"
+            "prune_experts: this model chooses experts by groups of equal size, and which are left differs; "
+            "prune single weights or quantize the experts to fewer bits instead"
         ]
     gone = rounded(experts.ratio * spec.experts)
     if not gone:
@@ -294,7 +305,9 @@ def _structured_problems(
     structured: PruneStructuredOptions,
 ) -> list[str]:
     if spec.family.fixed_channels:
-        return [f"prune_structured: {spec.family.fixed_channels}; prune experts or layers instead"]
+        return [
+            f"prune_structured: {spec.family.fixed_channels}; prune single weights or quantize to fewer bits instead"
+        ]
     if structured.heads and spec.family.fixed_heads:
         return [f"prune_structured: {spec.family.fixed_heads}; leave heads out"]
     widths = widths_of(spec).values()

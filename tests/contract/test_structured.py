@@ -24,7 +24,7 @@ from compress.streaming.activations import Activations
 from compress.structured import options as declared
 from compress.structured.options import StructureOptions
 from compress.structured.restructure import Restructured, restructure
-from compress.structured.shapes import multiple_for, reduction_problems, widths_of
+from compress.structured.shapes import Cuts, multiple_for, reduction_problems, widths_of
 from tests.contract.blocks import NAMES, SMALL, Families, Weights, logits
 from tests.tiny import tiny_config
 
@@ -33,11 +33,11 @@ STEPS = {
     for name, cls in vars(declared).items()
     if inspect.isclass(cls) and issubclass(cls, StructureOptions) and cls is not StructureOptions
 }
-HINTS = typing.get_type_hints(restructure)
+HINTS = typing.get_type_hints(Cuts)
 SLOTS = {
     name: next(slot for slot, hint in HINTS.items() if cls in typing.get_args(hint)) for name, cls in STEPS.items()
 }
-"""Which argument each step is."""
+"""Which field of `Cuts` each step is."""
 
 COUNTED: dict[str, Callable[[TensorSpec], bool]] = {
     "drop_layers": lambda tensor: tensor.layer is not None,
@@ -67,8 +67,7 @@ POSSIBLE = [
 def _carried_out(spec: ModelSpec, weights: Weights, step: str, folder: Path) -> Restructured:
     folder.mkdir()
     scratch = lambda name: Activations(folder / f"{name}.f32", (*IDS.shape, spec.hidden_size))  # noqa: E731
-    steps = {"drop": None, "experts": None, "structured": None} | {SLOTS[step]: STEPS[step]()}
-    return restructure(spec, *steps.values(), weights.__getitem__, IDS, scratch)
+    return restructure(spec, Cuts(**{SLOTS[step]: STEPS[step]()}), weights.__getitem__, IDS, scratch)
 
 
 def _step(spec: ModelSpec, step: str) -> float:

@@ -30,7 +30,6 @@ from compress.solve.files import load_outcomes, save_outcomes
 from compress.solve.tensor import Outcome, Solved
 from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
-from compress.streaming.activations import Activations
 from compress.streaming.journal import Journal
 from compress.transforms.incoherence import Incoherence
 from tests.integration.runs import text_file
@@ -114,10 +113,10 @@ def _stopped(plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
         patch.setattr(caller, "finetune", lambda *a, **k: held.append(a) or (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             _carry_out(plan, folder)
-    model, original, inputs, options, scratch, *_ = held[0]
-    assert isinstance(model, Compressed) and isinstance(original, Original) and isinstance(inputs, Activations)
+    model, original, options, scratch, *_ = held[0]
+    assert isinstance(model, Compressed) and isinstance(original, Original)
     with torch.inference_mode(False):
-        made = stage._Run(model, original, inputs, options, scratch, inputs.shape[0] - 2)
+        made = stage._Run(model, original, options, scratch, model.inputs.shape[0] - 2)
         made.held_out_divergence(stored=False)
     return Journal.open(folder, plan.digest), made
 

@@ -25,7 +25,7 @@ from compress.models import load_spec
 from compress.streaming.activations import Activations
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 from compress.structured.restructure import Restructured, restructure
-from compress.structured.shapes import reduction_problems
+from compress.structured.shapes import Cuts, reduction_problems
 from compress.structured.survey import survey
 from compress.text import calibration_windows, load_tokenizer
 from tests.integration.containers import fetcher, plan, reference_logits, spec_of, token_ids, weights_of
@@ -65,7 +65,7 @@ def _restructured(model: Path, steps: tuple[Any, Any, Any], scratch: Path, ids: 
     spec, weights = spec_of(model), weights_of(model)
     scratch.mkdir(exist_ok=True)
     files = lambda name: Activations(scratch / f"{name}.f32", (*ids.shape, spec.hidden_size))  # noqa: E731
-    return restructure(spec, *steps, weights.__getitem__, ids, files)
+    return restructure(spec, Cuts(*steps), weights.__getitem__, ids, files)
 
 
 def _tensors(result: Restructured, load: Callable[[str], Tensor]) -> dict[str, Tensor]:

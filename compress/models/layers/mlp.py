@@ -24,37 +24,40 @@ class Mlp(Sublayer):
         yield Input("mlp.act", self.width, 1, "ffn.act", "act", made_by=made_by)
 
     def tensors(self) -> Iterator[Weight]:
-        yield from gated(
-            self, "mlp.", ("gate_proj", "up_proj", "down_proj"), self.width, "mlp", "ffn_{}", "mlp",
-            bias=self.bias, fused="gate and up", alone=True,
-        )  # fmt: skip
+        mlp = Gated("mlp.", self.width, "mlp", "ffn_{}", "mlp", bias=self.bias, fused="gate and up", alone=True)
+        yield from mlp.weights(self)
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         return {"feed_forward_length": self.width}
 
 
-def gated(
-    layer: Sublayer,
-    prefix: str,
-    leaves: tuple[str, str, str],
-    width: int,
-    role: str,
-    gguf: str,
-    key: str,
-    *,
-    bias: bool = False,
-    fused: str = "",
-    alone: bool = False,
-    **facts: Any,
-) -> Iterator[Weight]:
-    """gate, up and down of one gated feed-forward, whose inputs are `{key}.in` and `{key}.act`."""
-    reads, channels = f"{layer.norm}.weight", Axis(key)
-    for part, leaf in zip(("gate", "up"), leaves[:2], strict=True):
+@dataclass(frozen=True)
+class Gated:
+    """The three matrices of one gated feed-forward, `width` channels wide, whose inputs are `{key}.in` and `{key}.act`.
+
+    prefix, leaves: their names; gguf: with `{}` for gate, up and down; fused, alone: as `Weight` has them.
+    """
+
+    prefix: str
+    width: int
+    role: str
+    gguf: str
+    key: str
+    leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    bias: bool = False
+    fused: str = ""
+    alone: bool = False
+
+    def weights(self, layer: Sublayer, **facts: Any) -> Iterator[Weight]:
+        """gate, up and down as tensors of a sub-layer."""
+        reads, channels = f"{layer.norm}.weight", Axis(self.key)
+        gate, up, down = (self.prefix + leaf for leaf in self.leaves)
+        for part, name in (("gate", gate), ("up", up)):
+            yield from linear(
+                name, self.width, layer.hidden, f"{self.role}.{part}", self.gguf.format(part), f"{self.key}.in", self.bias,
+                reads=reads, axes=(channels, None), fused=self.fused, **facts,
+            )  # fmt: skip
         yield from linear(
-            prefix + leaf, width, layer.hidden, f"{role}.{part}", gguf.format(part), f"{key}.in", bias, reads=reads,
-            axes=(channels, None), fused=fused, **facts,
+            down, layer.hidden, self.width, f"{self.role}.down", self.gguf.format("down"), f"{self.key}.act", self.bias,
+            writes=True, alone=self.alone, axes=(None, channels), **facts,
         )  # fmt: skip
-    yield from linear(
-        prefix + leaves[2], layer.hidden, width, f"{role}.down", gguf.format("down"), f"{key}.act", bias, writes=True,
-        alone=alone, axes=(None, channels), **facts,
-    )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from compress.models.layers.base import Axis, GgufValue, Input, Slice, Sublayer, Weight
-from compress.models.layers.mlp import gated
+from compress.models.layers.mlp import Gated
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,11 @@ class MoE(Sublayer):
         for part in range(3):  # all gates, all ups, all downs: as GGUF stacks them
             yield from (expert[part] for expert in parts)
         if self.shared:
-            yield from gated(
-                self, self.shared.prefix, ("gate_proj", "up_proj", "down_proj"), self.shared.width, "shared_experts",
-                "ffn_{}_shexp", "shared", fused="the shared expert's gate and up",
+            shared = Gated(
+                self.shared.prefix, self.shared.width, "shared_experts", "ffn_{}_shexp", "shared",
+                fused="the shared expert's gate and up",
             )  # fmt: skip
+            yield from shared.weights(self)
             if self.shared.gate:
                 yield Weight(
                     self.shared.gate, (1, self.hidden), "router", "ffn_gate_inp_shexp.weight", "router", reads=reads
@@ -130,11 +131,11 @@ class MoE(Sublayer):
                 (Slice(both, e, self.width, 2 * self.width),),
                 (Slice(down, e),),
             ]
-        weights = gated(
-            self, self.expert.format(e=e), self.leaves, self.width, "routed_experts", "ffn_{}_exps", f"experts.{e}",
-            alone=self.sums_to_one and self.shared is None, expert=e,
+        expert = Gated(
+            self.expert.format(e=e), self.width, "routed_experts", "ffn_{}_exps", f"experts.{e}", self.leaves,
+            alone=self.sums_to_one and self.shared is None,
         )  # fmt: skip
-        for weight, slice in zip(weights, slices, strict=True):
+        for weight, slice in zip(expert.weights(self, expert=e), slices, strict=True):
             yield replace(weight, slices=slice, fused="the routed experts of a layer")
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:

@@ -27,6 +27,7 @@ from compress.structured.repair import Broken, Repair, least_squares_update, rep
 from compress.structured.restructure import Restructured, merged_experts, restructure
 from compress.structured.scores import Fluctuation, adopters, best, block_influence, cosines, merged, reap_terms
 from compress.structured.shapes import (
+    Cuts,
     Reduction,
     candidates,
     channels_only,
@@ -423,7 +424,7 @@ def test_the_lowest_go_layer_by_layer() -> None:
     spec = load_spec(MOE)
     scores = _scores(spec)
     steps = (None, PruneExpertsOptions(ratio=0.5), PruneStructuredOptions(heads=0.5, channels=0.5))
-    reduction, kept = decide(spec, scores, *steps)
+    reduction, kept = decide(spec, scores, Cuts(*steps))
     assert reduction == Reduction(0, 2, 1, 32, 8, 0)
     for own, k in zip(scores, kept, strict=True):
         gone = set(range(4)) - set(k.experts)
@@ -440,7 +441,7 @@ def test_the_lowest_go_layer_by_layer() -> None:
 def test_other_methods_keep_the_most_frequent_experts(method: str) -> None:
     spec = load_spec(MOE)
     scores = _scores(spec)
-    _, kept = decide(spec, scores, None, PruneExpertsOptions(method=method, ratio=0.25), None)
+    _, kept = decide(spec, scores, Cuts(experts=PruneExpertsOptions(method=method, ratio=0.25)))
     assert [set(range(4)) - set(k.experts) for k in kept] == [{int(s.frequency.argmin())} for s in scores]
 
 
@@ -448,7 +449,7 @@ def test_layers_of_least_influence_go() -> None:
     spec = load_spec(DENSE)
     scores = _scores(spec)
     influence = [s.influence for s in scores]
-    reduction, kept = decide(spec, scores, DropLayersOptions(count=2), None, None)
+    reduction, kept = decide(spec, scores, Cuts(drop=DropLayersOptions(count=2)))
     assert [k.layer for k in kept] == [int(np.argmax(influence))] and reduction.dropped == 2
     assert kept[0].kv_heads == (0, 1) and not kept[0].channels
 
@@ -472,8 +473,8 @@ def test_the_split_between_heads_and_channels_loses_least() -> None:
         ]
 
     assert {shape.kv_heads for shape in candidates(spec, structured=options)} == {1, 2}
-    assert decide(spec, scaled(1e-3, 1.0), None, None, options)[0].kv_heads == 1
-    assert decide(spec, scaled(1e3, 1.0), None, None, options)[0].kv_heads == 2
+    assert decide(spec, scaled(1e-3, 1.0), Cuts(structured=options))[0].kv_heads == 1
+    assert decide(spec, scaled(1e3, 1.0), Cuts(structured=options))[0].kv_heads == 2
     shape = next(s for s in candidates(spec, structured=options) if s.kv_heads == 1)
     lost = []
     for s in base:
@@ -744,7 +745,7 @@ def test_a_restructured_model_survives_being_written_and_is_the_same_again(
     spec, seen = load_spec(config), []
     weights = _weights(spec)
     given = {name: values.clone() for name, values in weights.items()}
-    result = restructure(spec, *steps, weights.__getitem__, IDS, _scratch(tmp_path, spec), seen.append)
+    result = restructure(spec, Cuts(*steps), weights.__getitem__, IDS, _scratch(tmp_path, spec), seen.append)
     assert not list(tmp_path.iterdir())
     assert seen == sorted(seen) and seen[-1] == 1.0
     assert all(torch.equal(given[name], weights[name]) for name in weights)
@@ -752,7 +753,7 @@ def test_a_restructured_model_survives_being_written_and_is_the_same_again(
 
     tensors, facts = result.state()
     again = Restructured.restore(spec, tensors, json.loads(json.dumps(facts, allow_nan=False)))
-    other = restructure(spec, *steps, weights.__getitem__, IDS, _scratch(tmp_path, spec))
+    other = restructure(spec, Cuts(*steps), weights.__getitem__, IDS, _scratch(tmp_path, spec))
     for same in (again, other):
         assert same.spec == result.spec and same.report == json.loads(json.dumps(result.report))
         for t in result.spec.tensors():
@@ -767,7 +768,7 @@ def test_steps_share_one_repair_with_the_largest_damping_that_is_asked_for(tmp_p
 
     def repaired(drop: dict[str, Any], cut: dict[str, Any]) -> dict[str, Tensor]:
         steps = (DropLayersOptions(count=1, **drop), None, PruneStructuredOptions(channels=0.5, **cut))
-        return dict(restructure(spec, *steps, weights.__getitem__, IDS, _scratch(tmp_path, spec)).tensors)
+        return dict(restructure(spec, Cuts(*steps), weights.__getitem__, IDS, _scratch(tmp_path, spec)).tensors)
 
     def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
         return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
@@ -813,7 +814,7 @@ def test_nothing_but_finite_values_from_models_that_are_all_zero(tmp_path: Path)
     spec = load_spec(MOE)
     weights = {name: torch.zeros_like(values) for name, values in _weights(spec).items()}
     steps = (None, PruneExpertsOptions(method="merge"), PruneStructuredOptions())
-    result = restructure(spec, *steps, weights.__getitem__, IDS[:1], _scratch(tmp_path, spec, IDS[:1]))
+    result = restructure(spec, Cuts(*steps), weights.__getitem__, IDS[:1], _scratch(tmp_path, spec, IDS[:1]))
     assert not any(result.view.load(t.name, weights.__getitem__).any() for t in result.spec.tensors())
     json.dumps(result.report, allow_nan=False)
     assert outlier_ratios(spec, weights.__getitem__, IDS, _scratch(tmp_path, spec)) == [0.0, 0.0]
