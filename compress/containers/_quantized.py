@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.containers._safetensors import Slot, write_checkpoint
+from compress.containers._safetensors import FLOATS, Slot, write_checkpoint
 from compress.containers.base import PlannedTensor, WriteRequest
 from compress.errors import OutputError
 from compress.models.spec import TensorSpec
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.weights import Packed
-
-FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
-"""Float codecs: their safetensors and their torch name."""
 
 
 def module_of(tensor: TensorSpec) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from compress.codecs.names import codec_info
 from compress.containers._atomic import atomic_folder
 from compress.containers.base import PlannedTensor, WriteRequest
 from compress.errors import OutputError
+from compress.models.companions import LAYOUT, LEGAL, copy_companions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +26,8 @@ _COMPANION_BYTES = 32 << 20  # room for tokenizer and configs when the free spac
 _SHARD_BYTES = 5_000_000_000
 _ENTRY_BYTES = 85  # a header spends on a tensor beside its name
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-_COMPANIONS = (
-    "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+FLOATS = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
+"""Float codecs: their safetensors and their torch name."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,12 @@ def write_checkpoint(
     path, options = Path(request.path), request.options
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
         files = write_shards(folder, sources, produce, options.max_shard_size or _SHARD_BYTES)
-        config = {key: value for key, value in request.spec.config.items() if key != "torch_dtype"}
+        config = {
+            key: value for key, value in request.spec.config.items() if key not in ("torch_dtype", "_name_or_path")
+        }
         for name, value in {"config.json": {**config, **settings}, **(beside or {})}.items():
             write_json(folder / name, value)
-        copy_companions(Path(request.source), folder)
+        copy_companions(Path(request.source), folder, LEGAL + LAYOUT)
         write_json(folder / "compress.json", request.provenance)
     return [path / file.name for file in files]
 
@@ -159,11 +159,3 @@ def _write_file(
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings and licence of the model in `source`."""
-    for pattern in _COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)

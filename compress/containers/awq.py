@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from compress import __version__
 from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._quantized import (
-    FLOATS,
     check_arrival,
     fused_problem,
     int32_words,
@@ -24,7 +23,7 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import Slot, header_bytes
+from compress.containers._safetensors import FLOATS, Slot, header_bytes
 from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec

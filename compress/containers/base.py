@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from compress.codecs.names import CodecInfo, codec_info
+from compress.models.identity import Identity, identify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,8 @@ class PlannedTensor(Protocol):
     @property
     def codec(self) -> str: ...
     @property
+    def wanted(self) -> str | None: ...
+    @property
     def incoherence(self) -> bool: ...
     @property
     def activations(self) -> str | None: ...
@@ -50,14 +53,14 @@ class PlannedTensor(Protocol):
 class Options:
     """What a run knows and a container may use.
 
-    max_shard_size: in bytes, None: the container's own limit; replace: an existing folder; name: of the model, where a
-    file has a place for it; dtype: f32, f16 or bf16, what dense containers round to; tokenizer: False leaves it out of
-    a file that would hold one.
+    max_shard_size: in bytes, None: the container's own limit; replace: an existing folder; scheme: the recipe's name for
+    the mixture of codecs; dtype: f32, f16 or bf16, what dense containers round to; tokenizer: False leaves it out of a file
+    that would hold one.
     """
 
     max_shard_size: int | None = None
     replace: bool = False
-    name: str | None = None
+    scheme: str | None = None
     dtype: str = "bf16"
     tokenizer: bool = True
 
@@ -67,7 +70,8 @@ class WriteRequest:
     """One artifact to be written.
 
     path: its file or folder; fetch: packed tensors by checkpoint name, called in file order, one in memory at a time;
-    source: the model folder with the tokenizer; provenance: lines about where it comes from, stored as they are.
+    source: the model folder with the tokenizer; provenance: lines about where it comes from, stored as they are; of:
+    the original, by default as its folder tells.
     """
 
     path: Path
@@ -77,6 +81,12 @@ class WriteRequest:
     source: Path
     options: Options = Options()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    of: Identity | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Who the original is."""
+        return self.of or identify(str(self.source), Path(self.source))
 
 
 @dataclass(frozen=True)
@@ -216,10 +226,11 @@ class Container:
         info = codec_info(codec)
         return info.kind in self.kinds and self.holds(info)
 
-    def file_name(self, recipe: str, name: str | None = None) -> str:
-        """Of an artifact's file or folder. name: the one that the recipe's export gives it."""
+    def file_name(self, recipe: str, name: str | None = None, mixture: str | None = None) -> str:
+        """Of an artifact's file or folder. name: the one that the recipe's export gives it; mixture: model and scheme, as
+        single files are called where a scheme says all about them."""
         if self.suffix:
-            return f"{name or recipe}{self.suffix}"
+            return f"{name or mixture or recipe}{self.suffix}"
         return name or f"{recipe}-{self.name}"
 
     def file_bytes(self, tensors: Sequence[PlannedTensor], own: str, source: Path) -> int:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import CodecInfo, codec_info
-from compress.containers._quantized import FLOATS, check_arrival, module_of, write_folder
-from compress.containers._safetensors import Slot, header_bytes
+from compress.containers._quantized import check_arrival, module_of, write_folder
+from compress.containers._safetensors import FLOATS, Slot, header_bytes
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec

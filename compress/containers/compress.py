@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
-from compress.containers._safetensors import Slot, header_bytes, write_checkpoint
+from compress.containers._safetensors import FLOATS, Slot, header_bytes, write_checkpoint
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
@@ -272,7 +272,7 @@ def write(request: WriteRequest) -> list[Path]:
         name: None if setting is None else asdict(setting) for name, setting in quantization_rules(tensors).items()
     }
     quantization = {"quant_method": METHOD, "format": FORMAT, "parts": layouts.parts(), "modules": modules}
-    dtype = spec.config.get("dtype") or spec.config.get("torch_dtype") or "float32"
+    dtype = FLOATS[request.options.dtype][1]
     return write_checkpoint(request, sources, produce, {"dtype": dtype, "quantization_config": quantization})
 
 

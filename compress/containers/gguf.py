@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
-from compress.containers.base import LLAMA_CPP, Container, Files, Options, PlannedTensor, WriteRequest
+from compress.containers._gguf_general import FILE_TYPES, add_general
+from compress.containers.base import LLAMA_CPP, Container, Files, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models.config import Config
 from compress.models.layers.rope import Rope
@@ -33,15 +34,6 @@ _METADATA_BYTES = 32 << 20  # room for tokenizer and tensor list when the free s
 _ENTRY_BYTES = 56  # of a tensor in the list beside its name and shape, with the padding of its data
 _MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 
-# codec with the most bytes -> general.file_type, which engines only show
-_FILE_TYPES = {
-    "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q4_0": "MOSTLY_Q4_0", "q4_1": "MOSTLY_Q4_1",
-    "q5_0": "MOSTLY_Q5_0", "q5_1": "MOSTLY_Q5_1", "q8_0": "MOSTLY_Q8_0", "q2_k": "MOSTLY_Q2_K", "q3_k": "MOSTLY_Q3_K_M",
-    "q4_k": "MOSTLY_Q4_K_M", "q5_k": "MOSTLY_Q5_K_M", "q6_k": "MOSTLY_Q6_K", "iq2_xxs": "MOSTLY_IQ2_XXS",
-    "iq2_xs": "MOSTLY_IQ2_XS", "iq2_s": "MOSTLY_IQ2_S", "iq3_xxs": "MOSTLY_IQ3_XXS", "iq3_s": "MOSTLY_IQ3_S",
-    "iq4_nl": "MOSTLY_IQ4_NL", "iq4_xs": "MOSTLY_IQ4_XS", "iq1_s": "MOSTLY_IQ1_S", "iq1_m": "MOSTLY_IQ1_M",
-    "tq1_0": "MOSTLY_TQ1_0", "tq2_0": "MOSTLY_TQ2_0", "mxfp4": "MOSTLY_MXFP4_MOE",
-}  # fmt: skip
 _FLOATS = ("f32", "f16", "bf16")
 
 
@@ -115,7 +107,7 @@ def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
         return f"{tensor.name} is 1-D: llama.cpp computes with it in f32, not {codec}"
     if tensor.role == "router" and codec not in ("f32", "f16"):
         return f"{tensor.name} is a router: llama.cpp keeps it in f32 or f16, not {codec}"
-    if codec not in _FILE_TYPES:
+    if codec not in FILE_TYPES:
         return f"{tensor.name}: {codec} is no GGUF type"
     return None
 
@@ -274,7 +266,7 @@ def write(request: WriteRequest) -> list[Path]:
     """Write the file, or its shards `name-00001-of-0000N.gguf`, and return the files in order.
 
     `fetch` is called once per tensor, and only one GGUF tensor (a layer's stacked experts at most) is in memory at a
-    time. `options.name` becomes general.name, `provenance` lands as string keys (`compress.recipe`, ...).
+    time. `request.identity` becomes general.name and its kin, `provenance` lands as string keys (`compress.recipe`, ...).
     OutputError for a plan that does not fit the format or a full disk; UnsupportedModel for a tokenizer llama.cpp has
     no equivalent of. Nothing partial ever has a final name.
     """
@@ -290,7 +282,7 @@ def write(request: WriteRequest) -> list[Path]:
     with atomic_files(path, total + _METADATA_BYTES) as folder:
         writer = gguf.GGUFWriter(folder / path.name, spec.family.gguf.arch, split_max_size=split)
         try:
-            _add_general(writer, spec, entries, source, options)
+            add_general(writer, request)
             _add_architecture(writer, spec)
             if options.tokenizer:
                 _add_tokenizer(writer, spec, source)
@@ -314,49 +306,6 @@ def write(request: WriteRequest) -> list[Path]:
         finally:
             writer.close()
     return [path.parent / name for name in names]
-
-
-def _add_general(
-    writer: gguf.GGUFWriter, spec: ModelSpec, entries: Sequence[_Entry], source: Path, options: Options
-) -> None:
-    import gguf
-
-    writer.add_type(gguf.GGUFType.MODEL)
-    original = str(spec.config.get("_name_or_path") or source.name)
-    writer.add_name(options.name or source.name)
-    parameters = sum(math.prod(entry.shape) for entry in entries)
-    writer.add_size_label(
-        f"{spec.experts}x{_count(parameters // spec.experts)}" if spec.experts else _count(parameters)
-    )
-    license_name = _license(source / "README.md")
-    if license_name:
-        writer.add_license(license_name)
-    if original:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, original)
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        if len(entry.shape) > 1:
-            sizes[entry.codec] = sizes.get(entry.codec, 0) + _bytes(entry)
-    most = max(sizes, key=lambda codec: sizes[codec]) if sizes else "f32"
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[most]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _count(parameters: int) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if parameters >= size:
-            return f"{parameters / size:.3g}{unit}"
-    return str(parameters)
-
-
-def _license(readme: Path) -> str | None:
-    """`license:` of a model card's front matter."""
-    if not readme.is_file():
-        return None
-    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license:\s*([\w.+-]+)\s*$", match[1], re.MULTILINE) if match else None
-    return found[1] if found else None
 
 
 # Where the first versions of this writer put what sub-layers declare; other keys follow in the order of their declaration.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import KIND_NAMES, stored_bytes
-from compress.containers._safetensors import Slot, dense_header_bytes, write_checkpoint
+from compress.containers._safetensors import FLOATS, Slot, dense_header_bytes, write_checkpoint
 from compress.containers.base import (
     ROUNDED_TOLERANCE,
     TRANSFORMERS,
@@ -21,8 +21,6 @@ from compress.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_DTYPES = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 
 
 def tensor_bytes(planned: PlannedTensor, own: str) -> int:
@@ -40,7 +38,7 @@ def write(request: WriteRequest) -> list[Path]:
 
     from compress.decode import decode
 
-    kind, name = _DTYPES[request.options.dtype]
+    kind, name = FLOATS[request.options.dtype]
     dtype = getattr(torch, name)
 
     def produce(tensor: str) -> dict[str, Tensor]:

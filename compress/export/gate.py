@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +21,7 @@ def measured(plan: Plan, source: LogitSource, original: LogitSource, progress: C
         original,
         load_suite(plan.recipe.score.suite),
         load_tokenizer(plan.source),
-        label=Path(plan.recipe.model).name,
+        label=plan.identity.name,
         max_positions=plan.spec.max_positions,
         progress=progress,
     )

@@ -24,18 +24,21 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
         progress(done / len(plan.tensors))
         return journal.fetch(name)
 
-    path = folder / container.file_name(plan.recipe.name, export.name)
-    options = Options(max_shard_size=export.max_shard_size, name=plan.recipe.name, dtype=plan.own_codec)
-    return container.write(WriteRequest(path, plan.spec, plan.tensors, fetch, plan.source, options, provenance(plan)))
+    scheme = plan.scheme
+    mixture = f"{plan.identity.name}-{scheme}" if scheme else None
+    path = folder / container.file_name(plan.recipe.name, export.name, mixture)
+    options = Options(max_shard_size=export.max_shard_size, scheme=scheme, dtype=plan.own_codec)
+    request = WriteRequest(path, plan.spec, plan.tensors, fetch, plan.source, options, provenance(plan), plan.identity)
+    return container.write(request)
 
 
 def provenance(plan: Plan) -> dict[str, str]:
     """What a file says about where it comes from."""
     text = plan.recipe.calibration
-    read = f"{text.dataset}, {text.samples} x {text.length} tokens, seed {plan.recipe.seed}"
+    read = f"{Path(text.dataset).name}, {text.samples} x {text.length} tokens, seed {plan.recipe.seed}"
     return {
         "compress.version": __version__,
-        "compress.model": plan.recipe.model,
+        "compress.model": plan.identity.version,
         "compress.recipe": plan.recipe.name,
         "compress.recipe_digest": plan.recipe.digest(),
         "compress.calibration": read if plan.needs_calibration else "none",

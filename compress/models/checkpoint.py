@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError, UnsupportedModel
+from compress.models.identity import hub_id
 from compress.models.layers.base import Slice
 from compress.models.spec import load_spec
 
@@ -38,13 +40,14 @@ def read_json(path: Path) -> Any:
 class Entry:
     """Where one tensor lies: file, dtype name and shape as the safetensors header gives them.
 
-    part: of another tensor that holds several, by its full name.
+    part: of another tensor that holds several, by its full name; span: its bytes in the file, from and to.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     part: Slice | None = None
+    span: tuple[int, int] = (0, 0)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -66,12 +69,34 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        entries = {name: Entry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+        start = 8 + length
+        entries = {
+            name: Entry(
+                path, e["dtype"], tuple(e["shape"]), span=(start + e["data_offsets"][0], start + e["data_offsets"][1])
+            )
+            for name, e in header.items()
+        }
     except (AttributeError, KeyError, TypeError, IndexError):
         raise CheckpointError(f"{path} is not a safetensors file or its header is damaged; fetch it again") from None
     if 8 + length + end > size:
         raise CheckpointError(f"{path} is truncated: {8 + length + end} bytes expected, {size} found; fetch it again")
     return entries
+
+
+def same_bytes(one: Entry, other: Entry) -> bool:
+    """Whether two tensors have the same type, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.span[0])
+        second.seek(other.span[0])
+        left = one.span[1] - one.span[0]
+        while left > 0:
+            size = min(left, 1 << 24)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 @dataclass(frozen=True)
@@ -97,7 +122,9 @@ class Checkpoint:
             folder = _download(str(model), weights)
         config = read_json(folder / "config.json")
         entries: dict[str, Entry] = {}
-        if (folder / INDEX).exists():
+        if (folder / SINGLE).exists():  # before an index, which may be left of an earlier save; so does transformers
+            entries = read_header(folder / SINGLE)
+        elif (folder / INDEX).exists():
             index = read_json(folder / INDEX).get("weight_map", {})
             files = sorted(set(index.values()))
             if weights or all((folder / f).exists() for f in files):
@@ -108,8 +135,6 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{folder / INDEX} lists {lost[0]} ({len(lost)} in all) but no shard holds it"
                     )
-        elif (folder / SINGLE).exists():
-            entries = read_header(folder / SINGLE)
         elif weights:
             hint = (
                 "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
@@ -172,17 +197,31 @@ def _part(file: Any, part: Slice) -> Tensor:
 
 
 def _download(model: str, weights: bool) -> Path:
-    """Fetch a hub snapshot: safetensors and text files only."""
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    """Fetch a hub snapshot, of a revision where one is given: safetensors and text files only."""
+    name, revision = hub_id(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "*.txt", "tokenizer*"]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.md", "tokenizer*", "*.model", "LICENSE*", "LICENCE*", "NOTICE*"]
+    wanted = [*patterns, "*.safetensors"] if weights else patterns
     try:
-        return Path(snapshot_download(model, allow_patterns=[*patterns, "*.safetensors"] if weights else patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be had
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"no such model: {model} is not a local folder, and the hub answered: {line}") from None
+
+
+def own_codec(spec: ModelSpec, checkpoint: Checkpoint) -> str:
+    """The float codec of most of a checkpoint's numbers; without weights, of the type that config.json names."""
+    counted: Counter[str] = Counter()
+    for tensor in spec.tensors():
+        entry = checkpoint.entries.get(tensor.name)
+        if entry is not None and entry.dtype in FLOAT_CODEC:
+            counted[FLOAT_CODEC[entry.dtype]] += tensor.parameters
+    if counted:
+        return counted.most_common(1)[0][0]
+    return FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "bf16")
 
 
 def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:

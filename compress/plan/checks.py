@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import SPARSE_VALUES, codec_info
@@ -121,7 +122,7 @@ def narrow_calibration(recipe: Recipe) -> list[str]:
     if len(text.mix) > 1:
         return []
     return [
-        f"prune_experts ranks experts by {recipe.calibration.dataset} alone, one source: experts that only code, chat or other "
+        f"prune_experts ranks experts by {Path(recipe.calibration.dataset).name} alone, one source: experts that only code, chat or other "
         "languages use look idle there and go; name a calibration set that mixes what the model is for"
     ]
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from compress.codecs.names import codec_info
 from compress.errors import OutputError, PlanError, UnsupportedModel
-from compress.models.checkpoint import FLOAT_CODEC, Checkpoint, checkpoint_problems
+from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_codec
+from compress.models.companions import left_behind
+from compress.models.identity import identify
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
+from compress.models.surplus import surplus
 from compress.plan.checks import container_problems, narrow_calibration, step_problems, text_problems
 from compress.plan.plan import Plan
 from compress.plan.planner import Planner
@@ -23,8 +27,8 @@ from compress.structured.shapes import Reduction, candidates, channels_only, lik
 def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None = None) -> Plan:
     """Prove a recipe legal for its model.
 
-    weights=True also demands that every tensor is in the checkpoint with the shape the config implies; spec: the model
-    that a survey has left of it, where a step changes its shape.
+    weights=True demands the weight files; where they are, every tensor must be in them with the shape that the config
+    implies, and no other. spec: the model that a survey has left of it, where a step changes its shape.
     Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
     """
     checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
@@ -38,15 +42,15 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     problems += reduction_problems(turned, *steps) if any(steps) else container_problems(recipe, turned)
     if problems:
         raise PlanError(problems)
-    own = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "f16")
+    own = own_codec(original, checkpoint)
     shapes: tuple[Reduction, ...] = ()
     planner = Planner(recipe, checkpoint, own)
     if spec is None:
         spec, shapes = _shape(planner, turned)
     decided = planner.decide(spec)
     tensors, problems = decided.tensors, list(decided.problems)
-    if weights:
-        problems += checkpoint_problems(original, checkpoint)
+    found, left_out = surplus(original, checkpoint) if checkpoint.entries else ([], [])
+    problems += found + (checkpoint_problems(original, checkpoint) if checkpoint.entries else [])
     problems += _storage_problems(recipe, spec, tensors)
     if problems := list(dict.fromkeys(problems)):
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
@@ -54,16 +58,35 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     savings += shrinking(tensors, recipe.containers, own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
     warnings += _warnings(recipe, spec, original, tensors, own) + [str(line) for line in savings if line.nothing]
-    warnings += narrow_calibration(recipe)
+    warnings += narrow_calibration(recipe) + left_out + _left_behind(checkpoint.folder)
     source = sum(2 * t.parameters for t in original.tensors())
     if checkpoint.entries:
         source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
     stamp = tuple(
         sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
     )
+    identity = identify(recipe.model, checkpoint.folder)
     return Plan(
-        recipe, original, spec, checkpoint.folder, tensors, tuple(warnings), source, own, stamp, savings, shapes
+        recipe,
+        original,
+        spec,
+        checkpoint.folder,
+        identity,
+        tensors,
+        tuple(warnings),
+        source,
+        own,
+        stamp,
+        savings,
+        shapes,
     )
+
+
+def _left_behind(folder: Path) -> list[str]:
+    """A line where files of the model's folder go into no artifact."""
+    names = left_behind(folder)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return [f"files of the model's folder that no artifact takes along: {', '.join(names[:4])}{more}"] if names else []
 
 
 def _shape(planner: Planner, spec: ModelSpec) -> tuple[ModelSpec, tuple[Reduction, ...]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__, plugins
+from compress.models.identity import Identity
 from compress.models.spec import ModelSpec
 from compress.plan import resources as footprint
 from compress.plan.savings import STRUCTURAL, Saving
@@ -33,6 +34,7 @@ class Plan:
     original: ModelSpec
     spec: ModelSpec
     source: Path
+    identity: Identity
     tensors: tuple[PlannedTensor, ...]
     warnings: tuple[str, ...]
     source_bytes: int
@@ -64,6 +66,13 @@ class Plan:
     def recover(self) -> RecoverOptions | None:
         """How floats are tuned once a block's codes are known."""
         return self.recipe.step("recover")
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme, where it says all about which codec a tensor has."""
+        quantize = self.recipe.step("quantize")
+        shrunk = self.structural or self.recipe.step("prune") or self.recipe.step("factorize")
+        return None if quantize is None or quantize.rules or quantize.ignore or shrunk else quantize.scheme
 
     @property
     def two_streams(self) -> bool:
@@ -180,7 +189,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For --json: totals, then every tensor."""
         return {
-            "model": self.recipe.model,
+            "model": self.identity.version,
             "recipe": self.recipe.name,
             "digest": self.digest,
             "architecture": self.spec.model_type,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -287,6 +288,14 @@ class Recipe(Section):
         """Everything, defaults filled in and names in canonical form, ready for JSON or YAML."""
         plain = self.model_dump(mode="json", exclude_none=True)
         return {**plain, "score": plain.get("score", False)}
+
+    def portable(self) -> dict[str, Any]:
+        """The same for files that ship: no output folder, and of text files their names alone."""
+        plain = self.as_dict()
+        plain["calibration"]["dataset"] = Path(self.calibration.dataset).name
+        if self.score is not None:
+            plain["score"]["suite"] = Path(self.score.suite).name
+        return {key: value for key, value in plain.items() if key != "output"}
 
     def digest(self) -> str:
         """sha256 (hex) of all that decides the bytes of the output; not `output`, `score` and `gate`."""

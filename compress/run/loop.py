@@ -88,7 +88,9 @@ def run(
         results = deliver(plan, checkpoint, journal, output, reporter, placement)
     card = make_scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
-    write_synced(output / "recipe.json", json.dumps(recipe.as_dict(), indent=2).encode())
+    write_synced(
+        output / "recipe.json", json.dumps({**recipe.portable(), "model": plan.identity.version}, indent=2).encode()
+    )
     if card.gate.passed and not keep_work:
         shutil.rmtree(output / WORK, ignore_errors=True)
     if not card.gate.passed:

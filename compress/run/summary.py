@@ -69,7 +69,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         tasks=results.base_tasks,
     )
     return Scorecard(
-        model=plan.recipe.model,
+        model=plan.identity.version,
         recipe=plan.recipe.name,
         artifacts=tuple(results.artifacts),
         base=base,
@@ -79,7 +79,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         stages=tuple(reporter.stages),
         recipe_digest=plan.recipe.digest(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        calibration=plan.recipe.calibration.model_dump() if plan.needs_calibration else {},
+        calibration=plan.recipe.portable()["calibration"] if plan.needs_calibration else {},
         versions={"compress": __version__, "torch": torch.__version__},
         notes=tuple(plan.warnings) + structure_notes(plan, journal),
     )

@@ -22,6 +22,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 class Planned:
     spec: TensorSpec
     codec: str
+    wanted: str | None = None
 
 
 def spec_of(folder: Path) -> ModelSpec:

@@ -29,7 +29,7 @@ from tests.integration.runs import SMALL, carry_out, command, final_names, names
 from tests.tiny import tiny_model
 
 RECIPE = "gguf-q4-k-m"
-FILE = f"{RECIPE}.gguf"
+FILE = "model-Q4_K_M.gguf"
 
 
 @pytest.fixture(scope="module")

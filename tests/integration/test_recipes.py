@@ -40,14 +40,20 @@ def ids_of(count: int = 48) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 4000, count)
 
 
+def gguf_name(recipe: Recipe, model: Path) -> str:
+    quantize, pruned = recipe.step("quantize"), recipe.step("prune_experts")
+    scheme = None if quantize is None or quantize.rules or pruned else quantize.scheme
+    return f"{model.name}-{scheme}.gguf" if scheme else f"{recipe.name}.gguf"
+
+
 def prove_gguf(recipe: Recipe, model: Path, work: Path) -> None:
     """llama.cpp computes what transformers computes with the decoded weights, and writes text."""
     card = carry_out(recipe)
     assert card.gate.passed
     output = Path(recipe.output)
-    assert final_names(output) == {f"{recipe.name}.gguf", "scorecard.json", "recipe.json"}
-    assert read(output).gate.passed and read(output).artifacts[0].path == f"{recipe.name}.gguf"
-    path = output / f"{recipe.name}.gguf"
+    path = output / gguf_name(recipe, model)
+    assert final_names(output) == {path.name, "scorecard.json", "recipe.json"}
+    assert read(output).gate.passed and read(output).artifacts[0].path == path.name
     assert card.artifacts[0].bytes == path.stat().st_size
     spec = make_plan(recipe).spec
     (work / "left").mkdir()
@@ -89,12 +95,12 @@ def test_recipe_on_the_demo_model(name: str, demo: Path, demo_of_two: Path, tmp_
     recipe = small(name, demo, tmp_path / "out", *cheap(name))
     if [export.container for export in recipe.export] == ["gguf"]:
         prove_gguf(recipe, demo, tmp_path)
-        size = (tmp_path / "out" / f"{name}.gguf").stat().st_size
+        size = (tmp_path / "out" / gguf_name(recipe, demo)).stat().st_size
         assert size == pytest.approx(file_bytes(make_plan(recipe), CONTAINERS["gguf"]), rel=0.01)
         return
     card = carry_out(recipe)
     assert card.gate.passed
-    names = [f"{name}.gguf" if e.container == "gguf" else f"{name}-{e.container}" for e in recipe.export]
+    names = [gguf_name(recipe, demo) if e.container == "gguf" else f"{name}-{e.container}" for e in recipe.export]
     assert final_names(tmp_path / "out") == {*names, "scorecard.json", "recipe.json"}
     assert [artifact.path for artifact in card.artifacts] == names
     plan = make_plan(recipe)

@@ -33,7 +33,7 @@ from tests.integration.runs import as_model, carry_out, kept, sha256, small, spe
 from tests.tiny import demo_model, tiny_model
 
 RECIPE = "gguf-q4-k-m"
-FILE = f"{RECIPE}.gguf"
+FILE = "model-Q4_K_M.gguf"
 
 
 class Live:

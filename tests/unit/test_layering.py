@@ -70,7 +70,7 @@ SAME_FORMAT = {
 """Imports between two files of one folder that share a table, each with its reason."""
 
 CONTAINERS_MAY_IMPORT = (
-    "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "decode", "errors", "weights",
+    "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "models.identity", "models.companions", "decode", "errors", "weights",
 )  # fmt: skip
 
 ORDER = (
