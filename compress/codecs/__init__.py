@@ -11,6 +11,8 @@ from compress.codecs.names import CodecInfo, codec_info, register_info
 
 if TYPE_CHECKING:
     from compress.codecs.base import BlockCodec, Codec
+    from compress.codecs.float import FloatCodec
+    from compress.codecs.sparse import SparseCodec
 
 _UNIFORM = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
 
@@ -71,3 +73,23 @@ def block_codec(name: str, in_features: int) -> BlockCodec:
     if not isinstance(codec, BlockCodec):
         raise TypeError(f"{name} has no codes of its own; there is nothing to solve")
     return codec.for_row(in_features)
+
+
+def float_codec(name: str) -> FloatCodec:
+    """The codec of values that are stored as they are, rounded to a type. Raises TypeError for any other."""
+    from compress.codecs.float import FloatCodec
+
+    codec = get_codec(name)
+    if not isinstance(codec, FloatCodec):
+        raise TypeError(f"{name} is no float type; values are not stored in it as they are")
+    return codec
+
+
+def sparse_codec(name: str) -> SparseCodec:
+    """The codec that stores a mask beside values in another. Raises TypeError for any other."""
+    from compress.codecs.sparse import SparseCodec
+
+    codec = get_codec(name)
+    if not isinstance(codec, SparseCodec):
+        raise TypeError(f"{name} has no place for a mask")
+    return codec

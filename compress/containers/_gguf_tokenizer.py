@@ -289,7 +289,7 @@ def _added_tokens(
 
 def _special_names(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     keys = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad", "sep": "seperator", "mask": "mask"}
-    found = {}
+    found: dict[str, str] = {}
     for source in (settings, _json(folder / "special_tokens_map.json")):
         for short, name in keys.items():
             value = source.get(f"{short}_token")

@@ -152,12 +152,15 @@ def _encode(packed: Packed, planned: PlannedTensor, dtype: str) -> dict[str, Ten
     import torch
 
     from compress.codecs import get_codec
+    from compress.codecs.nf4 import FourBit
 
     check_arrival(packed, planned, 0)
     tensor, info, name = planned.spec, codec_info(planned.codec), planned.spec.name
     if info.kind == "float":
         return {name: packed.parts["values"]}
     codec = get_codec(info.name)
+    if not isinstance(codec, FourBit):
+        raise OutputError(f"{name}: {info.name} has no table of levels for bitsandbytes to look up; use nf4 or fp4")
     offset = float(packed.parts["offset"]) if _nested(info) else 0.0
     text = json.dumps(_state(info, tensor.shape, dtype, offset)).encode()
     padded = text.ljust(_state_bytes(info, tensor.shape, dtype))  # JSON ignores spaces at its end

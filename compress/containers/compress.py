@@ -196,7 +196,7 @@ def stored_parts(packed: Packed) -> dict[str, Tensor]:
     return {**parts, "codes": pack_bits(parts["codes"], info.bits)}
 
 
-def packed_of(codec: str, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> Packed:
+def packed_of(codec: str, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> Packed:
     """The inverse of `stored_parts`."""
     import torch
 

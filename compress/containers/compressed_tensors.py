@@ -182,10 +182,12 @@ def quantization_config(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> di
 
     One scheme targets the class "Linear", several the names of their linears. OutputError if nothing is quantized.
     """
-    modules: dict[Scheme | None, list[str]] = {}
+    modules: dict[Scheme, list[str]] = {}
+    kept: list[str] = []
     for planned in linears(tensors):
-        modules.setdefault(_scheme(planned), []).append(module_of(planned.spec))
-    kept = modules.pop(None, [])
+        scheme = _scheme(planned)
+        alike = kept if scheme is None else modules.setdefault(scheme, [])
+        alike.append(module_of(planned.spec))
     if not modules:
         raise OutputError(
             "nothing in this plan is quantized; compressed-tensors needs at least one int4 or int8 linear"
@@ -215,7 +217,7 @@ def _targets(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:
     otherwise."""
     chosen = set(chosen)
     split = {_kind(module) for module in modules if module not in chosen}
-    out = {}
+    out: dict[str, None] = {}
     for module in sorted(chosen):
         kind = _kind(module)
         if kind in split or kind == module:

@@ -162,7 +162,7 @@ def quantization_config(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
         for p in tensors
         if len(p.spec.shape) == 2 and p.spec.role not in ("embeddings", "lm_head")
     }
-    dynamic = {}
+    dynamic: dict[str, dict[str, int]] = {}
     for pattern, form in _patterns(linears):
         if form is None:
             dynamic[f"-:{pattern}"] = {}

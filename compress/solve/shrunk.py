@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.codecs import block_codec, get_codec
+from compress.codecs import block_codec, float_codec, get_codec, sparse_codec
 from compress.codecs.factors import join
 from compress.codecs.names import codec_info
 from compress.errors import CheckpointError
@@ -59,7 +59,7 @@ def prune_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Shrunk
             solved = _solve(wanted, gram, planned.values, solver, masked.mask)
         mask, inner = solved.mask, solved.pack()
     info = codec_info(planned.codec)
-    packed = get_codec(planned.codec).pack(inner, mask) if info.has_mask else inner
+    packed = sparse_codec(planned.codec).pack(inner, mask) if info.has_mask else inner
     dense = get_codec(packed.codec).unpack(packed)
     return Shrunk(packed, dense, solved.damping, solved.retries, relative_error(target, dense, gram.float()))
 
@@ -78,7 +78,7 @@ def factorize_tensor(planned: PlannedTensor, target: Tensor, gram: Tensor) -> Sh
         atoms, rows = _solve_factors(target, gram, factors, first, second, planned.solver)
         dictionary, coefficients = atoms.pack(), rows.pack()
         if rows.mask is not None:
-            coefficients = get_codec(second).pack(coefficients, rows.mask)
+            coefficients = sparse_codec(second).pack(coefficients, rows.mask)
         damping = max(damping, atoms.damping, rows.damping)
         retries = max(retries, atoms.retries, rows.retries)
     packed = join(planned.codec, tuple(target.shape), dictionary.parts, coefficients.parts)
@@ -131,7 +131,7 @@ def _for_rows(target: Tensor, coefficients: Tensor) -> Tensor:
 
 def as_floats(name: str, codec: str, values: Tensor) -> Packed:
     """A tensor rounded to a float codec. Raises CheckpointError if it overflows."""
-    packed = get_codec(codec).encode(values)
+    packed = float_codec(codec).encode(values)
     if not torch.isfinite(packed.parts["values"]).all():
         raise CheckpointError(
             f"{name} does not fit into {codec}: it holds values up to "
@@ -144,4 +144,4 @@ def _stored(name: str, codec: str, values: Tensor, mask: Tensor | None) -> Packe
     """Float coefficients, sparse where there is a mask."""
     if mask is None:
         return as_floats(name, codec, values)
-    return get_codec(codec).pack(as_floats(name, codec_info(codec).parts[0], values), mask)
+    return sparse_codec(codec).pack(as_floats(name, codec_info(codec).parts[0], values), mask)

@@ -113,7 +113,8 @@ def solve_tensor(
         gram = torch.eye(weight.shape[1], device=weight.device)
     incoherence = None
     if planned.incoherence:
-        incoherence = Incoherence.draw(*weight.shape, *_sign_seeds(planned.spec, seed), device=weight.device)
+        rows, columns = weight.shape
+        incoherence = Incoherence.draw(rows, columns, *_sign_seeds(planned.spec, seed), device=weight.device)
         target = incoherence.weight(target)
         gram = None if gram is None else incoherence.gram(gram)
     order = column_order(planned)
