@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ class _TypeTraits(ctypes.Structure):
 def _ggml() -> ctypes.CDLL:
     """libggml-base with the signatures of the functions used here; MissingExtra without llama-cpp-python."""
     api = llama_api()
-    folder = Path(api.__file__).parent / "lib"
+    folder = Path(inspect.getfile(api)).parent / "lib"
     found = sorted(folder.glob("*ggml-base.*"), key=lambda path: len(path.name))
     if not found:
         raise CompressError(f"llama-cpp-python has no libggml-base in {folder}; reinstall it from source")

@@ -52,7 +52,7 @@ def llama_api() -> ModuleType:
     except ImportError as error:
         raise MissingExtra("llama-cpp-python", "llama", "running GGUF files in llama.cpp") from error
     callback = api.llama_log_callback(log)
-    api._compress_log_callback = callback  # the C side keeps the pointer: it must outlive every call
+    vars(api)["_compress_log_callback"] = callback  # the C side keeps the pointer: it must outlive every call
     api.llama_log_set(callback, None)
     api.llama_backend_init()
     return api

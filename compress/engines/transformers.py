@@ -97,7 +97,8 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        # with output_loading_info a pair, of which its annotations know nothing
+        answer: Any = transformers.AutoModelForCausalLM.from_pretrained(
             location, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
         )
     except MemoryError:
@@ -109,6 +110,7 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
+    loaded, info = answer
     for problem, what in (
         ("missing_keys", "lacks"),
         ("mismatched_keys", "has the wrong shape for"),

@@ -201,13 +201,14 @@ def _half_width(values: np.ndarray) -> float | None:
     return float(t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(ddof=1) / math.sqrt(count))
 
 
-def _exponential(interval: Interval) -> Interval:
+def exponential(interval: Interval) -> Interval:
     """The interval of exp(x) given that of x; a perplexity beyond float64 is infinite."""
+    low, high = (None if x is None else _exp(x) for x in (interval.low, interval.high))
+    return Interval(_exp(interval.value), low, high)
 
-    def exp(x: float | None) -> float | None:
-        return None if x is None else math.exp(x) if x < 709 else math.inf
 
-    return Interval(exp(interval.value), exp(interval.low), exp(interval.high))
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
 
 
 def score(
@@ -266,7 +267,7 @@ def score_many(
         }  # fmt: skip
         if reference is None:
             nll = np.stack(alone[index]).mean(axis=1)
-            results.append((Scores(_exponential(mean_interval(nll)), **facts), WindowStats(nll)))
+            results.append((Scores(exponential(mean_interval(nll)), **facts), WindowStats(nll)))
         else:
             results.append(_summary(tokens[index], facts))
     return results
@@ -276,18 +277,18 @@ def _summary(parts: list[TokenStats], facts: dict) -> tuple[Scores, WindowStats]
     nll_ref, nll, kld, same = (
         np.stack([getattr(part, field) for part in parts]) for field in ("nll_ref", "nll_cand", "kld", "same_top1")
     )
-    stats = WindowStats(nll.mean(axis=1), nll_ref.mean(axis=1), kld.mean(axis=1), same.mean(axis=1))
-    mean = mean_interval(stats.kld, low=0.0)
+    own, original, lost, alike = (values.mean(axis=1) for values in (nll, nll_ref, kld, same))
+    mean = mean_interval(lost, low=0.0)
     median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
     scores = Scores(
-        perplexity=_exponential(mean_interval(stats.nll)),
-        base_perplexity=_exponential(mean_interval(stats.nll_ref)),
-        perplexity_ratio=_exponential(paired_difference(stats.nll, stats.nll_ref)),
+        perplexity=exponential(mean_interval(own)),
+        base_perplexity=exponential(mean_interval(original)),
+        perplexity_ratio=exponential(paired_difference(own, original)),
         kld=Divergence(mean.value, mean.low, mean.high, median, p99, p999, float(kld.max())),
-        top1_agreement=mean_interval(stats.same_top1, low=0.0, high=1.0),
+        top1_agreement=mean_interval(alike, low=0.0, high=1.0),
         **facts,
     )
-    return scores, stats
+    return scores, WindowStats(own, original, lost, alike)
 
 
 def _check(windows: np.ndarray, sources: Sequence[LogitSource]) -> None:

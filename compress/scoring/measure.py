@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from compress.scoring.divergence import Scores, score_many
+from compress.scoring.divergence import Progress, Scores, score_many
 from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
 from compress.text import Suite, eval_windows
@@ -48,9 +48,7 @@ def measure(
     windows = eval_windows(
         suite.text, tokenizer, windows=suite.windows, length=suite.length, max_positions=max_positions
     )
-    scores, _ = score_many(
-        original, [source], windows, tokenizer=label, progress=lambda n, total: progress(_TEXT_SHARE * n / total)
-    )[0]
+    scores, _ = score_many(original, [source], windows, tokenizer=label, progress=_part(progress, 0.0, _TEXT_SHARE))[0]
     base_scores = None if original is None else replace(scores.of_reference(), engine=original.name)
     if not suite.tasks:
         return Measured(scores, base_scores=base_scores)
@@ -69,19 +67,16 @@ def measure(
     share = (1 - _TEXT_SHARE) / len(engines)
     outcomes: list[dict[str, Outcomes]] = []
     for engine in engines:
-        start = _TEXT_SHARE + share * len(outcomes)
-        outcomes.append(
-            task_outcomes(
-                engine,
-                tokenizer,
-                suite.tasks,
-                max_length=max_positions,
-                progress=lambda n, total, start=start: progress(start + share * n / total),
-            )
-        )
+        part = _part(progress, _TEXT_SHARE + share * len(outcomes), share)
+        outcomes.append(task_outcomes(engine, tokenizer, suite.tasks, max_length=max_positions, progress=part))
     after, before = outcomes[-1], outcomes[0] if original is not None else {}
     tasks = {
         name: TaskScore(**row, difference=compare(after[name], before[name]) if name in after and before else None)
         for name, row in summarise(after).items()
     }
     return Measured(scores, tasks, base_scores, {name: TaskScore(**row) for name, row in summarise(before).items()})
+
+
+def _part(progress: Callable[[float], None], start: float, share: float) -> Progress:
+    """Progress within a part of the whole, which begins at `start` and is `share` of it."""
+    return lambda done, total: progress(start + share * done / total)

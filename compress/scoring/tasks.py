@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import CalibrationError, MissingExtra, NumericalError, RecipeError
-from compress.scoring.divergence import Progress, mean_interval, token_nll
+from compress.scoring.divergence import Progress, exponential, mean_interval, token_nll
 from compress.scoring.source import LogitSource
 
 # Task name -> field of a document that names its group, reported as "<task>.<group>".
@@ -110,10 +110,10 @@ def summarise(outcomes: Mapping[str, Outcomes]) -> dict[str, dict[str, Any]]:
     for name, result in outcomes.items():
         rows[name] = _accuracy(result.correct)
         if result.log_likelihood is not None:
-            nats = mean_interval(-result.log_likelihood)
+            perplexity = exponential(mean_interval(-result.log_likelihood))
             rows[f"{name}.perplexity"] = {
                 "metric": "word perplexity",
-                **{key: None if x is None else _exp(x) for key, x in vars(nats).items()},
+                **vars(perplexity),
                 "n": len(result.correct),
             }
         for group in sorted(set(result.groups or ())):
@@ -239,15 +239,15 @@ def answer(
     stream = source.logits([np.asarray(tokens, np.int64) for tokens in order])
     for done, (tokens, logits) in enumerate(zip(order, stream, strict=True)):
         for index in inputs[tokens]:
-            continuation = np.asarray(pairs[index][1])
-            rows = logits[-len(continuation) :]
+            wanted = np.asarray(pairs[index][1])
+            rows = logits[-len(wanted) :]
             if not np.isfinite(rows).all():
                 raise NumericalError(
                     f"{source.name}: logits of task request {index} are not finite; "
                     "the weights are broken or overflow in this precision"
                 )
-            greedy = bool((rows.argmax(axis=1) == continuation).all())
-            results[index] = (-float(token_nll(rows, continuation).sum()), greedy)
+            greedy = bool((rows.argmax(axis=1) == wanted).all())
+            results[index] = (-float(token_nll(rows, wanted).sum()), greedy)
         if progress is not None:
             progress(done + 1, len(order))
     return results
@@ -267,10 +267,6 @@ def _outcomes(samples: Sequence[Mapping[str, Any]], group: str | None) -> Outcom
 def _accuracy(correct: np.ndarray) -> dict[str, Any]:
     low, high = wilson(int(correct.sum()), len(correct))
     return {"metric": "acc", "value": float(correct.mean()), "low": low, "high": high, "n": len(correct)}
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 709 else math.inf
 
 
 @contextlib.contextmanager
