@@ -26,12 +26,12 @@ from compress.models.forward import forward_block
 from compress.recover.parameters import (
     Adam,
     Judged,
+    Stored,
     Tuned,
     held_out_windows,
     plain_outcome,
     step_share,
     still_values,
-    stored_values,
     tunables,
 )
 from compress.solve.tensor import Outcome
@@ -101,8 +101,8 @@ def recover_block(
         if best is None:
             return Recovered(outcomes, floats, before, after, False, epochs, reason)
         return Recovered(
-            {name: best.get(name, outcome) for name, outcome in outcomes.items()},
-            {name: best.get(name, value) for name, value in floats.items()},
+            {**outcomes, **best.outcomes},
+            {**floats, **best.floats},
             before,
             after,
             True,
@@ -149,7 +149,8 @@ class _Problem:
 
     def windows(self, picks: list[int]) -> tuple[Tensor, Tensor]:
         """Inputs and wanted outputs of some windows."""
-        return tuple(torch.cat([stream.read(i, i + 1) for i in picks]) for stream in (self.source, self.target))
+        inputs, wanted = (torch.cat([at.read(i, i + 1) for i in picks]) for at in (self.source, self.target))
+        return inputs, wanted
 
 
 def _descend(
@@ -159,7 +160,7 @@ def _descend(
     before: float,
     options: RecoverOptions,
     seed: int,
-) -> tuple[dict[str, Outcome | Tensor] | None, float, int, str]:
+) -> tuple[Stored | None, float, int, str]:
     """Adam with a cosine schedule; after each epoch what is rounded is judged.
 
     Returns the best stored values (None when none beats `before`), their held-out error, epochs run, and why none.
@@ -167,7 +168,7 @@ def _descend(
     optimizer = Adam([step for t in tuned.values() for step in t.steps])
     generator = torch.Generator().manual_seed(seed)
     total = options.epochs * -(-problem.training // problem.batch)
-    best: dict[str, Outcome | Tensor] | None = None
+    best: Stored | None = None
     least, after, stale, taken = before, math.inf, 0, 0
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(problem.training, generator=generator).tolist()
@@ -180,8 +181,8 @@ def _descend(
             loss.backward()
             optimizer.step(step_share(taken, total))
             taken += 1
-        candidate = {name: t.stored() for name, t in tuned.items()}
-        after_epoch = problem.held_out_error({**still, **stored_values(candidate)})
+        candidate = Stored.of(tuned)
+        after_epoch = problem.held_out_error({**still, **candidate.dense()})
         after = min(after, after_epoch) if math.isfinite(after_epoch) else after
         stale = 0 if after_epoch < least else stale + 1
         if after_epoch < least:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.codecs import get_codec
+from compress.codecs import float_codec
 from compress.decode import decode
 from compress.limits import BATCH_TOKENS, LOGIT_VALUES
 from compress.models.forward import final_norm, forward_block
@@ -28,12 +28,12 @@ from compress.models.spec import ModelSpec
 from compress.recover.parameters import (
     Adam,
     Judged,
+    Stored,
     Tuned,
     TunedFloat,
     held_out_windows,
     step_share,
     still_values,
-    stored_values,
     tunables,
 )
 from compress.solve.tensor import Outcome
@@ -202,24 +202,22 @@ class _Run:
         with torch.no_grad():
             tuned, still, _ = self.read(block)
             if stored:
-                return still | stored_values({name: t.stored() for name, t in tuned.items()})
+                return still | Stored.of(tuned).dense()
             return still | {name: t.dense() for name, t in tuned.items()}
 
     def packed(self, block: BlockAt) -> dict[str, Packed]:
         """What ships of the best candidate's tuned tensors."""
         tuned, _, _ = self.read(block, BEST)
-        stored = {name: t.stored() for name, t in tuned.items()}
-        return {
-            name: value.pack() if isinstance(value, Outcome) else get_codec(self.model.fetch(name).codec).encode(value)
-            for name, value in stored.items()
-        }
+        stored = Stored.of(tuned)
+        floats = {name: float_codec(self.model.fetch(name).codec).encode(v) for name, v in stored.floats.items()}
+        return floats | {name: outcome.pack() for name, outcome in stored.outcomes.items()}
 
     def packed_norm(self) -> Packed | None:
         """The final norm of the best candidate, where it is tuned."""
         if not self.norm_optimizer.steps:
             return None
         self.norm.change.data.copy_(self.best_norm)
-        return get_codec(self.norm.codec).encode(self.norm.stored())
+        return float_codec(self.norm.codec).encode(self.norm.stored())
 
     def remember(self) -> None:
         """The present parameters are the best so far."""
@@ -270,6 +268,7 @@ class _Run:
                 with torch.enable_grad():
                     loss = self.divergence(hidden, self.norm.dense(), wanted[rows]) / states[..., 0].numel()
                 loss.backward()
+                assert hidden.grad is not None
                 out[slot, rows] = hidden.grad
                 total += float(loss.detach())
         return total, out

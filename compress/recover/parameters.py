@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from compress.codecs import get_codec
+from compress.codecs import float_codec
 from compress.codecs.scales import TINY, safe_divisor
 from compress.limits import CODES_FROM_BITS
 from compress.solve.tensor import Outcome
@@ -76,7 +76,7 @@ class TunedFloat:
         return self.values + self.change * self.size
 
     def stored(self) -> Tensor:
-        codec = get_codec(self.codec)
+        codec = float_codec(self.codec)
         return codec.unpack(codec.encode(self.dense().detach()))
 
 
@@ -203,9 +203,26 @@ def still_values(
     return fixed | {name: value for name, value in floats.items() if name not in tuned}
 
 
-def stored_values(stored: Mapping[str, Outcome | Tensor]) -> dict[str, Tensor]:
-    """The dense float32 tensors that stored ones decode to."""
-    return {name: value.dense() if isinstance(value, Outcome) else value for name, value in stored.items()}
+@dataclass(frozen=True)
+class Stored:
+    """Tuned tensors as they can be stored, by checkpoint name. outcomes: those that have codes; floats: the others,
+    float32."""
+
+    outcomes: Mapping[str, Outcome]
+    floats: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, tuned: Mapping[str, Tuned]) -> Stored:
+        """What the present parameters come to."""
+        stored = {name: t.stored() for name, t in tuned.items()}
+        return cls(
+            {name: value for name, value in stored.items() if isinstance(value, Outcome)},
+            {name: value for name, value in stored.items() if isinstance(value, Tensor)},
+        )
+
+    def dense(self) -> dict[str, Tensor]:
+        """The float32 tensors that they decode to."""
+        return {name: outcome.dense() for name, outcome in self.outcomes.items()} | dict(self.floats)
 
 
 # -- tensors made under inference mode, for autograd -----------------------------------------------------------------

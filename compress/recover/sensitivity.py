@@ -53,8 +53,8 @@ def output_sensitivity(
                     metric.addmm_(above.flatten(0, 1).T, above.flatten(0, 1))
                     inputs = streams[block.layer].read(*at).requires_grad_()
                     with torch.enable_grad():
-                        block.forward(inputs).backward(above)
-                    out.append(inputs.grad)
+                        (felt,) = torch.autograd.grad(block.forward(inputs), inputs, above)
+                    out.append(felt)
             metrics.append((metric / ids.size).cpu())
             gradient.delete()
             streams[block.layer].delete()
@@ -75,5 +75,6 @@ def _head_gradient(
                 logits = final_norm(spec, norm, hidden) @ head.T
                 # drawn on the CPU, so that a seed draws the same everywhere
                 drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-            file.append(hidden.grad[None])
+                loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            (felt,) = torch.autograd.grad(loss, hidden)
+            file.append(felt[None])

@@ -97,7 +97,7 @@ def wanted_moments(site: Site, stage: int, group: Sequence[PlannedTensor]) -> di
         if key not in wanted:
             wanted[key] = Moments.zeros(n, drift=key in drifting, residual=residual, device=device)
         pool = inputs[key].pool
-        if pool in inputs and pool not in wanted:
+        if pool is not None and pool in inputs and pool not in wanted:
             wanted[pool] = Moments.zeros(n, drift=bool(drifting), device=device)
     for key, given in inputs.items():
         if given.counts and given.stage == stage:  # tokens are counted even where nothing is solved

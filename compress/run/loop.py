@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.codecs import get_codec
+from compress.codecs import float_codec
 from compress.decode import decode
 from compress.errors import GateFailed, OutputError
 from compress.export.deliver import deliver, require_texts
@@ -158,7 +158,11 @@ def compress_model(
         left = [layer for layer in range(spec.layers) if f"block-{layer:05d}" not in journal]
         for block in walk(spec, load, placement, layers=left):
             n, what = block.layer, f"block {block.layer + 1} of {spec.layers}"
-            _block(run, block, lambda part, n=n, what=what: progress((n + part) / spec.layers, what))
+
+            def within(part: float, n: int = n, what: str = what) -> None:
+                progress((n + part) / spec.layers, what)
+
+            _block(run, block, within)
     with reporter.stage("head"):
         if "head" not in journal:
             _head(run)
@@ -321,8 +325,8 @@ def _survey_sensitivity(run: Run, ids: np.ndarray) -> None:
     ids = ids[: recover.survey]
     few = replace(run, shape=(*ids.shape, run.plan.spec.hidden_size))
     metrics = output_sensitivity(run.plan.spec, run.load, ids, few.activations, run.plan.recipe.seed, run.placement)
-    float_codec = get_codec("f32")
-    run.journal.finish(SENSITIVITY, {f"{SENSITIVITY}.{n}": float_codec.encode(m) for n, m in enumerate(metrics)}, {})
+    exact = float_codec("f32")
+    run.journal.finish(SENSITIVITY, {f"{SENSITIVITY}.{n}": exact.encode(m) for n, m in enumerate(metrics)}, {})
 
 
 def _head(run: Run) -> None:

@@ -180,16 +180,16 @@ class _Clock:
     """Seconds by name: `with clock("solve"): ...`, `clock["solve"]`."""
 
     def __init__(self) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - started  # type: ignore[assignment]  (a Counter of floats)
+        self._seconds[name] = self[name] + (time.perf_counter() - started)
 
     def __getitem__(self, name: str) -> float:
-        return float(self._seconds[name])
+        return self._seconds.get(name, 0.0)
 
 
 def _recovery_windows(plan: Plan) -> int:

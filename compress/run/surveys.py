@@ -61,7 +61,8 @@ def settle(
         assert ids is not None
         with reporter.stage("structure") as progress:
             if STRUCTURE not in journal:
-                wanted = Cuts(*cuts(plan.recipe, plan.turned).values(), shapes=plan.shapes)
+                drop, experts, structured = cuts(plan.recipe, plan.turned).values()
+                wanted = Cuts(drop, experts, structured, plan.shapes)
                 made = restructure(plan.turned, wanted, load, ids, scratch, progress, placement)
                 _save(_state_file(journal), *made.state())
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
@@ -106,18 +107,18 @@ def stand_in(plan: Plan, load: Loader) -> Loader:
 def _sparsities(plan: Plan, load: Loader, ids: np.ndarray, scratch: Scratch, placement: Placement) -> dict[str, float]:
     """The share that goes of every pruned tensor: its rule's, moved by how its layer's outliers compare."""
     step: Prune = plan.recipe.step("prune")
-    pruned = [[t for t in block if t.pattern is not None] for block in plan.blocks]
-    sizes = [sum(t.spec.parameters for t in block) for block in pruned]
+    pruned = [[(t.spec, t.pattern) for t in block if t.pattern is not None] for block in plan.blocks]
+    sizes = [sum(tensor.parameters for tensor, _ in block) for block in pruned]
     if not any(sizes):
         return {}
-    total = sum(t.spec.parameters * t.pattern.sparsity for block in pruned for t in block) / sum(sizes)
+    total = sum(tensor.parameters * pattern.sparsity for block in pruned for tensor, pattern in block) / sum(sizes)
     layers = outlier_weighted(
         outlier_ratios(plan.spec, load, ids, scratch, placement=placement), sizes, total, step.spread
     )
     return {
-        t.name: min(max(t.pattern.sparsity + layer - total, 0.0), MOST_SPARSE)
+        tensor.name: min(max(pattern.sparsity + layer - total, 0.0), MOST_SPARSE)
         for block, layer in zip(pruned, layers, strict=True)
-        for t in block
+        for tensor, pattern in block
     }
 
 
@@ -132,7 +133,8 @@ def _shares(
 ) -> dict[str, float]:
     """The share of its 16-bit bytes that every factorised tensor keeps; one budget for all that have the same ratio."""
     step: Factorize = plan.recipe.step("factorize")
-    matcher, groups = step.matcher(plan.spec), {}
+    matcher = step.matcher(plan.spec)
+    groups: dict[float, list[PlannedTensor]] = {}
     for planned in plan.tensors:
         if planned.factorizer is not None:
             groups.setdefault(matcher.match(planned.spec).ratio, []).append(planned)
