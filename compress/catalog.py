@@ -15,7 +15,7 @@ from compress.structured.options import DropLayersOptions, PruneExpertsOptions, 
 from compress.transforms.options import SCALINGS, AwqOptions, RotateOptions, SmoothOptions
 
 REFERENCE = (4096, 4096)  # the matrix whose bits per weight are listed; scales of rows weigh more in smaller ones
-STEPS = {
+STEPS: Mapping[str, type] = {
     "rotate": RotateOptions,
     "drop_layers": DropLayersOptions,
     "prune_experts": PruneExpertsOptions,

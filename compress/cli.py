@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -198,7 +199,8 @@ def compare(
 def main() -> None:
     """Entry point of the `compress` command: every foreseen error is a line on stderr and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without our characters shows question marks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without our characters shows question marks
     try:
         code = app(standalone_mode=False)
     except CompressError as error:
@@ -210,7 +212,7 @@ def main() -> None:
         code = _fail(1, f"{where}{error.strerror or error}; check the path, its permissions and the free space")
     except MemoryError:
         code = _fail(1, "out of memory; `compress plan` shows what a run needs")
-    except typer.BadParameter.__mro__[1] as error:  # UsageError, which typer does not export
+    except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]  # UsageError, which typer does not export
         error.show()
         code = error.exit_code
     if code == INTERRUPTED:  # typer itself turns Ctrl-C into this code

@@ -34,6 +34,9 @@ class PackedEmbedding(PackedWeight):
 class TiedHead(nn.Module):
     """The head of a model whose embeddings are packed: it multiplies by the same parts and owns none."""
 
+    embedding: PackedEmbedding
+    bias: nn.Parameter | None
+
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None):
         super().__init__()
         self.out_features, self.in_features = embedding.shape

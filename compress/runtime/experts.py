@@ -41,13 +41,10 @@ class PackedExperts(nn.ModuleList):
 
     def share_inputs(self) -> None:
         """Call once the weights are there: where all gates and ups have the same input signs, transform inputs once."""
-        readers = [matrices[name] for matrices in self for name in (self.names.gate, self.names.up)]
-        first = readers[0]
-        same = all(
-            isinstance(m, PackedLinear) and m.setting.incoherence and torch.equal(m.signs_in, first.signs_in)
-            for m in readers
-        )
-        object.__setattr__(self, "shared", first if same else None)
+        readers = [matrix for expert in range(self.num_experts) for matrix in self._matrices(expert)[:2]]
+        turned = [m for m in readers if isinstance(m, PackedLinear) and m.setting.incoherence]
+        same = len(turned) == len(readers) and all(torch.equal(m.signs_in, turned[0].signs_in) for m in turned)
+        object.__setattr__(self, "shared", turned[0] if same else None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, width]; top_k_index, top_k_weights [tokens, k] -> [tokens, width]."""
@@ -58,12 +55,21 @@ class PackedExperts(nn.ModuleList):
                 continue
             token, place = torch.where(top_k_index == expert)
             x = inputs[token]
-            matrices, names = self[expert], self.names
-            gate, up, down = matrices[names.gate], matrices[names.up], matrices[names.down]
+            gate, up, down = self._matrices(expert)
             hidden = self.act_fn(self._read(gate, x)) * self._read(up, x)
             y = down(hidden) * top_k_weights[token, place, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
 
+    def _matrices(self, expert: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Gate, up and down."""
+        names = (self.names.gate, self.names.up, self.names.down)
+        gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in names)
+        return gate, up, down
+
     def _read(self, matrix: nn.Module, x: Tensor) -> Tensor:
-        return matrix(x) if self.shared is None else matrix.project(x)
+        """The product of a gate or an up with what `forward` made of the hidden states."""
+        if self.shared is None:
+            return matrix(x)
+        assert isinstance(matrix, PackedLinear)  # else nothing would be shared
+        return matrix.project(x)

@@ -17,6 +17,8 @@ class FactoredLinear(nn.Module):
     parts: `dictionary.<part>` and `coefficients.<part>`, possibly on the meta device; W itself is never formed.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, setting: Setting, shape: tuple[int, int], parts: Mapping[str, Tensor], bias: nn.Parameter | None = None
     ):
@@ -24,8 +26,9 @@ class FactoredLinear(nn.Module):
         self.setting = setting
         self.out_features, self.in_features = shape
         dictionary, coefficients = split(setting.codec, shape, parts)
-        self.dictionary = PackedWeight(Setting(dictionary.codec), dictionary.shape, dictionary.parts)
-        self.coefficients = PackedWeight(Setting(coefficients.codec), coefficients.shape, coefficients.parts)
+        atoms = dictionary.shape[0]
+        self.dictionary = PackedWeight(Setting(dictionary.codec), (atoms, self.in_features), dictionary.parts)
+        self.coefficients = PackedWeight(Setting(coefficients.codec), (self.out_features, atoms), coefficients.parts)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

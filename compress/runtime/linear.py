@@ -23,6 +23,13 @@ class PackedLinear(PackedWeight):
     int8 with one scale a row the product is one of integers. Rounding has the gradient of the identity.
     """
 
+    codes: Tensor
+    scales: Tensor
+    signs_in: Tensor
+    signs_out: Tensor
+    """Parts by these names: of intN codecs, and of incoherence."""
+    bias: nn.Parameter | None
+
     def __init__(
         self, setting: Setting, shape: tuple[int, int], parts: Mapping[str, Tensor], bias: nn.Parameter | None = None
     ):

@@ -5,9 +5,9 @@ Importing it registers it, which the hook of `compress.runtime.hook` does; users
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,6 +31,7 @@ from compress.models.spec import load_spec
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from compress.runtime.experts import PackedExperts
 
@@ -52,7 +53,7 @@ class CompressConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ):
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # their enum has their own methods only
         self.format = format
         self.parts = {codec: list(names) for codec, names in (parts or {}).items()}
         self.modules = dict(modules or {})
@@ -64,10 +65,11 @@ class CompressConfig(QuantizationConfigMixin):
 class CompressQuantizer(HfQuantizer):
     """Replaces linears, embeddings and experts by packed ones, as config.json says."""
 
+    quantization_config: CompressConfig
     requires_calibration = True  # for transformers: it cannot quantize a model while loading it
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         if not checkpoint_files:
             raise CheckpointError("a folder of the container compress is loaded from its files, not from a state dict")
@@ -77,7 +79,7 @@ class CompressQuantizer(HfQuantizer):
             entries.update(read_header(Path(file)))
         replace_modules(model, read_rules(self.quantization_config.to_dict()), self.quantization_config.parts, entries)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from compress.runtime.experts import PackedExperts
 
         for parameter in model.parameters():
@@ -120,7 +122,7 @@ def register() -> None:
 
 # -- modules -----------------------------------------------------------------------------------------------------------
 def replace_modules(
-    model: nn.Module, rules: Rules, parts: Mapping[str, Sequence[str]], entries: Mapping[str, Entry]
+    model: PreTrainedModel, rules: Rules, parts: Mapping[str, Sequence[str]], entries: Mapping[str, Entry]
 ) -> None:
     """Put packed modules, on the meta device, where `rules` say so.
 
@@ -132,7 +134,7 @@ def replace_modules(
 
     prefixes = _expert_prefixes(model, rules)
     for name, module in list(model.named_modules()):
-        if name in prefixes:
+        if name in prefixes and _is_fused(module):
             experts = _packed_experts(model, module, prefixes[name], rules, parts, entries)
             model.set_submodule(name, experts)
             continue
@@ -140,7 +142,8 @@ def replace_modules(
         if setting is None:
             continue
         tensors = _meta_parts(name, part_names(parts, setting), entries)
-        shape = tuple(module.weight.shape)
+        rows, columns = module.weight.shape
+        shape = (rows, columns)
         if isinstance(module, nn.Linear):
             model.set_submodule(name, _packed_linear(setting, shape, tensors, module.bias))
         else:
@@ -158,14 +161,15 @@ def _packed_linear(
     return kind(setting, shape, parts, bias)
 
 
-def _tie_head(model: nn.Module) -> None:
+def _tie_head(model: PreTrainedModel) -> None:
     """Let a head that shares packed embeddings read their parts; transformers itself ties weights only."""
     from compress.runtime.embedding import PackedEmbedding, TiedHead
 
     for head, source in list(model.all_tied_weights_keys.items()):
         embedding = model.get_submodule(module_name(source))
         if isinstance(embedding, PackedEmbedding):
-            model.set_submodule(module_name(head), TiedHead(embedding, model.get_submodule(module_name(head)).bias))
+            bias = model.get_submodule(module_name(head))._parameters["bias"]
+            model.set_submodule(module_name(head), TiedHead(embedding, bias))
             del model.all_tied_weights_keys[head]
             model._tied_weights_keys = {h: s for h, s in model._tied_weights_keys.items() if h != head}
 
@@ -184,24 +188,35 @@ def _meta_parts(module: str, names: Sequence[str], entries: Mapping[str, Entry])
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
-def _expert_prefixes(model: nn.Module, rules: Rules) -> dict[str, str]:
+class FusedExperts(Protocol):
+    """What transformers makes of a layer's experts. gate_up_proj: [experts, 2 * width of an expert, hidden]."""
+
+    gate_up_proj: torch.Tensor
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _is_fused(module: nn.Module) -> TypeGuard[FusedExperts]:
+    return hasattr(module, "gate_up_proj")
+
+
+def _expert_prefixes(model: PreTrainedModel, rules: Rules) -> dict[str, str]:
     """Names of the experts modules that become packed -> prefix of their tensors in the checkpoint, with `{e}`."""
     if not any(".experts." in name for name in rules):
         return {}
     moe = _experts(model)
-    fused = [name for name, module in model.named_modules() if hasattr(module, "gate_up_proj")]
+    fused = [name for name, module in model.named_modules() if _is_fused(module)]
     return {name: f"{name.rpartition('.mlp.experts')[0]}.{moe.expert}" for name in fused}
 
 
-def _experts(model: nn.Module) -> MoE:
+def _experts(model: PreTrainedModel) -> MoE:
     """How the model's family calls its experts."""
     spec = load_spec(model.config.to_dict())
     return next(s for block in spec.blocks for s in block if isinstance(s, MoE))
 
 
 def _packed_experts(
-    model: nn.Module,
-    fused: nn.Module,
+    model: PreTrainedModel,
+    fused: FusedExperts,
     prefix: str,
     rules: Rules,
     parts: Mapping[str, Sequence[str]],

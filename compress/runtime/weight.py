@@ -26,6 +26,9 @@ class PackedWeight(nn.Module):
     Subclasses are what a model calls. Moving the module moves the parts; casting it leaves them as they are.
     """
 
+    mask: Tensor
+    """The part of that name, of codecs that have one."""
+
     def __init__(self, setting: Setting, shape: tuple[int, int], parts: Mapping[str, Tensor]):
         super().__init__()
         self.setting, self.shape = setting, shape
@@ -83,7 +86,7 @@ class PackedWeight(nn.Module):
         return out.T.to(x.dtype).contiguous()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        parts = {name: self._buffers.pop(name) for name in self.part_names}
+        parts = {name: part for name in self.part_names if (part := self._buffers.pop(name)) is not None}
         super()._apply(fn, recurse)
         for name, tensor in parts.items():
             moved = fn(tensor)
@@ -105,9 +108,10 @@ class _Product(torch.autograd.Function):
         return weight._product(x)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         (gradient,) = gradients
-        weight, total = context.weight, None
+        weight: PackedWeight = context.weight
+        total: Tensor | None = None
         for rows in weight.chunks():
             values, scale = weight.decoded(rows, gradient.dtype)
             part = gradient[:, rows] if scale is None else gradient[:, rows] * scale.to(gradient.dtype).T
