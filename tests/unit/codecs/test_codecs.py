@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import gguf
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.codecs import block_codec, get_codec
-from compress.codecs.base import BlockCodec
+from compress.codecs import block_codec, float_codec, get_codec, sparse_codec
+from compress.codecs.base import BlockCodec, Codec
 from compress.codecs.grid import Grid, ScaleGrid, SuperBlockGrid, SuperBlockMinGrid
 from compress.codecs.names import FIXED_NAMES, UNIFORM_NAMES, codec_info, row_bytes
 from compress.codecs.scales import IntegerScale, half
@@ -493,3 +494,13 @@ def test_unknown_codec_is_a_key_error() -> None:
     for name in ("q4_z", "base", "int5-g128", "names"):
         with pytest.raises(KeyError):
             get_codec(name)
+
+
+@pytest.mark.parametrize(
+    ("ask", "name"),
+    [(float_codec, "q8_0"), (float_codec, "sparse-bf16"), (sparse_codec, "bf16"), (sparse_codec, "int4-g32")],
+)
+def test_a_codec_is_only_given_for_what_it_can_do(ask: Callable[[str], Codec], name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        ask(name)
+    assert float_codec("f16") is get_codec("f16") and sparse_codec("2:4-bf16") is get_codec("2:4-bf16")
