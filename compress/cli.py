@@ -74,7 +74,7 @@ def run(
     output: OutputOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an unfinished run in the output folder.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever the output folder holds.")] = False,
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
     device: DeviceOption = None,
     quiet: QuietOption = False,
@@ -194,6 +194,24 @@ def compare(
         typer.echo(compare_markdown(cards))
     else:
         _print(compare_table(cards))
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(help="The folder of a finished run, or an artifact in it.")],
+) -> None:
+    """Recompute the checksums of what a run delivered: per file ok, changed, missing or unexpected."""
+    from compress.report.checksums import OK
+    from compress.report.checksums import verify as verify_files
+
+    found = verify_files(target)
+    for name, status in found.items():
+        typer.echo(f"{status:<10} {name}")
+    if problems := sum(status != OK for status in found.values()):
+        raise CompressError(
+            f"{problems} of {len(found)} files of {target} are not what was delivered; "
+            "fetch them again, or run the recipe again with --fresh"
+        )
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from compress.export.write import write
 from compress.models.checkpoint import Checkpoint
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
+from compress.report import scorecard as scorecards
+from compress.report.checksums import checksums, combined
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Check
 from compress.scoring.divergence import Scores
@@ -49,11 +51,13 @@ class Delivery:
 
 @dataclass(frozen=True)
 class _Written:
-    """An artifact in the staging folder; roots: its files there, or the folder they lie in."""
+    """An artifact in the staging folder; roots: its files there, or the folder they lie in; sha256: of all that ships, by
+    path from the staging folder."""
 
     export: Export
     files: list[Path]
     roots: list[Path]
+    sha256: Mapping[str, str]
 
 
 def require_texts(plan: Plan) -> None:
@@ -88,7 +92,8 @@ def deliver(
         for export in plan.recipe.export:
             with reporter.stage(f"write {export.container}") as progress:
                 files = write(plan, export, journal, staging, progress)
-            written.append(_Written(export, files, _roots(files, staging)))
+                roots = _roots(files, staging)
+                written.append(_Written(export, files, roots, checksums(roots, staging)))
         original = StreamedSource(plan.original, checkpoint.load, "original", placement)
         solved = lambda name: decode(journal.fetch(name))  # noqa: E731
         memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
@@ -134,24 +139,22 @@ def _proved(
 
 def described(plan: Plan, written: _Written) -> Artifact:
     """Bytes and bits per weight of an artifact, before any score."""
-    size = sum(
-        f.stat().st_size
-        for root in written.roots
-        for f in ([root] if root.is_file() else root.rglob("*"))
-        if f.is_file()
-    )
+    staging = written.roots[0].parent
     weight_bytes = sum(f.stat().st_size for f in written.files)
     return Artifact(
         container=written.export.container,
         path=written.roots[0].name,
-        bytes=size,
+        bytes=sum((staging / name).stat().st_size for name in written.sha256),
         bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
         ratio=weight_bytes / plan.source_bytes,
+        sha256=combined(written.sha256),
+        files=dict(written.sha256),
     )
 
 
 def _rename(written: Sequence[_Written], output: Path, result: Delivery) -> None:
-    """Give every artifact its final name, in `rejected/` if any check has failed."""
+    """Give every artifact its final name, in `rejected/` if any check has failed; those of an earlier run go."""
+    _retire(output)
     target = output if result.passed else output / "rejected"
     target.mkdir(exist_ok=True)
     for path in (root for one in written for root in one.roots):
@@ -159,9 +162,30 @@ def _rename(written: Sequence[_Written], output: Path, result: Delivery) -> None
             _remove(output / path.name)  # an earlier run's, with the very bytes that were just rejected
         _move(path, target / path.name)
     if not result.passed:
-        result.artifacts = [
-            a.model_copy(update={"path": f"rejected/{a.path}", "delivered": False}) for a in result.artifacts
-        ]
+        result.artifacts = [_rejected(a) for a in result.artifacts]
+
+
+def _retire(output: Path) -> None:
+    """Remove what an earlier run delivered here, then its scorecard, which would no longer be true of this folder."""
+    try:
+        earlier = scorecards.read(output).files
+    except CompressError:  # none, or nothing that could be read
+        earlier = {}
+    for name in earlier:
+        path = output / name
+        path.unlink(missing_ok=True)
+        if path.parent != output and path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+    (output / scorecards.FILE_NAME).unlink(missing_ok=True)
+
+
+def _rejected(artifact: Artifact) -> Artifact:
+    """The same where it now lies."""
+    files = {f"rejected/{name}": found for name, found in artifact.files.items()}
+    sha256 = combined(files)
+    return artifact.model_copy(
+        update={"path": f"rejected/{artifact.path}", "delivered": False, "files": files, "sha256": sha256}
+    )
 
 
 def _roots(files: Sequence[Path], staging: Path) -> list[Path]:

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from compress.errors import CompressError, OutputError
+from compress.errors import CompressError
+from compress.files import write_synced
 from compress.scoring.divergence import Scores
 from compress.scoring.results import Fallback, TaskScore, Value
 
 FORMAT = 1
 FILE_NAME = "scorecard.json"
+RECIPE_FILE = "recipe.json"  # beside it: the recipe as it was carried out
 
 
 class Artifact(Value):
@@ -31,7 +31,10 @@ class Artifact(Value):
 
     path is relative to the scorecard; bytes all files that must be shipped to run it; bits_per_weight
     everything stored for the weights (scales, zero points, padding) * 8 / weights of the original. `ratio` is
-    bytes over the original's bytes. `scores.engine` says which engine gave the logits.
+    bytes over the original's bytes. `scores.engine` says which engine gave the logits. files: sha256 (hex) of every file
+    that is shipped, by its path relative to the scorecard; sha256: that of the only file, or of several the sha256 of the
+    lines `<sha256>  <path>` that `sha256sum` prints of them, sorted by path. Cards of models that were only scored, and
+    of versions before there were checksums, have neither.
     """
 
     container: str
@@ -40,9 +43,18 @@ class Artifact(Value):
     bits_per_weight: float
     ratio: float | None = None
     sha256: str | None = None
+    files: dict[str, str] = Field(default_factory=dict)
     delivered: bool = True
     scores: Scores | None = None
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} is not in the scorecard's folder")
+        return files
 
 
 class Base(Value):
@@ -91,7 +103,8 @@ class Stage(Value):
 
 
 class Scorecard(Value):
-    """The whole file. recipe is the recipe's name, recipe_digest identifies its content after overrides."""
+    """The whole file. recipe is the recipe's name, recipe_digest identifies its content after overrides; run_digest also
+    the model, the texts, the version, the suite and the limits: a run with the same has nothing left to do."""
 
     model: str
     recipe: str
@@ -102,11 +115,17 @@ class Scorecard(Value):
     gate: Gate
     stages: tuple[Stage, ...] = ()
     recipe_digest: str | None = None
+    run_digest: str | None = None
     created: str | None = None
     calibration: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     format: int = FORMAT
+
+    @property
+    def files(self) -> dict[str, str]:
+        """sha256 of every file of every artifact, by its path relative to the scorecard."""
+        return {name: found for artifact in self.artifacts for name, found in artifact.files.items()}
 
     def to_json(self) -> str:
         """Indented JSON; absent scores are left out, numbers that are not finite become null."""
@@ -122,23 +141,7 @@ def write(scorecard: Scorecard, path: str | Path) -> Path:
     target = Path(path)
     if target.is_dir():
         target = target / FILE_NAME
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(scorecard.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {target}: {error.strerror or error}; free space or choose another --output"
-        ) from error
+    write_synced(target, scorecard.to_json().encode())
     return target
 
 

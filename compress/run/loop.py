@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,9 @@ import torch
 
 from compress.codecs import float_codec
 from compress.decode import decode
-from compress.errors import GateFailed, OutputError
+from compress.errors import CompressError, GateFailed
 from compress.export.deliver import deliver, require_texts
-from compress.files import write_synced
+from compress.files import locked, write_synced
 from compress.models.checkpoint import Checkpoint
 from compress.plan.make import make_plan
 from compress.plan.plan import Plan
@@ -27,6 +26,7 @@ from compress.recover.sensitivity import output_sensitivity
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
+from compress.run.claim import TEXT, WORK, claim, finished, run_digest
 from compress.run.head import head_statistics, survey_head
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.run.sublayer import Job, compress_sublayer
@@ -35,7 +35,7 @@ from compress.run.surveys import settle
 from compress.solve.files import save_outcomes
 from compress.solve.tensor import Outcome, as_stored, solve_tensor
 from compress.streaming.activations import Activations
-from compress.streaming.journal import Journal
+from compress.streaming.journal import LOCK, Journal, checksum, discard
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
 from compress.text import calibration_windows, load_tokenizer
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-WORK = ".work"
 SENSITIVITY = "sensitivity"  # the unit that holds what `recover` weighs errors by
 # A tied table is looked up row by row (every column counts the same) and multiplied as the head (columns count as the
 # final hidden states say): the head's gram with this much of its mean on the diagonal stands for both.
@@ -65,15 +64,51 @@ def run(
 
     device: auto, cpu, cuda, cuda:N or mps; by default what COMPRESS_DEVICE says, else the CPU.
 
-    A run that was killed continues where it stopped. Raises GateFailed (exit code 3) after writing the scorecard when
+    A run that was killed continues where it stopped; one that is finished, and whose artifacts are unchanged, is not done
+    again. Nobody else may write into `recipe.output` meanwhile: a second run there raises OutputError. Raises GateFailed (exit code 3) after writing the scorecard when
     an artifact is not fit to deliver, and the other CompressErrors before anything has its final name.
     """
     reporter, placement = reporter or Reporter(0), Placement.choose(device)
-    with reporter.stage("plan"):
-        claim(Path(recipe.output), make_plan(recipe), fresh=fresh)  # before a hub download: all that config.json tells
-        plan = make_plan(recipe, weights=True)
-        output = claim(Path(recipe.output), plan, fresh=fresh)
-        journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
+    output = Path(recipe.output)
+    with ExitStack() as held:
+        with reporter.stage("plan"):
+            claim(output, make_plan(recipe), fresh=fresh)  # before a hub download: all that config.json tells
+            held.enter_context(locked(output / WORK / LOCK, output))
+            plan = make_plan(recipe, weights=True)
+            claim(output, plan, fresh=fresh)
+        if not fresh and (card := _finished(plan, output)) is not None:
+            _write_recipe(plan, output)  # a run that was killed behind its scorecard has left none
+            reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
+        else:
+            journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
+            try:
+                card = _carry_out(plan, journal, output, reporter, placement)
+            except CompressError:
+                if not journal.units:  # nothing to go on from: the next run may be another recipe's
+                    discard(output / WORK)
+                raise
+        if not keep_work:
+            discard(output / WORK)
+    return card
+
+
+def _finished(plan: Plan, output: Path) -> Scorecard | None:
+    """The scorecard of a run that has done all this already, see `claim.finished`."""
+
+    def digest() -> str:
+        text = checksum(load_calibration(plan).tobytes()) if plan.needs_calibration else None
+        return run_digest(plan.digest, text, plan.recipe)
+
+    return finished(output, digest)
+
+
+def _write_recipe(plan: Plan, output: Path) -> None:
+    told = {**plan.recipe.portable(), "model": plan.identity.version}
+    write_synced(output / scorecards.RECIPE_FILE, json.dumps(told, indent=2).encode())
+
+
+def _carry_out(plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement) -> Scorecard:
+    """All of a run but what decides whether there is one: solve, deliver, tell. Raises GateFailed once that is told."""
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
     if journal.units:
@@ -88,11 +123,7 @@ def run(
         results = deliver(plan, checkpoint, journal, output, reporter, placement)
     card = make_scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
-    write_synced(
-        output / "recipe.json", json.dumps({**recipe.portable(), "model": plan.identity.version}, indent=2).encode()
-    )
-    if card.gate.passed and not keep_work:
-        shutil.rmtree(output / WORK, ignore_errors=True)
+    _write_recipe(plan, output)
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
         raise GateFailed(
@@ -100,37 +131,6 @@ def run(
             f"the figures in {output / scorecards.FILE_NAME}"
         )
     return card
-
-
-def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
-    """The output folder, if it can be ours: new, empty, or of this very recipe. Raises OutputError otherwise or on a
-    full disk; touches nothing.
-
-    fresh: the folder of another recipe's finished run will do, too.
-    """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; choose another --output")
-    if output.is_dir():
-        names = {p.name for p in output.iterdir()}
-        if names and not names & {WORK, scorecards.FILE_NAME}:
-            raise OutputError(f"{output} holds something else ({sorted(names)[0]}); choose another --output")
-        if scorecards.FILE_NAME in names and not fresh:
-            finished = scorecards.read(output)
-            if finished.recipe_digest != plan.recipe.digest():
-                raise OutputError(
-                    f"{output} holds a finished run of another recipe ({finished.recipe}); "
-                    "choose another --output, or write into it all the same with --fresh"
-                )
-    nearest = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise OutputError(f"cannot write into {output}: {nearest} is no folder or read-only; choose another --output")
-    free = shutil.disk_usage(nearest).free
-    if free < plan.disk_bytes and not (output / WORK).exists():
-        raise OutputError(
-            f"{output} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB; "
-            "free some space or choose another --output"
-        )
-    return output
 
 
 def compress_model(
@@ -142,6 +142,7 @@ def compress_model(
     if plan.needs_calibration:
         with reporter.stage("calibration text"):
             ids = load_calibration(plan)
+            journal.agree(TEXT, ids.tobytes())
     plan, load = settle(plan, checkpoint, journal, ids, reporter, placement)
     spec = plan.spec
     if not plan.solves:
@@ -241,6 +242,7 @@ def _embeddings(run: Run, ids: np.ndarray | None) -> None:
         embed(decode(packed), ids, streams.compressed)
         if streams.original is not None:
             embed(run.load(table.name), ids, streams.original)
+        journal.keep(*streams.paths)
     journal.finish("embeddings", {table.name: packed}, report)
 
 
@@ -253,7 +255,7 @@ def _alone(run: Run, planned: PlannedTensor) -> tuple[Any, dict]:
 
 
 def _block(run: Run, block: BlockAt, progress: Callable[[float], None]) -> None:
-    """All sub-layers of one block, then its line in the journal; only then its inputs go."""
+    """All sub-layers of one block, then its line in the journal; with that its inputs go."""
     plan, planned = run.plan, run.plan.block(block.layer)
     at = [run.streams(block.layer, part) for part in range(len(block.branches) + 1)]
     packed: dict[str, Packed] = {}
@@ -277,10 +279,11 @@ def _block(run: Run, block: BlockAt, progress: Callable[[float], None]) -> None:
         outcomes = _recover(run, block, packed, outcomes, [s for s in at if s is not None], report)
     if tunes_end_to_end(plan):
         save_outcomes(outcomes_file(run.journal, block.layer), outcomes)
+        run.journal.keep(outcomes_file(run.journal, block.layer))
+    if (behind := at[-1]) is not None:
+        run.journal.keep(*behind.paths)
+    run.journal.release(*(path for streams in at[:-1] if streams is not None for path in streams.paths))
     run.journal.finish(f"block-{block.layer:05d}", packed, report)
-    for streams in at[:-1]:
-        if streams is not None:
-            streams.delete()
     progress(1.0)
 
 
@@ -345,8 +348,6 @@ def _head(run: Run) -> None:
             packed[head.name], report = outcome.pack(), {"solved": [vars(outcome.report)]}
         else:
             packed[head.name], report = _alone(run, head)
+    if streams is not None:  # the original's final states are what the last stage tunes for
+        run.journal.release(*([streams.compressed.path] if tunes_end_to_end(plan) else streams.paths))
     run.journal.finish("head", packed, report)
-    if streams is not None and tunes_end_to_end(plan):
-        streams.compressed.delete()  # the original's final states are what the last stage tunes for
-    elif streams is not None:
-        streams.delete()

@@ -72,8 +72,7 @@ def recover_end_to_end(run: Run, ids: np.ndarray, states: Activations, progress:
         seed=plan.recipe.seed,
     )
     journal.write(RECOVERED, {} if result.norm is None else {spec.final_norm: result.norm})
-    journal.name(moved | {RECOVERED: {"recovered": result.report}})
-    states.delete()
     for pattern in ("recover-*.f32", "outcomes-*.safetensors"):
-        for file in journal.folder.glob(pattern):
-            file.unlink()
+        journal.release(*journal.folder.glob(pattern))
+    journal.release(states.path)
+    journal.name(moved | {RECOVERED: {"recovered": result.report}})

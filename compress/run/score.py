@@ -13,6 +13,7 @@ from compress.containers import Container
 from compress.engines.open import OpenedModel, artifact_source, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError
+from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
 from compress.scoring.measure import Measured, measure
@@ -62,13 +63,15 @@ def score_target(
     against: a dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task
     accuracy only. The gate passes when the scores are finite.
 
-    Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary), UnsupportedModel,
+    Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary, or other bytes than the
+    scorecard beside it has the checksums of), UnsupportedModel,
     CalibrationError (no such suite) and NumericalError (logits that are not finite).
     """
     placement = Placement.choose(device)
     chosen = load_suite(suite)
     with reporter.stage("open"):
         found = _open(target, against)
+        note = require_unchanged(target)
         tokenizer = load_tokenizer(found.model.folder)
         if found.opened is None:
             file_set(found.container, Path(target))
@@ -85,7 +88,8 @@ def score_target(
             max_positions=found.model.spec.max_positions,
             progress=progress,
         )
-    return _scorecard(found, measured, (*fallbacks, *measured.fallbacks), reporter)
+    card = _scorecard(found, measured, (*fallbacks, *measured.fallbacks), reporter)
+    return card if note is None else card.model_copy(update={"notes": (note,)})
 
 
 def _open(target: str, against: str | None) -> Target:

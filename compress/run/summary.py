@@ -13,6 +13,7 @@ from compress.export.deliver import Delivery
 from compress.plan.plan import Plan
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Gate, Scorecard
+from compress.run.claim import TEXT, run_digest
 from compress.run.recover import RECOVERED
 from compress.run.surveys import STRUCTURE
 from compress.scoring.results import Fallback
@@ -78,6 +79,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         gate=Gate(passed=results.passed, checks=tuple(results.checks)),
         stages=tuple(reporter.stages),
         recipe_digest=plan.recipe.digest(),
+        run_digest=run_digest(journal.digest, journal.inputs.get(TEXT), plan.recipe),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         calibration=plan.recipe.portable()["calibration"] if plan.needs_calibration else {},
         versions={"compress": __version__, "torch": torch.__version__},

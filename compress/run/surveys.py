@@ -65,6 +65,7 @@ def settle(
                 wanted = Cuts(drop, experts, structured, plan.shapes)
                 made = restructure(plan.turned, wanted, load, ids, scratch, progress, placement)
                 _save(_state_file(journal), *made.state())
+                journal.keep(_state_file(journal))
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
             cut = Restructured.restore(plan.turned, *_read(_state_file(journal)))
         plan = make_plan(plan.recipe, weights=True, spec=cut.spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ResumeError
-from compress.files import disk_errors
+from compress.files import disk_errors, writing
 from compress.limits import BATCH_TOKENS
 
 _CHUNK = 1 << 20
@@ -53,9 +52,12 @@ class Activations:
     def read(self, start: int, stop: int) -> Tensor:
         """Windows start..stop as a tensor of its own."""
         stride = self.shape[1] * self.shape[2]
-        with self.path.open("rb") as file:
-            file.seek(4 * start * stride)
-            flat = np.fromfile(file, dtype=np.float32, count=(stop - start) * stride)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(4 * start * stride)
+                flat = np.fromfile(file, dtype=np.float32, count=(stop - start) * stride)
+        except FileNotFoundError:
+            raise ResumeError(f"{self.path} is missing; start over with --fresh") from None
         if flat.size != (stop - start) * stride:
             raise ResumeError(f"{self.path} is truncated; start over with --fresh")
         return torch.from_numpy(flat.reshape(stop - start, *self.shape[1:])).to(self.device)
@@ -63,16 +65,8 @@ class Activations:
     @contextmanager
     def writing(self) -> Iterator[ActivationWriter]:
         """Append batches; the file gets its name when all are written and synced."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with disk_errors(self.path):
-            try:
-                with temporary.open("wb") as file:
-                    yield ActivationWriter(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with writing(self.path) as file:
+            yield ActivationWriter(file)
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,10 +79,10 @@ class Streams:
     def windows(self) -> int:
         return self.compressed.shape[0]
 
-    def delete(self) -> None:
-        for stream in (self.compressed, self.original):
-            if stream is not None:
-                stream.delete()
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of their files."""
+        return tuple(stream.path for stream in (self.compressed, self.original) if stream is not None)
 
 
 def embed(table: Tensor, ids: np.ndarray, into: Activations) -> None:

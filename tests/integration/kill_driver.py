@@ -63,7 +63,7 @@ def writing_activations() -> None:
 def between_unit_and_journal() -> None:
     """The first block's tensors are on disk, the journal does not name them yet."""
     compress.streaming.journal.write_synced = at_call(
-        compress.streaming.journal.write_synced, 2, when=lambda path, _: path.name == "journal.json"
+        compress.streaming.journal.write_synced, 4, when=lambda path, _: path.name == "journal.json"
     )
 
 

@@ -1,0 +1,117 @@
+"""Files held against the checksums of a scorecard: what a run delivered, and whether that is what lies there now."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from compress.errors import CheckpointError, CompressError
+from compress.files import sha256_each
+from compress.report.scorecard import FILE_NAME, RECIPE_FILE, Artifact, read
+
+OK, CHANGED, MISSING, UNEXPECTED = "ok", "changed", "missing", "unexpected"
+
+
+def checksums(paths: Iterable[Path], base: Path) -> dict[str, str]:
+    """sha256 of some files and of all that lies in some folders, by path from `base`, sorted."""
+    files = sorted(file for path in paths for file in _entries(path) if file.is_file())
+    return {_name(file, base): found for file, found in sha256_each(files).items()}
+
+
+def combined(files: Mapping[str, str]) -> str:
+    """One checksum for an artifact: a single file's own, else that of the lines which `sha256sum` prints of its files,
+    sorted by path."""
+    if len(files) == 1:
+        return next(iter(files.values()))
+    return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def statuses(files: Mapping[str, str], base: Path) -> dict[str, str]:
+    """OK, CHANGED or MISSING of every file. files: path from `base` -> sha256."""
+    there = {base / name: name for name in files if (base / name).is_file()}
+    found = {there[path]: digest for path, digest in sha256_each(there).items()}
+    return {name: MISSING if name not in found else OK if found[name] == files[name] else CHANGED for name in files}
+
+
+def sentence(path: Path, status: str) -> str:
+    """How errors begin that tell of a CHANGED or MISSING file."""
+    return f"{path} {'is missing' if status == MISSING else 'has changed'} since it was delivered"
+
+
+def verify(target: str | Path) -> dict[str, str]:
+    """Recompute the checksums of all that a run's folder holds, or of one artifact in it: the status of every file by its
+    path from the scorecard's folder, files that nobody delivered among them.
+
+    Raises CompressError without a scorecard that names the target, or with one that holds no checksums.
+    """
+    target = Path(target)
+    if not os.path.lexists(target):
+        raise CompressError(f"there is no {target}; give a finished run's folder or an artifact in it")
+    if (target / FILE_NAME).is_file():
+        file, wanted, root = target / FILE_NAME, read(target).files, target
+    elif (named := _named(target)) is not None:
+        file, wanted, root = named[0], named[1].files, named[0].parent / named[1].path
+    else:
+        raise CompressError(f"no {FILE_NAME} names {target}; give a finished run's folder or an artifact in it")
+    if not wanted:
+        raise CompressError(
+            f"{file} holds no checksums: an earlier version wrote it; run the recipe again with --fresh"
+        )
+    base = file.parent
+    surplus = {_name(path, base) for path in _entries(root) if not _internal(path.relative_to(base))} - set(wanted)
+    return dict(sorted({**statuses(wanted, base), **dict.fromkeys(surplus, UNEXPECTED)}.items()))
+
+
+def require_unchanged(target: str | Path) -> str | None:
+    """Raises CheckpointError where a scorecard beside a file or folder names it and its bytes are not those that were
+    delivered. Returns a note where there is such a scorecard and nothing to compare with."""
+    target = Path(target)
+    if not os.path.lexists(target):
+        return None
+    try:
+        named = _named(target)
+    except CompressError as error:
+        return f"{target} was not held against the scorecard beside it: {error}"
+    if named is None:
+        return None
+    file, artifact = named
+    if not artifact.files:
+        return f"{target} was not held against {file}, which has no checksums"
+    for name, status in statuses(artifact.files, file.parent).items():
+        if status != OK:
+            raise CheckpointError(
+                f"{sentence(file.parent / name, status)} ({file} has its checksum); "
+                f"run the recipe again with --fresh, or move the {FILE_NAME} away to score it as it is"
+            )
+    return None
+
+
+def _named(target: Path) -> tuple[Path, Artifact] | None:
+    """The nearest scorecard above a file or folder, and which of its artifacts that is, or is part of."""
+    for path in (Path(os.path.abspath(target)), target.resolve()):
+        if (folder := next((folder for folder in path.parents if (folder / FILE_NAME).is_file()), None)) is None:
+            continue
+        for artifact in read(folder).artifacts:
+            places = [folder / artifact.path, *(folder / name for name in artifact.files)]
+            if any(path == place or path in place.parents for place in places):
+                return folder / FILE_NAME, artifact
+    return None
+
+
+def _entries(path: Path) -> Iterator[Path]:
+    """A file itself; all in a folder that is no folder."""
+    if not path.is_dir():
+        yield path
+        return
+    yield from (entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir())
+
+
+def _internal(path: Path) -> bool:
+    """Whether a path from a run's folder is none of an artifact's: what tells of the run, or serves one that goes on."""
+    return path.parts[0] in (FILE_NAME, RECIPE_FILE) or path.parts[0].startswith(".")
+
+
+def _name(path: Path, base: Path) -> str:
+    return path.relative_to(base).as_posix()
