@@ -7,8 +7,8 @@ CompressError                 exit 1   anything we can name; one line that says 
 ├── CheckpointError           exit 1   missing, truncated or non-finite weights
 ├── CalibrationError          exit 1   no such set, empty text, sequences longer than the model allows
 ├── NumericalError            exit 1   non-finite activations, gram that no damping repairs
-├── OutputError               exit 1   output folder holds something else, disk full
-├── ResumeError               exit 1   the journal belongs to another recipe
+├── OutputError               exit 1   output folder holds something else or is in use, disk full
+├── ResumeError               exit 1   the work folder belongs to another recipe, or is not what was written
 ├── MissingExtra              exit 1   an optional package is not installed
 └── GateFailed                exit 3   the artifact was written but is not fit to deliver
 """

@@ -88,13 +88,16 @@ def locked(file: Path, subject: Path) -> Iterator[None]:
     with disk_errors(file.parent):
         handle = _lock(file, subject)
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        with disk_errors(file):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
-        file.unlink(missing_ok=True)  # before it is free: whoever gets it then finds that it is no longer the file
-        fcntl.flock(handle, fcntl.LOCK_UN)  # children that were forked have the handle, too
-        os.close(handle)
+        try:
+            file.unlink(missing_ok=True)  # before it is free: whoever gets it then finds that it is no longer the file
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # children that were forked have the handle, too
+            os.close(handle)
         _remove_empty(sorted({file.parent, *made}, reverse=True))
 
 

@@ -47,6 +47,8 @@ def verify(target: str | Path) -> dict[str, str]:
     Raises CompressError without a scorecard that names the target, or with one that holds no checksums.
     """
     target = Path(target)
+    if target.name == FILE_NAME:
+        target = target.parent
     if not os.path.lexists(target):
         raise CompressError(f"there is no {target}; give a finished run's folder or an artifact in it")
     if (target / FILE_NAME).is_file():
@@ -54,7 +56,9 @@ def verify(target: str | Path) -> dict[str, str]:
     elif (named := _named(target)) is not None:
         file, wanted, root = named[0], named[1].files, named[0].parent / named[1].path
     else:
-        raise CompressError(f"no {FILE_NAME} names {target}; give a finished run's folder or an artifact in it")
+        raise CompressError(
+            f"no {FILE_NAME} in or above {target} tells of it; give a finished run's folder or an artifact in it"
+        )
     if not wanted:
         raise CompressError(
             f"{file} holds no checksums: an earlier version wrote it; run the recipe again with --fresh"

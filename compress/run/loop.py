@@ -65,8 +65,8 @@ def run(
     device: auto, cpu, cuda, cuda:N or mps; by default what COMPRESS_DEVICE says, else the CPU.
 
     A run that was killed continues where it stopped; one that is finished, and whose artifacts are unchanged, is not done
-    again. Nobody else may write into `recipe.output` meanwhile: a second run there raises OutputError. Raises GateFailed (exit code 3) after writing the scorecard when
-    an artifact is not fit to deliver, and the other CompressErrors before anything has its final name.
+    again. A second run into `recipe.output` meanwhile raises OutputError. Raises GateFailed (exit code 3) after writing the
+    scorecard when an artifact is not fit to deliver, and the other CompressErrors before anything has its final name.
     """
     reporter, placement = reporter or Reporter(0), Placement.choose(device)
     output = Path(recipe.output)
@@ -76,39 +76,20 @@ def run(
             held.enter_context(locked(output / WORK / LOCK, output))
             plan = make_plan(recipe, weights=True)
             claim(output, plan, fresh=fresh)
-        if not fresh and (card := _finished(plan, output)) is not None:
-            _write_recipe(plan, output)  # a run that was killed behind its scorecard has left none
+            card = None if fresh else _finished(plan, output)
+            journal = Journal.open(output / WORK, plan.digest, fresh=fresh) if card is None else None
+        if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
-            journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
-            try:
-                card = _carry_out(plan, journal, output, reporter, placement)
-            except CompressError:
-                if not journal.units:  # nothing to go on from: the next run may be another recipe's
-                    discard(output / WORK)
-                raise
+            card = _carry_out(plan, journal, output, reporter, placement)
         if not keep_work:
             discard(output / WORK)
+    assert card is not None
     return card
 
 
-def _finished(plan: Plan, output: Path) -> Scorecard | None:
-    """The scorecard of a run that has done all this already, see `claim.finished`."""
-
-    def digest() -> str:
-        text = checksum(load_calibration(plan).tobytes()) if plan.needs_calibration else None
-        return run_digest(plan.digest, text, plan.recipe)
-
-    return finished(output, digest)
-
-
-def _write_recipe(plan: Plan, output: Path) -> None:
-    told = {**plan.recipe.portable(), "model": plan.identity.version}
-    write_synced(output / scorecards.RECIPE_FILE, json.dumps(told, indent=2).encode())
-
-
 def _carry_out(plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement) -> Scorecard:
-    """All of a run but what decides whether there is one: solve, deliver, tell. Raises GateFailed once that is told."""
+    """All of a run once there is something to do: solve, deliver, tell. Raises GateFailed when that is told."""
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
     if journal.units:
@@ -116,11 +97,16 @@ def _carry_out(plan: Plan, journal: Journal, output: Path, reporter: Reporter, p
         units += [RECOVERED] if tunes_end_to_end(plan) else []
         done = sum(unit in journal for unit in units)
         reporter.say(f"continuing: {done} of {len(units)} units are already done")
-    checkpoint = Checkpoint.open(plan.source)
-    require_texts(plan)
-    with torch.inference_mode():
-        plan = compress_model(plan, checkpoint, journal, reporter, placement)
-        results = deliver(plan, checkpoint, journal, output, reporter, placement)
+    try:
+        checkpoint = Checkpoint.open(plan.source)
+        require_texts(plan)
+        with torch.inference_mode():
+            plan = compress_model(plan, checkpoint, journal, reporter, placement)
+            results = deliver(plan, checkpoint, journal, output, reporter, placement)
+    except CompressError:
+        if not journal.units:  # nothing to go on from: the next run may be another recipe's
+            discard(journal.folder)
+        raise
     card = make_scorecard(plan, journal, results, reporter)
     scorecards.write(card, output)
     _write_recipe(plan, output)
@@ -131,6 +117,24 @@ def _carry_out(plan: Plan, journal: Journal, output: Path, reporter: Reporter, p
             f"the figures in {output / scorecards.FILE_NAME}"
         )
     return card
+
+
+def _finished(plan: Plan, output: Path) -> Scorecard | None:
+    """The scorecard of a run that has done all this already, see `claim.finished`."""
+
+    def digest() -> str:
+        text = checksum(load_calibration(plan).tobytes()) if plan.needs_calibration else None
+        return run_digest(plan.digest, text, plan.recipe)
+
+    card = finished(output, digest)
+    if card is not None and not (output / scorecards.RECIPE_FILE).exists():  # killed just behind its scorecard
+        _write_recipe(plan, output)
+    return card
+
+
+def _write_recipe(plan: Plan, output: Path) -> None:
+    told = {**plan.recipe.portable(), "model": plan.identity.version}
+    write_synced(output / scorecards.RECIPE_FILE, json.dumps(told, indent=2).encode())
 
 
 def compress_model(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,11 +165,10 @@ def discard(folder: Path) -> None:
     with disk_errors(folder):
         (folder / JOURNAL).unlink(missing_ok=True)
         sync_folder(folder)
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+        left = [path for path in folder.iterdir() if path.name != LOCK]
+    for path in left:
+        with suppress(OSError):  # in use, on a network disk: without a journal it does no harm
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def checksum(data: bytes) -> str:
