@@ -32,6 +32,9 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps; by default COMPRESS_DEVICE, else the CPU."),
 ]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Stop at what speaks against the original instead of noting it.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print what every stage does.")]
@@ -77,6 +80,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever the output folder holds.")] = False,
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
     device: DeviceOption = None,
+    strict: StrictOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -90,7 +94,7 @@ def run(
     from compress.run.loop import run as run_recipe
 
     reporter = Reporter(0 if quiet else 2 if verbose else 1)
-    card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=reporter, device=device)
+    card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=reporter, device=device, strict=strict)
     _print(scorecard_table(card))
     for artifact in card.artifacts:
         typer.echo(str(Path(loaded.output) / artifact.path))

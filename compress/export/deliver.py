@@ -20,6 +20,7 @@ from compress.export.gate import limits, measured
 from compress.export.verify import check, check_windows
 from compress.export.write import write
 from compress.models.checkpoint import Checkpoint
+from compress.models.companions import LEGAL, copy_companions
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
 from compress.report import scorecard as scorecards
@@ -43,6 +44,8 @@ class Delivery:
     fallbacks: list[Fallback] = field(default_factory=list)
     base_scores: Scores | None = None
     base_tasks: dict[str, TaskScore] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    """What speaks against the original."""
 
     @property
     def passed(self) -> bool:
@@ -51,8 +54,8 @@ class Delivery:
 
 @dataclass(frozen=True)
 class _Written:
-    """An artifact in the staging folder; roots: its files there, or the folder they lie in; sha256: of all that ships, by
-    path from the staging folder."""
+    """An artifact in the staging folder; roots: its files there, or the folder they lie in, then what lies beside a single
+    file; sha256: of all that ships, by path from the staging folder."""
 
     export: Export
     files: list[Path]
@@ -81,8 +84,11 @@ def deliver(
     output: Path,
     reporter: Reporter,
     placement: Placement = CPU,
+    *,
+    strict: bool = False,
 ) -> Delivery:
-    """Write and prove every artifact of the plan. See Delivery for what is returned."""
+    """Write and prove every artifact of the plan. See Delivery for what is returned; strict: what speaks against the
+    original fails the gate."""
     result = Delivery()
     staging = output / ".checking"
     shutil.rmtree(staging, ignore_errors=True)
@@ -93,12 +99,15 @@ def deliver(
             with reporter.stage(f"write {export.container}") as progress:
                 files = write(plan, export, journal, staging, progress)
                 roots = _roots(files, staging)
+                if CONTAINERS[export.container].suffix:
+                    roots += copy_companions(plan.source, staging, LEGAL)
                 written.append(_Written(export, files, roots, checksums(roots, staging)))
         original = StreamedSource(plan.original, checkpoint.load, "original", placement)
         solved = lambda name: decode(journal.fetch(name))  # noqa: E731
         memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
         for one in written:
             result.artifacts.append(_proved(plan, one, journal, original, memory, result, reporter))
+        result.checks += [Check(name="original", passed=False, detail=doubt) for doubt in result.doubts if strict]
         _rename(written, output, result)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -128,6 +137,7 @@ def _proved(
                 result.base_scores = result.base_scores or found.base_scores
                 result.base_tasks = result.base_tasks or found.base_tasks
                 result.fallbacks += found.fallbacks
+                result.doubts = result.doubts or found.doubts
                 artifact = artifact.model_copy(update={"scores": found.scores, "tasks": found.tasks})
                 result.checks += limits(plan, artifact)
     except (CalibrationError, MissingExtra, OutputError):
@@ -157,7 +167,7 @@ def _rename(written: Sequence[_Written], output: Path, result: Delivery) -> None
     _retire(output)
     target = output if result.passed else output / "rejected"
     target.mkdir(exist_ok=True)
-    for path in (root for one in written for root in one.roots):
+    for path in dict.fromkeys(root for one in written for root in one.roots):  # two files may share a licence
         if not result.passed:
             _remove(output / path.name)  # an earlier run's, with the very bytes that were just rejected
         _move(path, target / path.name)

@@ -49,6 +49,10 @@ class Entry:
     part: Slice | None = None
     span: tuple[int, int] = (0, 0)
 
+    @property
+    def bytes(self) -> int:
+        return self.span[1] - self.span[0]
+
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file, from its header; checks that the file is long enough to hold them.
@@ -90,7 +94,7 @@ def same_bytes(one: Entry, other: Entry) -> bool:
     with one.file.open("rb") as first, other.file.open("rb") as second:
         first.seek(one.span[0])
         second.seek(other.span[0])
-        left = one.span[1] - one.span[0]
+        left = one.bytes
         while left > 0:
             size = min(left, 1 << 24)
             if first.read(size) != second.read(size):

@@ -54,10 +54,10 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[list[str], list[st
         )
     if inside:
         problems.append(
-            f"the checkpoint holds {_some(inside)}, which config.json does not imply, and the model computes something else "
+            f"the checkpoint holds {some_of(inside)}, which config.json does not imply, and the model computes something else "
             "without; correct config.json (a bias, a norm or an option is missing there), or fetch the right one"
         )
-    return problems, [f"left out, as config.json does not imply it: {_some(beside)}"] if beside else []
+    return problems, [f"left out, as config.json does not imply it: {some_of(beside)}"] if beside else []
 
 
 def _layer(name: str) -> int | None:
@@ -65,7 +65,7 @@ def _layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     """A few kinds of names, numbers aside, and how many tensors there are in all."""
     names = list(names)
     kinds = dict(reversed([(re.sub(r"\d+", "N", name), name) for name in names]))

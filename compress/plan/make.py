@@ -77,6 +77,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         source,
         own,
         stamp,
+        tuple(left_out),
         savings,
         shapes,
     )

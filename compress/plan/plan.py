@@ -42,6 +42,8 @@ class Plan:
     """The checkpoint's own float type."""
     stamp: tuple[tuple[str, int, int], ...] = ()
     """Name, size and modification time of the weight files, so that a changed checkpoint does not resume."""
+    doubts: tuple[str, ...] = ()
+    """What speaks against the original: the warnings that a strict run stops at."""
     savings: tuple[Saving, ...] = ()
     """What steps that make the model smaller save, in every container."""
     shapes: tuple[Reduction, ...] = ()

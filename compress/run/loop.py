@@ -13,7 +13,7 @@ import torch
 
 from compress.codecs import float_codec
 from compress.decode import decode
-from compress.errors import CompressError, GateFailed
+from compress.errors import CheckpointError, CompressError, GateFailed
 from compress.export.deliver import deliver, require_texts
 from compress.files import locked, write_synced
 from compress.models.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
 from compress.run.claim import TEXT, WORK, claim, finished, run_digest
 from compress.run.head import head_statistics, survey_head
+from compress.run.inspect import INSPECTED, inspect_weights
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.run.sublayer import Job, compress_sublayer
 from compress.run.summary import make_scorecard
@@ -59,10 +60,12 @@ def run(
     keep_work: bool = False,
     reporter: Reporter | None = None,
     device: str | None = None,
+    strict: bool = False,
 ) -> Scorecard:
     """Carry out a recipe and return its scorecard; artifacts lie in `recipe.output`.
 
-    device: auto, cpu, cuda, cuda:N or mps; by default what COMPRESS_DEVICE says, else the CPU.
+    device: auto, cpu, cuda, cuda:N or mps; by default what COMPRESS_DEVICE says, else the CPU. strict: what speaks against
+    the original itself is an error instead of a note.
 
     A run that was killed continues where it stopped; one that is finished, and whose artifacts are unchanged, is not done
     again. A second run into `recipe.output` meanwhile raises OutputError. Raises GateFailed (exit code 3) after writing the
@@ -81,14 +84,16 @@ def run(
         if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
-            card = _carry_out(plan, journal, output, reporter, placement)
+            card = _carry_out(plan, journal, output, reporter, placement, strict)
         if not keep_work:
             discard(output / WORK)
     assert card is not None
     return card
 
 
-def _carry_out(plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement) -> Scorecard:
+def _carry_out(
+    plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement, strict: bool
+) -> Scorecard:
     """All of a run once there is something to do: solve, deliver, tell. Raises GateFailed when that is told."""
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
@@ -100,11 +105,12 @@ def _carry_out(plan: Plan, journal: Journal, output: Path, reporter: Reporter, p
     try:
         checkpoint = Checkpoint.open(plan.source)
         require_texts(plan)
+        _inspect(plan, checkpoint, journal, reporter, strict)
         with torch.inference_mode():
             plan = compress_model(plan, checkpoint, journal, reporter, placement)
-            results = deliver(plan, checkpoint, journal, output, reporter, placement)
+            results = deliver(plan, checkpoint, journal, output, reporter, placement, strict=strict)
     except CompressError:
-        if not journal.units:  # nothing to go on from: the next run may be another recipe's
+        if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
         raise
     card = make_scorecard(plan, journal, results, reporter)
@@ -117,6 +123,19 @@ def _carry_out(plan: Plan, journal: Journal, output: Path, reporter: Reporter, p
             f"the figures in {output / scorecards.FILE_NAME}"
         )
     return card
+
+
+def _inspect(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter, strict: bool) -> None:
+    """Look at the original's weights once. Raises CheckpointError for values that are not finite; strict: for whatever
+    speaks against it."""
+    if INSPECTED not in journal:
+        with reporter.stage("check weights") as progress:
+            found = inspect_weights(plan, checkpoint, progress)
+        for line in found:
+            reporter.say(f"note: {line}")
+        journal.finish(INSPECTED, {}, {"doubts": found})
+    if strict and (doubts := (*plan.doubts, *journal.units[INSPECTED]["doubts"])):
+        raise CheckpointError(f"{doubts[0]}; --strict stops here")
 
 
 def _finished(plan: Plan, output: Path) -> Scorecard | None:

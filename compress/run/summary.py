@@ -14,6 +14,7 @@ from compress.plan.plan import Plan
 from compress.report.progress import Reporter
 from compress.report.scorecard import Base, Experts, Gate, Scorecard
 from compress.run.claim import TEXT, run_digest
+from compress.run.inspect import INSPECTED
 from compress.run.recover import RECOVERED
 from compress.run.surveys import STRUCTURE
 from compress.scoring.results import Fallback
@@ -83,7 +84,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         calibration=plan.recipe.portable()["calibration"] if plan.needs_calibration else {},
         versions={"compress": __version__, "torch": torch.__version__},
-        notes=tuple(plan.warnings) + structure_notes(plan, journal),
+        notes=(*plan.warnings, *journal.units[INSPECTED]["doubts"], *results.doubts, *structure_notes(plan, journal)),
     )
 
 

@@ -29,6 +29,14 @@ CHUNK_ELEMENTS = 2**22
 Progress = Callable[[int, int], None]
 
 
+def frequency_perplexity(windows: np.ndarray) -> float:
+    """exp of the entropy of the predicted tokens' frequencies, with Miller and Madow's correction for the few tokens that
+    they were counted on: (kinds - 1) / 2 n nats (Miller 1955). windows: [windows, length] token ids."""
+    counts = np.unique(windows[:, 1:], return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum() + (len(counts) - 1) / (2 * counts.sum())))
+
+
 @dataclass(frozen=True)
 class Interval:
     """A point estimate and its 95% interval; low and high are None when one window allows none."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from compress.scoring.divergence import Progress, Scores, score_many
+from compress.scoring.divergence import Progress, Scores, frequency_perplexity, score_many
 from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
 from compress.text import Suite, eval_windows
@@ -15,6 +15,7 @@ from compress.text import Suite, eval_windows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHANCE = 2.0  # so many times worse than token frequencies, and a model does not know the language of the text
 _TEXT_SHARE = 0.6  # of the progress bar; the rest goes to the tasks
 
 
@@ -27,6 +28,18 @@ class Measured:
     base_scores: Scores | None = None
     base_tasks: dict[str, TaskScore] = field(default_factory=dict)
     fallbacks: tuple[Fallback, ...] = ()
+    by_frequency: float = 0.0
+    """Perplexity of these windows for one who only knows how often each token stands in them."""
+
+    @property
+    def doubts(self) -> list[str]:
+        """What speaks against the original."""
+        if self.base_scores is None or self.base_scores.perplexity.value <= CHANCE * self.by_frequency:
+            return []
+        return [
+            f"the original itself cannot predict this text: perplexity {self.base_scores.perplexity.value:.4g}, where the "
+            f"mere frequency of its tokens gives {self.by_frequency:.4g}; are its weights, config.json and tokenizer right?"
+        ]
 
 
 def measure(
@@ -50,8 +63,9 @@ def measure(
     )
     scores, _ = score_many(original, [source], windows, tokenizer=label, progress=_part(progress, 0.0, _TEXT_SHARE))[0]
     base_scores = None if original is None else replace(scores.of_reference(), engine=original.name)
+    measured = Measured(scores, base_scores=base_scores, by_frequency=frequency_perplexity(windows))
     if not suite.tasks:
-        return Measured(scores, base_scores=base_scores)
+        return measured
     if find_spec("lm_eval") is None:
         missing = Fallback(
             subject="tasks",
@@ -59,7 +73,7 @@ def measure(
             used="not scored",
             reason="lm-eval is not installed: pip install 'compress-llm[eval]'",
         )
-        return Measured(scores, base_scores=base_scores, fallbacks=(missing,))
+        return replace(measured, fallbacks=(missing,))
 
     from compress.scoring.tasks import Outcomes, compare, summarise, task_outcomes
 
@@ -74,7 +88,9 @@ def measure(
         name: TaskScore(**row, difference=compare(after[name], before[name]) if name in after and before else None)
         for name, row in summarise(after).items()
     }
-    return Measured(scores, tasks, base_scores, {name: TaskScore(**row) for name, row in summarise(before).items()})
+    return replace(
+        measured, tasks=tasks, base_tasks={name: TaskScore(**row) for name, row in summarise(before).items()}
+    )
 
 
 def _part(progress: Callable[[float], None], start: float, share: float) -> Progress:

@@ -1,0 +1,49 @@
+"""A look at the original before the work: every weight finite, no matrix of one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.models.checkpoint import Checkpoint
+from compress.models.surplus import some_of
+from compress.plan.plan import Plan
+
+INSPECTED = "inspected"  # the journal's unit
+
+
+def inspect_weights(plan: Plan, checkpoint: Checkpoint, progress: Callable[[float], None]) -> list[str]:
+    """Read the weights once, file by file; a line for matrices that hold one value everywhere, which training leaves nowhere.
+
+    Raises CheckpointError for values that are not finite.
+    """
+    from safetensors import safe_open
+
+    entries = checkpoint.entries
+    parts = ((t.name, entries[t.name].part) for t in plan.original.tensors())
+    wanted = sorted({name if part is None else part.name for name, part in parts}, key=lambda name: entries[name].span)
+    total = sum(entries[name].bytes for name in wanted)
+    constant: dict[str, list[str]] = {}
+    done = 0
+    for file in sorted({entries[name].file for name in wanted}):
+        with safe_open(file, "pt") as stored:
+            for name in (n for n in wanted if entries[n].file == file):
+                low, high = _extremes(stored.get_tensor(name))
+                if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+                    checkpoint.load(name)  # says how many are not
+                if len(entries[name].shape) > 1 and (same := low == high).any():
+                    constant.setdefault("zero" if not low[same].any() else "one value", []).append(name)
+                done += entries[name].bytes
+                progress(done / total)
+    return [
+        f"the original may be damaged or unfinished: all {what} in {some_of(names)}" for what, names in constant.items()
+    ]
+
+
+def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest value, NaN where there is one: of each matrix in a stack, [matrices], else [1]."""
+    rows = tensor.reshape(tensor.shape[0] if tensor.ndim == 3 else 1, -1)
+    low, high = torch.aminmax(rows, dim=1)
+    return low, high
