@@ -142,8 +142,8 @@ def test_a_killed_fresh_run_over_another_recipe_goes_on(
         behind("embeddings", killed, patch)
         run(other, fresh=True)
     assert (place / "over" / WEIGHTS).exists() and read(place / "over").recipe == NAME
-    carry_out(other)
-    assert names(place / "over") == {"gguf-q4-k-m.gguf", "scorecard.json", "recipe.json"}
+    (made,) = carry_out(other).artifacts
+    assert made.container == "gguf" and names(place / "over") == {made.path, "scorecard.json", "recipe.json"}
     assert read(place / "over").recipe == "gguf-q4-k-m"
 
 
