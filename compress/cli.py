@@ -151,6 +151,7 @@ def score(
     suite: Annotated[str, typer.Option("--suite", help="quick, full, or a suite file.")] = "quick",
     plugin: PluginOption = None,
     as_json: JsonOption = False,
+    strict: StrictOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = None,
 ) -> None:
@@ -160,7 +161,7 @@ def score(
     from compress.run.score import score_target
 
     _load_plugins(plugin)
-    card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1), device)
+    card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1), device, strict=strict)
     if as_json:
         typer.echo(card.to_json())
     else:

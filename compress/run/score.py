@@ -12,7 +12,7 @@ from compress import __version__
 from compress.containers import Container
 from compress.engines.open import OpenedModel, artifact_source, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, CompressError
 from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
@@ -21,6 +21,10 @@ from compress.scoring.results import Fallback
 from compress.scoring.source import LogitSource
 from compress.streaming.placement import Placement
 from compress.text import load_suite, load_tokenizer
+
+# Below both, a target is not its original compressed: 2-bit weights keep a cosine of .9; scaled ones most of it; rotated
+# ones none, but they agree with their original on most tokens.
+ALIKE_AGREEMENT, ALIKE_COSINE = 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,20 @@ def score(target: str, against: str | None = None, *, suite: str = "quick", devi
 
 
 def score_target(
-    target: str, against: str | None, suite: str, reporter: Reporter, device: str | None = None
+    target: str,
+    against: str | None,
+    suite: str,
+    reporter: Reporter,
+    device: str | None = None,
+    *,
+    strict: bool = False,
 ) -> Scorecard:
     """Score `target` on a suite and, when `against` names the original, say how far the two are apart.
 
     target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model.
     against: a dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task
-    accuracy only. The gate passes when the scores are finite.
+    accuracy only. The gate passes when the scores are finite and, if strict, nothing speaks against the
+    original or for its being another model's.
 
     Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary, or other bytes than the
     scorecard beside it has the checksums of), UnsupportedModel,
@@ -88,8 +99,12 @@ def score_target(
             max_positions=found.model.spec.max_positions,
             progress=progress,
         )
+    doubts = (*measured.doubts, *_unrelated(found, measured))
     card = _scorecard(found, measured, (*fallbacks, *measured.fallbacks), reporter)
-    return card if note is None else card.model_copy(update={"notes": (note,)})
+    checks = (*card.gate.checks, *(Check(name="original", passed=False, detail=doubt) for doubt in doubts if strict))
+    gate = Gate(passed=all(check.passed for check in checks), checks=checks)
+    notes = doubts if note is None else (note, *doubts)
+    return card.model_copy(update={"notes": notes, "gate": gate})
 
 
 def _open(target: str, against: str | None) -> Target:
@@ -107,6 +122,31 @@ def _open(target: str, against: str | None) -> Target:
         return Target(target, opened.container, opened.files, opened, original or opened, original)
     assert original is not None
     return Target(target, container, tuple(container.files(Path(target))), None, original, original)
+
+
+def _unrelated(found: Target, measured: Measured) -> list[str]:
+    """A line where the target does not look like its original compressed: neither its predictions nor its weights are alike."""
+    original, agreement = found.original, measured.scores.top1_agreement
+    if original is None or agreement is None or agreement.value >= ALIKE_AGREEMENT:
+        return []
+    if (cosine := _cosine(found, original)) is not None and cosine >= ALIKE_COSINE:
+        return []
+    return [
+        f"{found.name} and {original.name} have little in common: they agree on {agreement.value:.0%} of next tokens; "
+        "is that the original it was made from?"
+    ]
+
+
+def _cosine(found: Target, original: OpenedModel) -> float | None:
+    """Between the largest matrix of the first block in both; None where the target has no such matrix."""
+    name = max(original.spec.block_tensors(0), key=lambda tensor: tensor.parameters).name
+    try:
+        opened = found.opened
+        load = opened.load if opened is not None else found.container.open_dense(found.files, original.spec)
+        one, other = load(name).float().flatten(), original.load(name).float().flatten()
+    except CompressError:  # of another shape
+        return None
+    return float(one @ other / (one.norm() * other.norm()).clamp_min(1e-30)) if one.shape == other.shape else None
 
 
 def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...], reporter: Reporter) -> Scorecard:
