@@ -6,37 +6,26 @@ fallback (`llama`). What llama.cpp would tokenize differently is refused, never 
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.errors import OutputError, UnsupportedModel
+from compress.containers._gguf_pretokenizers import PRE_TOKENIZERS, pre_tokenizer
+from compress.errors import CheckpointError, UnsupportedModel
+from compress.text.backends import sentencepiece_ends
+from compress.text.files import AddedToken, TokenizerFiles, read_files, steps
+from compress.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import gguf
 
 # gguf.TokenType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# (structure of the pre-tokenizer, merges ignored for whole-word tokens) -> tokenizer.ggml.pre
-_PRE_TOKENIZERS: Mapping[tuple[str, bool], str] = {
-    (f"split:{_QWEN2} bytes", False): "qwen2",
-    (f"split:{_LLAMA3} bytes", True): "llama-bpe",
-    (f"split:{_LLAMA3} bytes", False): "smaug-bpe",
-    (f"split:{_TEKKEN} bytes", True): "tekken",
-    ("bytes+regex", False): "gpt-2",
-    ("digits bytes+regex", False): "smollm",
-}
+_KEYS = {"unk": "unknown", "pad": "padding", "sep": "seperator"}
+"""Names of special tokens in the file, where they are others."""
 
 
 @dataclass(frozen=True)
@@ -59,47 +48,31 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], vocab_size: int) -> Vocabulary:
-    """The tokenizer of a Hugging Face model folder.
+    """The tokenizer of a Hugging Face model folder, one token for each of `vocab_size` rows of the embedding.
 
-    Reads tokenizer.json, or SentencePiece's tokenizer.model when that is all there is. OutputError without either or
-    with more tokens than the embedding has rows; UnsupportedModel for a tokenizer llama.cpp has no equivalent of.
+    Reads tokenizer.json, or SentencePiece's tokenizer.model when that is all there is; what it does is asked of the
+    tokenizer itself, not of settings beside it. Added tokens without a row are left out. CheckpointError without either
+    file or with other tokens than the embedding has rows; UnsupportedModel for a tokenizer llama.cpp has no equivalent of.
     """
-    settings = _json(folder / "tokenizer_config.json")
-    special_names = _special_names(folder, settings)
-    if (folder / "tokenizer.json").is_file():
-        data = _json(folder / "tokenizer.json")
-        model = data.get("model") or {}
-        if model.get("type", "BPE") != "BPE":
-            raise UnsupportedModel(f"tokenizer type {model['type']!r} has no GGUF equivalent here (BPE only)")
-        entries = _bpe_sentencepiece(data) if model.get("byte_fallback") else _bpe_bytes(data)
-    elif (folder / "tokenizer.model").is_file():
-        data = {}
-        entries = _sentencepiece_model(folder / "tokenizer.model")
-    else:
-        raise OutputError(f"no tokenizer.json or tokenizer.model in {folder}; a GGUF file needs the tokenizer")
-
+    files = read_files(folder)
+    tokenizer = (
+        load_tokenizer(folder, vocab_size) if files.data else None
+    )  # SentencePiece's file is read here without it
+    entries = _entries(files) if files.data else _sentencepiece_model(files.path)
+    ids, added = _ids(files.added if tokenizer is None else tokenizer.added, entries, vocab_size)
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     scores = [-10000.0] * vocab_size
-    ids: dict[str, int] = {}
-    for index, text, kind, score in (*entries.pieces, *_added_tokens(folder, data, settings)):
-        if index >= vocab_size:
-            raise OutputError(
-                f"token {text!r} has id {index} but the embedding has {vocab_size} rows; "
-                "the tokenizer does not belong to this model"
-            )
-        if kind == _CONTROL and types[index] in (_UNKNOWN, _BYTE):
-            kind = types[index]
-        tokens[index], types[index], scores[index] = text, kind, score
-        ids[text] = index
-
-    special = {name: ids[text] for name, text in special_names.items() if text in ids}
-    for name in ("bos", "eos", "unk", "pad"):
-        value = config.get(f"{name}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and 0 <= value < vocab_size:
-            special.setdefault(name, value)
-    add_bos, add_eos = _added_at_ends(data, settings, ids, special, entries.model)
+    for index, text, kind, score in (*entries.pieces, *added):
+        if index < vocab_size:
+            if kind == _CONTROL and types[index] in (_UNKNOWN, _BYTE):
+                kind = types[index]
+            tokens[index], types[index], scores[index] = text, kind, score
+    _require_one_id_each(tokens, files)
+    special = _special(files, config, ids, vocab_size)
+    before, behind = sentencepiece_ends(files, ids) if tokenizer is None else tokenizer.ends
+    templates = files.chat_templates
+    only = templates.get("default") if set(templates) <= {"default"} else None
     return Vocabulary(
         model=entries.model,
         pre=entries.pre,
@@ -108,10 +81,10 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], vocab_size: int) ->
         scores=tuple(scores) if entries.model == "llama" else (),
         merges=entries.merges,
         special=special,
-        add_bos=add_bos,
-        add_eos=add_eos,
+        add_bos="bos" in special and before[-1:] == (special["bos"],),
+        add_eos="eos" in special and behind[:1] == (special["eos"],),
         add_space_prefix=entries.add_space_prefix,
-        chat_template=_chat_template(folder, settings),
+        chat_template=only or tuple({"name": name, "template": text} for name, text in templates.items()) or None,
     )
 
 
@@ -125,13 +98,56 @@ class _Entries:
     add_space_prefix: bool | None = None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OutputError(f"{path} is not valid JSON: {error}") from error
+def _ids(
+    found: Sequence[AddedToken], entries: _Entries, vocab_size: int
+) -> tuple[dict[str, int], list[tuple[int, str, int, float]]]:
+    """Ids of all tokens by the text that a model's folder knows them by, and the added ones as entries."""
+    ids = {text: index for index, text, _, _ in entries.pieces}
+    if len(ids) and max(ids.values()) >= vocab_size:
+        index, text = max((index, text) for text, index in ids.items())
+        raise CheckpointError(
+            f"token {text!r} has id {index}, but the embedding has {vocab_size} rows; "
+            "the tokenizer does not belong to this model"
+        )
+    added = []
+    for token in found:
+        control = token.special or _looks_special(token.text)
+        text = token.text if control else token.text.replace("▁", " ")
+        added.append((token.id, text, _CONTROL if control else _USER_DEFINED, -1000.0))
+        ids[token.text] = token.id
+    return ids, added
+
+
+def _require_one_id_each(tokens: list[str], files: TokenizerFiles) -> None:
+    if len(set(tokens)) < len(tokens):  # llama.cpp ends the process
+        twice = next(text for text, count in Counter(tokens).items() if count > 1)
+        raise UnsupportedModel(f"{files.path} has two tokens {twice!r}, which llama.cpp does not allow")
+
+
+def _special(files: TokenizerFiles, config: Mapping[str, Any], ids: Mapping[str, int], rows: int) -> dict[str, int]:
+    """bos, eos, unk, pad, ... by the names that the tokenizer's files give them, else by config.json's ids."""
+    special = {name: ids[text] for name, text in files.special.items() if ids.get(text, rows) < rows}
+    for name in ("bos", "eos", "unk", "pad"):
+        value = config.get(f"{name}_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows:
+            special.setdefault(name, value)
+    return special
+
+
+def _entries(files: TokenizerFiles) -> _Entries:
+    """Of tokenizer.json. What splits text decides which of the two kinds it is: flags of the model do not."""
+    kind = files.model.get("type", "BPE")
+    if kind != "BPE":
+        raise UnsupportedModel(f"tokenizer type {kind!r} has no GGUF equivalent here (BPE only)")
+    if any(step.get("type") == "ByteLevel" for step in steps(files.data.get("pre_tokenizer"), "pretokenizers")):
+        return _bpe_bytes(files.data)
+    if all(f"<0x{byte:02X}>" in files.vocabulary for byte in range(256)):
+        return _bpe_sentencepiece(files.data)
+    raise UnsupportedModel(
+        "this tokenizer is neither byte-level nor has it SentencePiece's 256 pieces <0x00> to <0xFF>: "
+        "llama.cpp could not spell every text"
+    )
 
 
 def _merges(model: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -142,58 +158,40 @@ def _merges(model: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """A tokenizer.json component as a flat list."""
-    if not part:
-        return []
-    return list(part.get(key) or ()) if part.get("type") == "Sequence" else [part]
-
-
 def _bpe_bytes(data: Mapping[str, Any]) -> _Entries:
     model = data["model"]
-    for step in _steps(data.get("normalizer"), "normalizers"):
+    for step in steps(data.get("normalizer"), "normalizers"):
         # llama.cpp does not normalise; text is nearly always in NFC already
         if step["type"] != "NFC":
             raise UnsupportedModel(f"tokenizer normalizer {step['type']!r} has no equivalent in llama.cpp")
-    structure = " ".join(_pre_token(step) for step in _steps(data.get("pre_tokenizer"), "pretokenizers"))
-    pre = _PRE_TOKENIZERS.get((structure, bool(model.get("ignore_merges"))))
+    pre = pre_tokenizer(data)
     if pre is None:
-        known = ", ".join(sorted(_PRE_TOKENIZERS.values()))
+        known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise UnsupportedModel(f"this tokenizer's pre-tokenizer is unknown to the GGUF writer (known: {known})")
     pairs = _merges(model)
     if any(" " in part for pair in pairs for part in pair):
         raise UnsupportedModel("this tokenizer merges raw spaces, which GGUF cannot store")
+    splits = steps(data.get("pre_tokenizer"), "pretokenizers")
+    prefix = any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in splits)
     return _Entries(
         model="gpt2",
         pre=pre,
+        add_space_prefix=True if prefix else None,  # llama.cpp knows the key, but not for this kind
         pieces=tuple((index, text, _NORMAL, 0.0) for text, index in model["vocab"].items()),
         merges=tuple(f"{left} {right}" for left, right in pairs),
     )
-
-
-def _pre_token(step: Mapping[str, Any]) -> str:
-    kind = step["type"]
-    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-        return f"split:{step['pattern'].get('Regex')}"
-    if kind == "Split" and step.get("behavior") == "Removed" and step.get("invert"):
-        return f"split:{step['pattern'].get('Regex')}"  # keeps the matches: the same pieces
-    if kind == "ByteLevel" and not step.get("add_prefix_space"):
-        return "bytes+regex" if step.get("use_regex", True) else "bytes"
-    if kind == "Digits" and step.get("individual_digits"):
-        return "digits"
-    return f"unknown:{kind}"
 
 
 def _bpe_sentencepiece(data: Mapping[str, Any]) -> _Entries:
     """SentencePiece BPE converted to tokenizer.json: a token's score is minus the rank of its first merge."""
     model = data["model"]
     prefix = False
-    for step in _steps(data.get("normalizer"), "normalizers"):
+    for step in steps(data.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step.get("prepend") == "▁":
             prefix = True
         elif not (step["type"] == "Replace" and step.get("content") == "▁" and step["pattern"].get("String") == " "):
             raise UnsupportedModel(f"tokenizer normalizer {step['type']!r} has no equivalent in llama.cpp")
-    for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps(data.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] != "Metaspace" or step.get("split", True) or step.get("replacement") != "▁":
             raise UnsupportedModel(f"tokenizer pre-tokenizer {step['type']!r} has no equivalent in llama.cpp")
         prefix = step.get("prepend_scheme", "always") in ("always", "first")
@@ -228,7 +226,7 @@ def _sentencepiece_model(path: Path) -> _Entries:
             elif number == 3:
                 prefix = bool(dict(_protobuf(value)).get(3, True))
     except (IndexError, KeyError, ValueError, struct.error, AttributeError) as error:
-        raise OutputError(f"{path} is not a SentencePiece model; download it again") from error
+        raise CheckpointError(f"{path} is not a SentencePiece model; fetch it again") from error
     if model_type != 2:
         raise UnsupportedModel(f"{path.name} is not a BPE model; llama.cpp's SentencePiece tokenizer is BPE only")
     return _Entries(model="llama", pre="default", pieces=tuple(pieces), add_space_prefix=prefix)
@@ -267,77 +265,33 @@ def _looks_special(text: str) -> bool:
     return text in ("<pad>", "<mask>") or (text[:2] in ("<|", "<｜") and text[-2:] in ("|>", "｜>"))
 
 
-def _added_tokens(
-    folder: Path, data: Mapping[str, Any], settings: Mapping[str, Any]
-) -> Iterator[tuple[int, str, int, float]]:
-    listed: dict[int, tuple[str, bool]] = {}
-    for text, index in _json(folder / "added_tokens.json").items():
-        listed[int(index)] = (text, False)
-    for index, token in (settings.get("added_tokens_decoder") or {}).items():
-        listed[int(index)] = (token["content"], bool(token.get("special")))
-    for token in data.get("added_tokens") or ():
-        listed[int(token["id"])] = (token["content"], bool(token.get("special")))
-    for index, (text, special) in sorted(listed.items()):
-        control = special or _looks_special(text)
-        yield (
-            index,
-            text if control else text.replace("▁", " "),
-            _CONTROL if control else _USER_DEFINED,
-            -1000.0,
-        )
-
-
-def _special_names(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    keys = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad", "sep": "seperator", "mask": "mask"}
-    found: dict[str, str] = {}
-    for source in (settings, _json(folder / "special_tokens_map.json")):
-        for short, name in keys.items():
-            value = source.get(f"{short}_token")
-            value = value.get("content") if isinstance(value, Mapping) else value
-            if isinstance(value, str):
-                found.setdefault(name, value)
-    return found
-
-
-def _added_at_ends(
-    data: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    ids: Mapping[str, int],
-    special: Mapping[str, int],
-    model: str,
-) -> tuple[bool, bool]:
-    """Whether encoding puts BOS before and EOS after a text."""
-    # LlamaTokenizer without a post-processor or a setting adds BOS
-    bos, eos = model == "llama" and not data, False
-    for processor in _steps(data.get("post_processor"), "processors"):
-        if processor.get("type") == "TemplateProcessing":
-            ends = [next(iter(step.items())) for step in processor.get("single") or ()]
-            names = [ids.get(value["id"]) if kind == "SpecialToken" else None for kind, value in ends]
-            bos = bool(names) and names[0] is not None and names[0] == special.get("bos")
-            eos = len(names) > 1 and names[-1] is not None and names[-1] == special.get("eos")
-    for name, value in (("bos", settings.get("add_bos_token")), ("eos", settings.get("add_eos_token"))):
-        if isinstance(value, bool):
-            bos, eos = (value, eos) if name == "bos" else (bos, value)
-    return bos and "bos" in special, eos and "eos" in special
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | tuple[Mapping[str, str], ...] | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = _json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
-    if isinstance(template, list):
-        return tuple({"name": entry["name"], "template": entry["template"]} for entry in template)
-    return template
+def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Put the keys `tokenizer.*` into a file."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for name, index in vocabulary.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{_KEYS.get(name, name)}_token_id", index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.chat_template:
+        template = vocabulary.chat_template
+        writer.add_chat_template(template if isinstance(template, str) else list(template))
 
 
 def vocabulary_bytes(source: Path) -> int:
     """About what the vocabulary takes in the file: lengths, texts and kinds of tokens, and merges. 0 where it cannot be
     read: the run itself will say what is wrong with it."""
     try:
-        model = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        tokens, merges = model.get("vocab") or (), model.get("merges") or ()
-        texts = [token if isinstance(token, str) else token[0] for token in tokens]
-        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        files = read_files(source)
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in files.model.get("merges") or ()]
+        return sum(len(t.encode()) + 12 for t in files.vocabulary) + sum(len(p.encode()) + 8 for p in pairs)
+    except (CheckpointError, KeyError, TypeError, IndexError, AttributeError):
         return 0
-    return sum(len(t.encode()) + 12 for t in texts) + sum(len(p.encode()) + 8 for p in pairs)

@@ -87,6 +87,8 @@ def write_checkpoint(
         for name, value in {"config.json": {**config, **settings}, **(beside or {})}.items():
             write_json(folder / name, value)
         copy_companions(Path(request.source), folder, LEGAL + LAYOUT)
+        if request.tokenizer_settings is not None:
+            write_json(folder / "tokenizer_config.json", request.tokenizer_settings)
         write_json(folder / "compress.json", request.provenance)
     return [path / file.name for file in files]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.codecs.names import CodecInfo, codec_info
 from compress.models.identity import Identity, identify
@@ -71,7 +71,8 @@ class WriteRequest:
 
     path: its file or folder; fetch: packed tensors by checkpoint name, called in file order, one in memory at a time;
     source: the model folder with the tokenizer; provenance: lines about where it comes from, stored as they are; of:
-    the original, by default as its folder tells.
+    the original, by default as its folder tells; tokenizer_settings: tokenizer_config.json where it has to be another than
+    the model folder's.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class WriteRequest:
     options: Options = Options()
     provenance: Mapping[str, str] = field(default_factory=dict)
     of: Identity | None = None
+    tokenizer_settings: Mapping[str, Any] | None = None
 
     @property
     def identity(self) -> Identity:
@@ -193,6 +195,9 @@ class Container:
     """Why no attention head of a model can go, or None."""
     require: Callable[[Path, ModelSpec], None] = _no_requirements
     """Reads from the model folder what `write` will want, so that a run stops before the work, not after."""
+    write_vocabulary: Callable[[Path, Path, ModelSpec], None] | None = None
+    """Writes a file (first argument) that holds the tokenizer of a model folder (second) alone, for the engine to be tried
+    on; None where the tokenizer's own files lie beside the weights."""
 
     masks: str | None = None
     """Why masks and factors save nothing in it; None where it stores them."""

@@ -356,28 +356,25 @@ def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, spec: ModelSpec, source: Path) -> None:
-    from compress.containers._gguf_tokenizer import read_vocabulary
+    from compress.containers._gguf_tokenizer import add_vocabulary, read_vocabulary
 
-    vocabulary = read_vocabulary(source, spec.config, spec.vocab_size)
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(list(vocabulary.tokens))
-    writer.add_token_types(list(vocabulary.types))
-    if vocabulary.scores:
-        writer.add_token_scores(list(vocabulary.scores))
-    if vocabulary.merges:
-        writer.add_token_merges(list(vocabulary.merges))
-    for name, index in vocabulary.special.items():
-        writer.add_uint32(
-            f"tokenizer.ggml.{'unknown' if name == 'unk' else name.replace('pad', 'padding')}_token_id", index
-        )
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(vocabulary.add_eos)
-    if vocabulary.add_space_prefix is not None:
-        writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    if vocabulary.chat_template:
-        template = vocabulary.chat_template
-        writer.add_chat_template(template if isinstance(template, str) else list(template))
+    add_vocabulary(writer, read_vocabulary(source, spec.config, spec.vocab_size))
+
+
+def write_vocabulary(path: Path, source: Path, spec: ModelSpec) -> None:
+    """A file of the tokenizer alone, which llama.cpp reads as it will read the one of the finished file."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, spec.family.gguf.arch)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        _add_architecture(writer, spec)
+        _add_tokenizer(writer, spec, source)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -533,6 +530,7 @@ CONTAINER = Container(
     caveats=caveats,
     heads_stay=_heads_stay,
     require=_require_vocabulary,
+    write_vocabulary=write_vocabulary,
     check_plan=check_plan,
     write=write,
     open_dense=open_dense,

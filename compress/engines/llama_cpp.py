@@ -26,13 +26,14 @@ _MAX_BATCH = 512
 class LlamaCpp:
     """A GGUF file run by llama.cpp on the CPU: logits of whole sequences, greedy text. A LogitSource.
 
-    `path` is a GGUF file, or the first of a split set. Accuracy over speed: float32 KV cache, no flash attention.
+    `path` is a GGUF file, or the first of a split set; vocabulary_only: nothing is read of it but what turns text into ids.
+    Accuracy over speed: float32 KV cache, no flash attention.
     CheckpointError if llama.cpp refuses the file, MissingExtra without llama-cpp-python. Close it, or use `with`.
     """
 
     name = "llama.cpp"
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, threads: int | None = None, vocabulary_only: bool = False) -> None:
         self._model = self._context = None
         self._context_size = 0
         self._api = api = llama_api()
@@ -42,6 +43,7 @@ class LlamaCpp:
             raise CheckpointError(f"no GGUF file at {self.path}")
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.vocab_only = vocabulary_only
         params.use_extra_bufts = False  # the AMX repacking of some builds crashes on virtual machines
         if hasattr(params, "load_mode"):
             params.load_mode = api.LLAMA_LOAD_MODE_MMAP
@@ -146,13 +148,14 @@ class LlamaCpp:
             ]
             yield np.concatenate(parts)
 
-    def tokenize(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Token ids int64 of `text` by llama.cpp's tokenizer; `special` adds BOS/EOS as the file says and reads
-        special tokens written in the text."""
+    def tokenize(self, text: str, *, special: bool = False, ends: bool | None = None) -> np.ndarray:
+        """Token ids int64 of `text` by llama.cpp's tokenizer; `special` reads special tokens written in the text, `ends`
+        (by default as `special`) adds BOS/EOS as the file says."""
+        ends = special if ends is None else ends
         data = text.encode()
         size = len(data) + 8
         buffer = (self._api.llama_token * size)()
-        count = self._api.llama_tokenize(self._vocab, data, len(data), buffer, size, special, special)
+        count = self._api.llama_tokenize(self._vocab, data, len(data), buffer, size, ends, special)
         if count < 0:
             raise CompressError(f"llama.cpp could not tokenize {len(data)} bytes of text")
         return np.array(buffer[:count], dtype=np.int64)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from compress.containers import CONTAINERS, Container, Engine, original_layout
 from compress.engines.streamed import StreamedSource
@@ -20,7 +20,15 @@ from compress.scoring.results import Fallback
 from compress.scoring.source import LogitSource
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+
+
+@runtime_checkable
+class Tokenizes(Protocol):
+    """An engine that has a tokenizer of its own."""
+
+    def tokenize(self, text: str, *, special: bool = False, ends: bool | None = None) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,12 @@ def _llama_cpp(files: Sequence[Path]) -> AbstractContextManager[LogitSource]:
     return LlamaCpp(files[0])
 
 
+def _llama_vocabulary(file: Path) -> AbstractContextManager[Tokenizes]:
+    from compress.engines.llama_cpp import LlamaCpp
+
+    return LlamaCpp(file, vocabulary_only=True)
+
+
 def _transformers(files: Sequence[Path]) -> AbstractContextManager[LogitSource]:
     return nullcontext(TransformersSource(files[0].parent))
 
@@ -159,3 +173,6 @@ ENGINES: Mapping[str, Callable[[Sequence[Path]], AbstractContextManager[LogitSou
     "transformers": _transformers,
 }
 """By the name that a container's `engine` has: weight files, first one first -> what computes their logits."""
+
+VOCABULARIES: Mapping[str, Callable[[Path], AbstractContextManager[Tokenizes]]] = {"llama.cpp": _llama_vocabulary}
+"""By the same name: what reads text as an engine does, from a file that may hold the vocabulary alone."""

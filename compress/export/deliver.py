@@ -17,6 +17,7 @@ from compress.engines.open import artifact_source
 from compress.engines.streamed import StreamedSource
 from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
 from compress.export.gate import limits, measured
+from compress.export.text import prove_tokenizer, require_suite
 from compress.export.verify import check, check_windows
 from compress.export.write import write
 from compress.models.checkpoint import Checkpoint
@@ -32,7 +33,6 @@ from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
 from compress.streaming.journal import Journal
 from compress.streaming.placement import CPU, Placement
-from compress.text import eval_windows, load_suite, load_tokenizer
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Delivery:
     base_tasks: dict[str, TaskScore] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     """What speaks against the original."""
+    strict: bool = False
+    """Whether that fails the gate."""
 
     @property
     def passed(self) -> bool:
@@ -63,18 +65,22 @@ class _Written:
     sha256: Mapping[str, str]
 
 
-def require_texts(plan: Plan) -> None:
-    """Read the texts that checks and scores will want, so that a missing one stops the run before the work, not after.
+def require_texts(plan: Plan, reporter: Reporter) -> list[Fallback]:
+    """Read the texts that checks and scores will want and prove what makes ids of them, so that what is wrong with either
+    stops the run before the work, not after. Returns what deserves a line, and says it.
 
-    Raises CalibrationError, and CheckpointError without a tokenizer.
+    Raises CalibrationError, and what `prove_tokenizer` raises.
     """
-    if plan.recipe.score is not None:
-        suite = load_suite(plan.recipe.score.suite)
-        eval_windows(suite.text, load_tokenizer(plan.source), windows=suite.windows, length=suite.length)
-    elif not plan.needs_calibration:  # else the calibration itself reads it
-        check_windows(plan)
     for container in plan.recipe.containers:
         container.require(plan.source, plan.spec)
+    lines = prove_tokenizer(plan)
+    for line in lines:
+        reporter.say(f"note: {line.subject}: {line.wanted} -> {line.used} ({line.reason})")
+    if plan.recipe.score is not None:
+        require_suite(plan)
+    elif not plan.needs_calibration:  # else the calibration itself reads it
+        check_windows(plan)
+    return lines
 
 
 def deliver(
@@ -84,12 +90,10 @@ def deliver(
     output: Path,
     reporter: Reporter,
     placement: Placement = CPU,
-    *,
-    strict: bool = False,
+    result: Delivery | None = None,
 ) -> Delivery:
-    """Write and prove every artifact of the plan. See Delivery for what is returned; strict: what speaks against the
-    original fails the gate."""
-    result = Delivery()
+    """Write and prove every artifact of the plan. result: what is known before, see Delivery."""
+    result = result or Delivery()
     staging = output / ".checking"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(output / "rejected", ignore_errors=True)
@@ -107,7 +111,9 @@ def deliver(
         memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
         for one in written:
             result.artifacts.append(_proved(plan, one, journal, original, memory, result, reporter))
-        result.checks += [Check(name="original", passed=False, detail=doubt) for doubt in result.doubts if strict]
+        result.checks += [
+            Check(name="original", passed=False, detail=doubt) for doubt in result.doubts if result.strict
+        ]
         _rename(written, output, result)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from compress.export.text import plan_tokenizer
 from compress.plan.plan import Plan
 from compress.report.scorecard import Artifact, Check
 from compress.scoring.measure import Measured, measure
 from compress.scoring.source import LogitSource
-from compress.text import load_suite, load_tokenizer
+from compress.text import load_suite
 
 
 def measured(plan: Plan, source: LogitSource, original: LogitSource, progress: Callable[[float], None]) -> Measured:
@@ -20,7 +21,7 @@ def measured(plan: Plan, source: LogitSource, original: LogitSource, progress: C
         source,
         original,
         load_suite(plan.recipe.score.suite),
-        load_tokenizer(plan.source),
+        plan_tokenizer(plan),
         label=plan.identity.name,
         max_positions=plan.spec.max_positions,
         progress=progress,

@@ -12,13 +12,14 @@ from compress.containers import CONTAINERS, Container
 from compress.decode import decode
 from compress.engines.streamed import StreamedSource
 from compress.errors import CompressError
+from compress.export.text import plan_tokenizer, reads_no_text, tokenizer_checks
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
 from compress.report.scorecard import Check
 from compress.scoring.divergence import score
 from compress.scoring.source import LogitSource
 from compress.streaming.journal import Journal
-from compress.text import calibration_windows, eval_windows, load_suite, load_tokenizer
+from compress.text import calibration_windows, eval_windows, load_suite
 
 CHECK_WINDOWS, CHECK_LENGTH = 4, 256
 # Engines compute in their own precision (llama.cpp rounds activations to 8 bits a block): median KL divergence between
@@ -47,7 +48,8 @@ def check(
     if exact:
         what, value, limit = ("mean", scores.kld.mean, SAME_ARITHMETIC_TOLERANCE)
     detail = f"{what} KL {value:.2g} between {source.name} and the in-memory model, limit {limit:g}"
-    return [*checks, Check(name=f"{container.name} logits", passed=bool(value <= limit), detail=detail)]
+    checks.append(Check(name=f"{container.name} logits", passed=bool(value <= limit), detail=detail))
+    return [*checks, *tokenizer_checks(plan, container, files, source)]
 
 
 def _tensors(container: Container, passed: bool, detail: str) -> Check:
@@ -82,9 +84,12 @@ def _check_tensors(plan: Plan, container: Container, files: Sequence[Path], jour
 
 def check_windows(plan: Plan) -> np.ndarray:
     """A few windows of text for the reload check: the suite's, else calibration text; never more than the run itself
-    takes of that text, so that a short one does."""
-    tokenizer = load_tokenizer(plan.source)
+    takes of that text, so that a short one does. Random ids where neither the run nor the model reads text."""
     longest = min(CHECK_LENGTH, plan.spec.max_positions)
+    if reads_no_text(plan):
+        size = (CHECK_WINDOWS, longest)
+        return np.random.default_rng(plan.recipe.seed).integers(0, plan.spec.vocab_size, size, dtype=np.int32)
+    tokenizer = plan_tokenizer(plan)
     if plan.recipe.score is not None:
         suite = load_suite(plan.recipe.score.suite)
         return eval_windows(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from compress import __version__
 from compress.containers import CONTAINERS, Options, WriteRequest
+from compress.export.text import plan_tokenizer, reads_no_text
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
 from compress.streaming.journal import Journal
+from compress.text.agreement import shipped
 from compress.weights import Packed
 
 
@@ -28,7 +30,11 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
     mixture = f"{plan.identity.name}-{scheme}" if scheme else None
     path = folder / container.file_name(plan.recipe.name, export.name, mixture)
     options = Options(max_shard_size=export.max_shard_size, scheme=scheme, dtype=plan.own_codec)
-    request = WriteRequest(path, plan.spec, plan.tensors, fetch, plan.source, options, provenance(plan), plan.identity)
+    # where the tokenizer's own files lie beside the weights, transformers goes by their settings
+    settings = None if container.suffix or reads_no_text(plan) else shipped(plan_tokenizer(plan)).settings
+    request = WriteRequest(
+        path, plan.spec, plan.tensors, fetch, plan.source, options, provenance(plan), plan.identity, settings
+    )
     return container.write(request)
 
 

@@ -14,7 +14,8 @@ import torch
 from compress.codecs import float_codec
 from compress.decode import decode
 from compress.errors import CheckpointError, CompressError, GateFailed
-from compress.export.deliver import deliver, require_texts
+from compress.export.deliver import Delivery, deliver, require_texts
+from compress.export.text import plan_tokenizer
 from compress.files import locked, write_synced
 from compress.models.checkpoint import Checkpoint
 from compress.plan.make import make_plan
@@ -39,7 +40,7 @@ from compress.streaming.activations import Activations
 from compress.streaming.journal import LOCK, Journal, checksum, discard
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
-from compress.text import calibration_windows, load_tokenizer
+from compress.text import calibration_windows
 from compress.weights import Loader, Packed
 
 if TYPE_CHECKING:
@@ -104,11 +105,11 @@ def _carry_out(
         reporter.say(f"continuing: {done} of {len(units)} units are already done")
     try:
         checkpoint = Checkpoint.open(plan.source)
-        require_texts(plan)
+        result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
         _inspect(plan, checkpoint, journal, reporter, strict)
         with torch.inference_mode():
             plan = compress_model(plan, checkpoint, journal, reporter, placement)
-            results = deliver(plan, checkpoint, journal, output, reporter, placement, strict=strict)
+            results = deliver(plan, checkpoint, journal, output, reporter, placement, result)
     except CompressError:
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
@@ -204,7 +205,7 @@ def load_calibration(plan: Plan) -> np.ndarray:
     settings = plan.recipe.calibration
     return calibration_windows(
         settings.dataset,
-        load_tokenizer(plan.source),
+        plan_tokenizer(plan),
         samples=settings.samples,
         length=settings.length,
         seed=plan.recipe.seed,

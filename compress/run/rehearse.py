@@ -21,6 +21,7 @@ import torch
 
 from compress.decode import decode
 from compress.errors import OutputError
+from compress.export.text import plan_tokenizer
 from compress.limits import BATCH_TOKENS
 from compress.models.checkpoint import Checkpoint
 from compress.models.spec import Branch, ModelSpec
@@ -39,7 +40,7 @@ from compress.streaming.activations import Activations
 from compress.streaming.journal import Journal
 from compress.streaming.placement import Placement
 from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
-from compress.text import Suite, calibration_windows, load_suite, load_tokenizer, task_documents
+from compress.text import Suite, Tokenizer, calibration_windows, load_suite, task_documents
 from compress.weights import Loader, Packed
 
 SHARE = 8  # an eighth of the calibration windows
@@ -125,8 +126,6 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal, placement: P
         stand_in(plan, working_model(plan, checkpoint)),
     )
     torch.ones(512, 512) @ torch.ones(512, 512)  # the first product of a process starts its threads
-    with clock("text"):
-        tokenizer = load_tokenizer(plan.source)
     streams = None
     if plan.needs_calibration:
         batch = max(1, BATCH_TOKENS // settings.length)
@@ -134,7 +133,7 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal, placement: P
         with clock("text"):
             ids = calibration_windows(
                 settings.dataset,
-                tokenizer,
+                plan_tokenizer(plan),
                 samples=count,
                 length=settings.length,
                 seed=plan.recipe.seed,
@@ -153,7 +152,7 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal, placement: P
     artifacts = len(plan.recipe.export)
     score = 0.0
     if plan.recipe.score is not None:
-        score = artifacts * _score(spec, load_suite(plan.recipe.score.suite), tokenizer, blocks)
+        score = artifacts * _score(spec, load_suite(plan.recipe.score.suite), plan_tokenizer(plan), blocks)
     return Rehearsal(
         forward=clock["text"]
         + sum(
@@ -333,7 +332,7 @@ def _outer_solve(planned: PlannedTensor, load: Loader) -> float:
     return clock["solve"] * len(weight) / rows
 
 
-def _score(spec: ModelSpec, suite: Suite, tokenizer: Any, blocks: Sequence[_Block]) -> float:
+def _score(spec: ModelSpec, suite: Suite, tokenizer: Tokenizer, blocks: Sequence[_Block]) -> float:
     """Both models over the suite's text and tasks; engines are taken to be as fast as our own forward pass."""
     clock = _Clock()
     text = suite.windows * suite.length
@@ -344,7 +343,7 @@ def _score(spec: ModelSpec, suite: Suite, tokenizer: Any, blocks: Sequence[_Bloc
         for name, limit in suite.tasks.items():
             rows = task_documents(name, limit or None)
             texts = [row[key] for row in rows for key in _TASK_TEXT if key in row]
-            tokens += sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+            tokens += sum(len(ids) for ids in tokenizer.encode_batch(texts))
     head, states = torch.ones(spec.vocab_size, spec.hidden_size), torch.ones(HEAD_TOKENS, spec.hidden_size)
     with clock("head"):
         logits = (states @ head.T).numpy()

@@ -13,6 +13,7 @@ from compress.containers import Container
 from compress.engines.open import OpenedModel, artifact_source, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError, CompressError
+from compress.export.text import source_lines, tokenizer_lines
 from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
@@ -83,7 +84,8 @@ def score_target(
     with reporter.stage("open"):
         found = _open(target, against)
         note = require_unchanged(target)
-        tokenizer = load_tokenizer(found.model.folder)
+        tokenizer = load_tokenizer(found.model.folder, found.model.spec.vocab_size)
+        lines = tokenizer_lines(tokenizer)
         if found.opened is None:
             file_set(found.container, Path(target))
     fallbacks: list[Fallback] = []
@@ -99,8 +101,9 @@ def score_target(
             max_positions=found.model.spec.max_positions,
             progress=progress,
         )
+        lines += source_lines(tokenizer, source)
     doubts = (*measured.doubts, *_unrelated(found, measured))
-    card = _scorecard(found, measured, (*fallbacks, *measured.fallbacks), reporter)
+    card = _scorecard(found, measured, (*lines, *fallbacks, *measured.fallbacks), reporter)
     checks = (*card.gate.checks, *(Check(name="original", passed=False, detail=doubt) for doubt in doubts if strict))
     gate = Gate(passed=all(check.passed for check in checks), checks=checks)
     notes = doubts if note is None else (note, *doubts)

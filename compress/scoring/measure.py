@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from compress.scoring.divergence import Progress, Scores, frequency_perplexity, score_many
 from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
-from compress.text import Suite, eval_windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from compress.text import Suite, Tokenizer, eval_windows
 
 CHANCE = 2.0  # so many times worse than token frequencies, and a model does not know the language of the text
 _TEXT_SHARE = 0.6  # of the progress bar; the rest goes to the tasks
@@ -46,7 +42,7 @@ def measure(
     source: LogitSource,
     original: LogitSource | None,
     suite: Suite,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     label: str,
     max_positions: int,

@@ -67,7 +67,7 @@ def task_outcomes(
 ) -> dict[str, Outcomes]:
     """Answer every document of the tasks in one lazy pass over `source`.
 
-    tokenizer   a transformers tokenizer (the original's, also when a GGUF answers)
+    tokenizer   the original's, also when a GGUF answers; one of transformers will do
     max_length  tokens the model can see; longer requests lose their beginning, as lm-eval does
     progress    called with (sequences done, sequences)
 
@@ -189,7 +189,7 @@ def _adapter() -> Callable[..., Any]:
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
             # A text that already starts with BOS must not get a second one.
-            if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
                 special = {"add_special_tokens": False}
             return self.tokenizer.encode(string, **special)
 

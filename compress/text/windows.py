@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compress.errors import CalibrationError
 from compress.text.documents import load_documents
 from compress.text.sets import find_data, load_definition
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from compress.text.tokenizer import Tokenizer
 
 TOKENIZE_TOGETHER = 16
+UNKNOWN_AT_MOST = 0.5
+"""Share of a text that may be the unknown token; more says nothing about the model."""
 
 
 # -------------------------------------------------------------------------------------------- windows
@@ -23,7 +22,7 @@ TOKENIZE_TOGETHER = 16
 
 def calibration_windows(
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     samples: int,
     length: int,
@@ -37,7 +36,8 @@ def calibration_windows(
     same array. Fewer samples with the same seed are a prefix of more.
 
     Raises:
-        CalibrationError: no such set, no text, too few tokens, or windows longer than `max_positions`.
+        CalibrationError: no such set, no text, too few tokens, windows longer than `max_positions`, a token that the
+            embedding has no row for, or mostly text that the tokenizer does not know.
     """
     _check_sizes(samples, length, max_positions, "samples")
     definition = load_definition(find_data("calibration", name))
@@ -47,12 +47,13 @@ def calibration_windows(
         raise CalibrationError(f"calibration set '{name}' holds no text")
     if len(tokens) < samples * length:
         raise CalibrationError(_too_few("calibration set", name, len(tokens), samples, length, "samples"))
+    check_ids(tokens, tokenizer, f"calibration set '{name}'")
     return tokens.reshape(samples, length)
 
 
 def eval_windows(
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     windows: int | None = None,
     length: int,
@@ -78,26 +79,41 @@ def eval_windows(
     if len(tokens) < (windows or 1) * text_length:
         too_few = _too_few("evaluation set", name, len(tokens), windows or 1, text_length, "windows")
         raise CalibrationError(too_few)
+    check_ids(np.concatenate([np.asarray(bos, dtype=np.int32), tokens]), tokenizer, f"evaluation set '{name}'")
     count = len(tokens) // text_length if windows is None else windows
     text = tokens[: count * text_length].reshape(count, text_length)
     start = np.tile(np.asarray(bos, dtype=np.int32), (count, 1))
     return np.concatenate([start, text], axis=1) if bos else text
 
 
-def prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def prepends_bos(tokenizer: Tokenizer) -> bool:
     """Whether this tokenizer puts its beginning-of-text token before a text unless told otherwise."""
-    if tokenizer.bos_token_id is None:
-        return False
-    return list(tokenizer("a").input_ids[:1]) == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
-def _tokens(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> np.ndarray:
+def check_ids(ids: np.ndarray, tokenizer: Tokenizer, what: str) -> None:
+    """CalibrationError for ids, int [n], that the model cannot read, or that are mostly the unknown token."""
+    rows = tokenizer.rows
+    if rows is not None and len(ids) and (worst := int(ids.max())) >= rows:
+        raise CalibrationError(
+            f"{what} holds the token {tokenizer.tokens.get(worst, '?')!r} (id {worst}), but the model's embedding has "
+            f"{rows} rows; take it out of the text, or use the model's own tokenizer"
+        )
+    unknown = tokenizer.unknown_id
+    if unknown is not None and len(ids) and (share := float((ids == unknown).mean())) > UNKNOWN_AT_MOST:
+        raise CalibrationError(
+            f"{share:.0%} of {what} is {tokenizer.tokens.get(unknown, '?')!r}, text that the tokenizer does not know; "
+            "use other text, or the model's own tokenizer"
+        )
+
+
+def _tokens(documents: Iterator[str], tokenizer: Tokenizer, wanted: int | None) -> np.ndarray:
     """Ids of `documents`, each closed by the end-of-text token; int32, cut at `wanted` (None: all)."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[np.ndarray] = []
     count = 0
     while (wanted is None or count < wanted) and (batch := list(islice(documents, TOKENIZE_TOGETHER))):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False).input_ids:
+        for ids in tokenizer.encode_batch(batch, add_special_tokens=False):
             pieces.append(np.asarray([*ids, *end], dtype=np.int32))
             count += len(pieces[-1])
     return np.concatenate(pieces)[:wanted] if pieces else np.empty(0, dtype=np.int32)

@@ -214,7 +214,7 @@ def test_text_just_long_enough(bench: Bench, model: Path, tmp_path: Path) -> Non
     from compress.text import load_tokenizer
 
     text = bench.text.read_text()
-    ids = load_tokenizer(model)(text, add_special_tokens=False).input_ids[: 4 * 64 + 4]
+    ids = load_tokenizer(model).encode(text, add_special_tokens=False)[: 4 * 64 + 4]
     exact = tmp_path / "exact.txt"
     exact.write_text(load_tokenizer(model).decode(ids))
     code, stderr = bench.run(model, f"calibration.dataset={exact}")

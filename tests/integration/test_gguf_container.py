@@ -10,6 +10,7 @@ import json
 import resource
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from compress.containers import _gguf_pretokenizers as pre_tokenizers
 from compress.containers import gguf as container
 from compress.containers.base import Options, WriteRequest
 from compress.errors import CheckpointError, OutputError, UnsupportedModel
 from compress.models import load_spec
+from compress.text.probes import TEXTS
 from compress.weights import Packed
 from tests.integration.containers import (
     Planned,
@@ -31,7 +34,7 @@ from tests.integration.containers import (
     token_ids,
     weights_of,
 )
-from tests.tiny import FAMILIES, demo_model, tiny_model
+from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
 
 TOLERANCE = 1e-3
 """Largest logit difference, in standard deviations of the logits."""
@@ -336,43 +339,66 @@ def _tokens(model: Path, target: Path, text: str) -> tuple[list[int], list[int]]
         return engine.tokenize(text).tolist(), expected
 
 
-def _split(pattern: str) -> dict[str, Any]:
-    return {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        ],
-    }
+def _split(*patterns: str, digits: bool = False) -> dict[str, Any]:
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    middle = [_DIGITS] if digits else []
+    return {"type": "Sequence", "pretokenizers": [*splits, *middle, {**_BYTES, "use_regex": False}]}
 
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_PRE_TOKENIZERS = {
+    "qwen2": _split(pre_tokenizers.QWEN2), "qwen35": _split(pre_tokenizers.QWEN35),
+    "llama-bpe": _split(pre_tokenizers.LLAMA3), "smaug-bpe": _split(pre_tokenizers.LLAMA3),
+    "tekken": _split(pre_tokenizers.TEKKEN), "deepseek-v3": _split(*pre_tokenizers.DEEPSEEK_V3),
+    "deepseek-llm": _split(*pre_tokenizers.DEEPSEEK_LLM, digits=True), "gpt-2": _BYTES,
+    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTES]},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "smaug-bpe", "tekken", "gpt-2", "smollm"])
+def _byte_level(folder: Path, pre_tokenizer: dict[str, Any], **model: Any) -> Path:
+    """A byte-level tokenizer trained on text that tells pre-tokenizers apart: what they cut nowhere becomes one token."""
+    from tokenizers import Tokenizer, decoders, models, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    bare = json.loads(Tokenizer(models.BPE()).to_str())
+    tokenizer = Tokenizer.from_str(json.dumps({**bare, "pre_tokenizer": pre_tokenizer}))
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, special_tokens=["<|e|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT, *TEXTS] * 3, trainer)
+    data = json.loads(tokenizer.to_str())
+    data["model"] |= model
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|e|>"}))
+    return folder
+
+
+@pytest.mark.parametrize("pre", list(_PRE_TOKENIZERS))
 def test_llama_cpp_splits_text_as_the_tokenizer_does(pre: str, tmp_path: Path) -> None:
-    """Each known pre-tokenizer, put before the demo model's merges, tokenizes alike on both sides."""
-    from compress.containers import _gguf_tokenizer as module
+    """Each known pre-tokenizer tokenizes alike on both sides, and unlike most others, or nothing would be shown."""
+    pytest.importorskip("llama_cpp")
+    from tokenizers import Tokenizer
 
-    model = tiny_model("llama", tmp_path / "model")
-    path = model / "tokenizer.json"
-    data = json.loads(path.read_text())
-    pattern = {
-        "qwen2": module._QWEN2, "llama-bpe": module._LLAMA3, "smaug-bpe": module._LLAMA3, "tekken": module._TEKKEN,
-    }  # fmt: skip
-    if pre in pattern:
-        data["pre_tokenizer"] = _split(pattern[pre])
-    elif pre == "gpt-2":
-        data["pre_tokenizer"] = _BYTES
-    else:
-        digits = {"type": "Digits", "individual_digits": True}
-        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, _BYTES]}
-    data["normalizer"] = None
-    data["model"]["ignore_merges"] = pre in ("llama-bpe", "tekken")
-    path.write_text(json.dumps(data))
-    assert module.read_vocabulary(model, {}, 4096).pre == pre
-    got, expected = _tokens(model, tmp_path / "m.gguf", TEXT)
-    assert got == expected
+    from compress.containers._gguf_tokenizer import read_vocabulary
+    from compress.engines.llama_cpp import LlamaCpp
+
+    model = _byte_level(tmp_path / "m", _PRE_TOKENIZERS[pre], ignore_merges=pre in ("llama-bpe", "tekken"))
+    assert read_vocabulary(model, {}, 2000).pre == pre
+    spec = load_spec(tiny_config("llama", vocab_size=2000))
+    container.write_vocabulary(tmp_path / "v.gguf", model, spec)
+    reference = Tokenizer.from_file(str(model / "tokenizer.json"))
+    with LlamaCpp(tmp_path / "v.gguf", vocabulary_only=True) as engine:
+        for text in (TEXT, *TEXTS):
+            if pre == "tekken":  # llama.cpp's knows no combining marks
+                text = "".join(letter for letter in text if not unicodedata.category(letter).startswith("M"))
+            assert engine.tokenize(text).tolist() == reference.encode(text, add_special_tokens=False).ids, text
 
 
 def test_demo_tokenizer_and_metadata(tmp_path: Path) -> None:
@@ -519,7 +545,7 @@ def test_sentencepiece_tokenizers(tmp_path: Path) -> None:
         assert engine.tokenize(text).tolist() == plain
         assert engine.tokenize(text, special=True).tolist() == whole
     (model / "tokenizer.model").write_bytes(b"\x0a\xff\xff\xff junk")
-    with pytest.raises(OutputError, match="not a SentencePiece model"):
+    with pytest.raises(CheckpointError, match="not a SentencePiece model"):
         read_vocabulary(model, {}, 4096)
 
 
@@ -538,11 +564,10 @@ def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
         attempt(normalizer={"type": "Lowercase"})
     with pytest.raises(UnsupportedModel, match="'Unigram'"):
         attempt(model={"type": "Unigram", "vocab": []})
-    with pytest.raises(OutputError, match="does not belong to this model"):
-        added = {"id": 5000, "content": "<|x|>", "special": True}
-        attempt(added_tokens=[*original["added_tokens"], added])
+    with pytest.raises(CheckpointError, match="does not belong to this model"):
+        attempt(model={**original["model"], "vocab": {**original["model"]["vocab"], "the river": 5000}})
     path.unlink()
-    with pytest.raises(OutputError, match=r"no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer: neither tokenizer\.json nor"):
         write(model, tmp_path / "m.gguf", tokenizer=True)
     assert not list(tmp_path.glob("*m.gguf*"))
 

@@ -70,7 +70,8 @@ SAME_FORMAT = {
 """Imports between two files of one folder that share a table, each with its reason."""
 
 CONTAINERS_MAY_IMPORT = (
-    "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "models.identity", "models.companions", "decode", "errors", "weights",
+    "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "models.identity",
+    "models.companions", "decode", "errors", "text", "weights",
 )  # fmt: skip
 
 ORDER = (
@@ -142,6 +143,7 @@ TORCH_FREE = (
     "compress.plan", "compress.plan.tensor", "compress.plan.savings", "compress.plan.resources", "compress.plan.allocation",
     "compress.codecs", "compress.codecs.names", "compress.solvers.options", "compress.models", "compress.models.spec",
     "compress.models.checkpoint", "compress.structured.options", "compress.structured.shapes", "compress.text",
+    "compress.text.probes",
     "compress.errors", "compress.weights", "compress.catalog", "compress.cli",
     "compress.containers", *(f"compress.containers.{p.stem}" for p in sorted(PACKAGE.glob("containers/[!_]*.py"))),
 )  # fmt: skip

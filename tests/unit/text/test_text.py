@@ -7,7 +7,6 @@ import lzma
 import random
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from compress.text import (
     load_definition,
     load_documents,
     load_suite,
+    load_tokenizer,
     prepends_bos,
     sets,
     task_documents,
@@ -29,20 +29,21 @@ from compress.text import (
 
 
 class Characters:
-    """A tokenizer whose tokens are characters; transformers' calling convention."""
+    """A tokenizer whose tokens are characters."""
 
     eos_token_id = 0
+    rows = unknown_id = None
 
     def __init__(self, bos: int | None = None, adds_bos: bool = True):
         self.bos_token_id = bos
         self.adds_bos = adds_bos and bos is not None
 
-    def __call__(self, texts, add_special_tokens=True, verbose=True):
-        def ids(one):
-            start = [self.bos_token_id] if add_special_tokens and self.adds_bos else []
-            return start + [ord(c) for c in one]
+    def encode(self, text, add_special_tokens=True):
+        start = [self.bos_token_id] if add_special_tokens and self.adds_bos else []
+        return start + [ord(c) for c in text]
 
-        return SimpleNamespace(input_ids=ids(texts) if isinstance(texts, str) else [ids(t) for t in texts])
+    def encode_batch(self, texts, add_special_tokens=False):
+        return [self.encode(text, add_special_tokens) for text in texts]
 
 
 DOCUMENTS = ["alpha beta", "gamma", "delta epsilon zeta", "eta", "theta iota"] * 9
@@ -58,9 +59,7 @@ def jsonl(tmp_path):
 
 @pytest.fixture
 def demo_tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(data_root("models") / "tiny-qwen3-moe")
+    return load_tokenizer(data_root("models") / "tiny-qwen3-moe")
 
 
 def packed(documents: list[str]) -> list[int]:

@@ -1,0 +1,66 @@
+"""What a model's chat template makes of a short talk; a template is a program of others, so it runs in bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+TALK = (
+    {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."},
+    {"role": "user", "content": "Thanks!"},
+)  # fmt: skip
+_LARGEST = 200_000  # characters of a template
+_STEPS = 100_000  # numbers that all its ranges may count together
+
+
+def rendered(template: str, special: Mapping[str, str], *, prompt: bool) -> str | None:
+    """The talk as text, or None where the template wants another one, or more than a talk takes.
+
+    special: texts by their names in templates, e.g. bos_token; prompt: whether the model is to answer next.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        if len(template) <= _LARGEST:
+            compiled = _environment().from_string(template)
+            return str(compiled.render(messages=TALK, add_generation_prompt=prompt, **special))
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError):
+        pass
+    return None
+
+
+def _environment() -> Any:
+    """Jinja as transformers sets it up, in a sandbox in which nothing grows without bounds."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    class Bounded(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**" or not all(isinstance(side, int | float) for side in (left, right)):
+                raise SecurityError(f"{operator} could make anything large")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["range"] = _counted()
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: "26 Jul 2024"
+    return environment
+
+
+def _counted() -> Callable[..., range]:
+    left = _STEPS
+
+    def bounded(*arguments: int) -> range:
+        nonlocal left
+        numbers = range(*arguments)
+        left -= len(numbers)
+        if left < 0:
+            raise OverflowError("a template that counts so far")
+        return numbers
+
+    return bounded
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
