@@ -7,3 +7,28 @@ MOMENTS_BYTES = 2 * 2**30  # statistics held at once; experts beyond it take ano
 BATCH_TOKENS = 4096  # tokens that go through a block at once
 CODES_FROM_BITS = 6.0  # tensors with as many bits a weight round so finely that recovery tunes them as float
 LOGIT_VALUES = 1 << 24  # logits that end-to-end recovery computes at once
+
+# What a file that users give may hold. Far above what sound ones do, so that a damaged or hostile one is one line at once,
+# not minutes and gigabytes.
+YAML_BYTES = 256 * 2**10  # a recipe, a suite, the definition of a text set
+YAML_VALUES = 20_000  # with every alias written out
+YAML_DEPTH = 32
+TEXT_LENGTH = 4096  # characters of one value; of paths, too
+NUMBER_LENGTH = 40  # characters of a number
+NAME_LENGTH = 128  # of what becomes a file's name: file systems take 255 bytes, with suffix and number of the shard
+FOLDER_LENGTH = 255  # bytes of one part of a path
+PATTERN_LENGTH = 1000  # characters behind `re:`
+PATTERN_BYTES = 2**20  # of its compiled form
+MOST_STEPS, MOST_RULES, MOST_TARGETS, MOST_EXPORTS = 32, 1000, 1000, 32
+MOST_PROBLEMS = 50  # that one error lists
+
+JSON_BYTES = 16 * 2**20  # config.json and its kin
+INDEX_BYTES = 64 * 2**20  # names of every tensor of the largest mixtures take a sixth of it
+HEADER_BYTES = 64 * 2**20  # of one safetensors file
+
+# What a config.json may say. The largest models known have 126 layers, 512 experts and 23,000 experts in all layers.
+LAYERS, EXPERTS, EXPERTS_IN_ALL = 1024, 4096, 2**16
+HEADS = 4096
+WIDTH = 2**22  # channels of anything
+ROWS = 2**24  # of the vocabulary
+POSITIONS = 2**32

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compress.errors import RecipeError
+from compress.reading import shortened
 from compress.recipe.document import read_document
 from compress.recipe.problems import explain, impossible
 from compress.recipe.rules import nearest
@@ -45,7 +46,7 @@ def load_recipe(
         problems += [explain(document, item) for item in error.errors(include_url=False)]
     problems += [document.at(where, what) for where, what in impossible(document.data)]
     if problems:
-        raise RecipeError(sorted(dict.fromkeys(problems), key=document.line_of))
+        raise RecipeError(shortened(sorted(dict.fromkeys(problems), key=document.line_of)))
     return recipe
 
 

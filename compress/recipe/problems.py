@@ -9,46 +9,26 @@ from pydantic import BaseModel
 
 from compress.codecs.names import KIND_NAMES, codec_info
 from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
-from compress.recipe.document import Document, Place, dotted
-from compress.recipe.rules import FLOAT_ROLES, covers, in_words, nearest
+from compress.reading import Place, dotted, in_words, wrong
+from compress.recipe.document import Document
+from compress.recipe.rules import FLOAT_ROLES, covers, nearest
 from compress.recipe.schema import Recipe
 from compress.recipe.schemes import scheme_kind, scheme_name
 from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS
 
 # --- problems in words ------------------------------------------------------------------------
 
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "tuple_type": "a list",
-    "is_instance_of": "a solver's name or options",
-}
-
 
 def explain(document: Document, error: Any) -> str:
     """One of pydantic's errors in the words of a recipe."""
-    kind, given, context = error["type"], error["input"], error.get("ctx", {})
     path = _written(document.data, error["loc"])
-    if kind == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         return document.at(
-            path, f"unknown key {path[-1]!r}{nearest(str(path[-1]), _keys_at(document.data, path[:-1]))}"
+            path, f"unknown key {in_words(path[-1])}{nearest(str(path[-1]), _keys_at(document.data, path[:-1]))}"
         )
-    if kind == "missing":
+    if error["type"] == "missing":
         return document.at(path, _MISSING_KEYS.get(dotted(path), "missing"))
-    if kind in _EXPECTED:
-        return document.at(path, f"expected {_EXPECTED[kind]}, got {in_words(given)}")
-    if kind == "recipe":
-        return document.at(path, error["msg"])
-    if kind == "too_short":
-        return document.at(path, "expected at least one item")
-    for name, words in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
-        if name in context:
-            return document.at(path, f"must be {words} {context[name]:g}, got {in_words(given)}")
-    return document.at(path, f"{error['msg'][0].lower()}{error['msg'][1:]}, got {in_words(given)}")
+    return document.at(path, error["msg"] if error["type"] == "recipe" else wrong(error))
 
 
 _MISSING_KEYS = {
@@ -97,17 +77,17 @@ def impossible(data: Any) -> Iterator[tuple[Place, str]]:
     containers = [
         (i, CONTAINERS[name])
         for i, item in enumerate(exports)
-        if (name := _lower(_get(item, "container"))) in CONTAINERS
+        if (name := (_text(item, "container") or "").lower()) in CONTAINERS
     ]
-    seen: dict[tuple[Any, Any], int] = {}
+    seen: dict[tuple[str, str | None], int] = {}
     for i, container in containers:
-        first = seen.setdefault((container.name, _get(exports[i], "name") or _get(data, "name")), i)
+        first = seen.setdefault((container.name, _text(exports[i], "name") or _text(data, "name")), i)
         if first != i:
             yield ("export", i), f"the same file as export[{first}]; give one of them another name"
     for s, step in enumerate(_get(data, "steps") if isinstance(_get(data, "steps"), list) else []):
         at: Place = ("steps", s, "quantize")
         quantize = _get(step, "quantize")
-        if isinstance(scheme := _get(quantize, "scheme"), str):
+        if (scheme := _text(quantize, "scheme")) is not None:
             try:
                 kind = scheme_kind(scheme)
             except ValueError:
@@ -123,10 +103,10 @@ def impossible(data: Any) -> Iterator[tuple[Place, str]]:
 
 
 def _impossible_rule(rule: Any, at: Place, containers: list[tuple[int, Container]]) -> Iterator[tuple[Place, str]]:
-    codec, targets = _get(rule, "codec"), _get(rule, "targets")
+    codec, targets = _text(rule, "codec"), _get(rule, "targets")
     targets = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
     try:
-        info = codec_info(codec) if isinstance(codec, str) else None
+        info = codec_info(codec) if codec is not None else None
     except KeyError:
         info = None
     if info is None or info.fallback_only or info.kind == "float":  # unknown ones are reported by the schema
@@ -166,9 +146,10 @@ def _kind(what: str) -> str:
         return scheme_kind(what)
 
 
+def _text(value: Any, key: str) -> str | None:
+    found = _get(value, key)
+    return found if isinstance(found, str) else None
+
+
 def _get(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value

@@ -1,6 +1,6 @@
 """Which rule of a recipe decides about which tensor: semantic roles, layer ranges, `re:` patterns.
 
-A target is a role (`routed_experts.down`), a group of roles (`routed_experts`, `attention`) or `re:PATTERN`,
+A target is a role (`routed_experts.down`), a group of roles (`routed_experts`, `attention`) or `re:PATTERN` (patterns.py),
 matched from the start of the checkpoint's tensor name, with or without its `.weight`. The first matching rule
 wins.
 """
@@ -26,6 +26,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compress.codecs.names import codec_info
+from compress.limits import LAYERS, MOST_TARGETS
+from compress.reading import in_words
+from compress.recipe.patterns import PatternError, compiled
 from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS, FactorizerOptions, PrunerOptions, SolverOptions
 from compress.weights import Pattern
 
@@ -54,7 +57,10 @@ FLOAT_ROLES: tuple[str, ...] = ("router", "norms", "biases", "small")
 """Roles that are never quantized: they are tiny (small: convolutions, decays and the like), and every engine expects floats
 there."""
 
-_LAYERS = re.compile(r"(?P<low>\d+)(\s*-\s*(?P<high>\d+))?|(?P<end>first|last)\s+(?P<num>\d+)(\s*/\s*(?P<den>\d+))?")
+_LAYERS = re.compile(
+    r"(?P<low>\d{1,9})(\s*-\s*(?P<high>\d{1,9}))?|(?P<end>first|last)\s+(?P<num>\d{1,9})(\s*/\s*(?P<den>\d{1,9}))?",
+    re.ASCII,
+)
 LAYERS_HELP = "a layer ('5'), a range ('0-3'), 'first 4', 'last 4', a fraction ('first 1/8', 'last 1/4'), or a list"
 
 
@@ -66,26 +72,19 @@ def problem(message: str) -> PydanticCustomError:
 def nearest(name: str, names: Iterable[str], count: int = 2) -> str:
     """'; nearest: a, b' or, when nothing is near, '; one of: ...'; ignores case."""
     by_lower = {candidate.lower(): candidate for candidate in names}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=count, cutoff=0.5)
+    near = difflib.get_close_matches(str(name)[:64].lower(), by_lower, n=count, cutoff=0.5)
     return f"; nearest: {', '.join(by_lower[n] for n in near)}" if near else f"; one of: {', '.join(by_lower.values())}"
-
-
-def in_words(value: Any) -> str:
-    """A value of the wrong type, as a message says it."""
-    if isinstance(value, dict | list | tuple):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return "nothing" if value is None else repr(value)
 
 
 def check_target(target: str) -> str:
     """Returns `target`; raises when it is no role, group or valid pattern."""
     if target.startswith("re:"):
         try:
-            re.compile(target[3:])
-        except re.error as error:
-            raise problem(f"{target!r} is not a valid regular expression: {error}") from None
+            compiled(target[3:])
+        except PatternError as error:
+            raise problem(f"{in_words(target)} is not a valid regular expression: {error}") from None
     elif target not in ROLES and target not in GROUPS:
-        raise problem(f"unknown role {target!r}{nearest(target, ROLES + GROUPS)}, or a pattern 're:...'")
+        raise problem(f"unknown role {in_words(target)}{nearest(target, ROLES + GROUPS)}, or a pattern 're:...'")
     return target
 
 
@@ -109,7 +108,9 @@ def check_layers(layers: Any) -> str:
     text = str(layers).strip().lower()
     match = _LAYERS.fullmatch(text) if isinstance(layers, str | int) and not isinstance(layers, bool) else None
     if match is None:
-        raise problem(f"{layers!r} names no layers; expected {LAYERS_HELP}")
+        raise problem(f"{in_words(layers)} names no layers; expected {LAYERS_HELP}")
+    if max(int(number) for key in ("low", "high", "num", "den") if (number := match[key])) > LAYERS:
+        raise problem(f"{layers!r} is beyond {LAYERS} layers, more than any model here may have")
     if match["high"] and int(match["high"]) < int(match["low"]):
         raise problem(f"{layers!r} is an empty range; write the smaller layer first")
     if match["den"] is not None and not 0 < int(match["num"]) <= int(match["den"]):
@@ -145,10 +146,10 @@ def _among(known: Mapping[str, type[BaseModel]]) -> Callable[[Any], Any]:
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise problem(f"expected a solver's name or {{name: ..., option: value}}, got {value!r}")
+            raise problem(f"expected a solver's name or {{name: ..., option: value}}, got {in_words(value)}")
         name = value["name"].lower()
         if name not in known:
-            raise problem(f"unknown solver {value['name']!r}{nearest(name, known)}")
+            raise problem(f"unknown solver {in_words(value['name'])}{nearest(name, known)}")
         return known[name].model_validate({**value, "name": name})
 
     return chosen
@@ -160,9 +161,11 @@ def _pattern(value: Any) -> Any:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
         return Pattern(float(value))
-    match = re.fullmatch(r"(\d+):(\d+)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", value) if isinstance(value, str) else None
     if match is None:
-        raise problem(f"expected a share between 0 and 1 of what goes, or n:m of what stays (2:4), got {value!r}")
+        raise problem(
+            f"expected a share between 0 and 1 of what goes, or n:m of what stays (2:4), got {in_words(value)}"
+        )
     keep, of = int(match[1]), int(match[2])
     if not 0 < keep < of or of > WIDEST_GROUP or comb(of, keep) > MOST_COMBINATIONS:
         raise problem(
@@ -178,7 +181,9 @@ WIDEST_GROUP, MOST_COMBINATIONS = 16, 256  # of n:m, so that a byte numbers what
 def _listed(value: Any) -> Any:
     value = [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
     if not isinstance(value, list | tuple):
-        raise problem(f"expected a name or a list of names, got {value!r}")
+        raise problem(f"expected a name or a list of names, got {in_words(value)}")
+    if len(value) > MOST_TARGETS:
+        raise problem(f"a list of {len(value):,} names; at most {MOST_TARGETS:,} are read")
     return tuple(value)
 
 
@@ -332,14 +337,14 @@ class _Targets:
 
     def __init__(self, targets: Sequence[str]):
         self.roles = tuple(target for target in targets if not target.startswith("re:"))
-        self.patterns = tuple(re.compile(target[3:]) for target in targets if target.startswith("re:"))
+        self.patterns = tuple(compiled(target[3:]) for target in targets if target.startswith("re:"))
 
     def by_role(self, role: str) -> bool:
         return any(covers(target, role) for target in self.roles)
 
     def by_name(self, name: str) -> bool:
         module = name.removesuffix(".weight")
-        return any(pattern.match(module) or pattern.match(name) for pattern in self.patterns)
+        return any(begins(module) or begins(name) for begins in self.patterns)
 
 
 def match(rules: Sequence[Rule], tensor: TensorSpec, layers: int) -> Rule | None:

@@ -24,6 +24,8 @@ from pydantic import (
 )
 
 from compress.containers import CONTAINERS, Container
+from compress.limits import MOST_EXPORTS, MOST_RULES, MOST_STEPS, NAME_LENGTH
+from compress.reading import in_words, path_problem
 from compress.recipe.rules import (
     LINEARS,
     Factorizer,
@@ -35,7 +37,6 @@ from compress.recipe.rules import (
     RuleMatcher,
     Solver,
     Sparsity,
-    in_words,
     nearest,
     problem,
 )
@@ -53,7 +54,7 @@ from compress.transforms.options import SCALINGS, AwqOptions, RotateOptions, Smo
 if TYPE_CHECKING:
     from compress.models.spec import ModelSpec
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -66,14 +67,22 @@ def _size(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if (match := _SIZE.fullmatch(value.strip())) is None:
-        raise problem(f"expected a size like 5GB, 500MB or 2GiB, got {value!r}")
+        raise problem(f"expected a size like 5GB, 500MB or 2GiB, got {in_words(value)}")
     unit = match[2].upper()
     return int(float(match[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
 
 
 def _file_name(value: str) -> str:
+    if len(value) > NAME_LENGTH:
+        raise problem(f"a name of {len(value):,} characters; files here have at most {NAME_LENGTH}")
     if not _NAME.fullmatch(value):
-        raise problem(f"expected a plain file name (letters, digits and . _ + -), got {value!r}")
+        raise problem(f"expected a plain file name (letters, digits and . _ + -), got {in_words(value)}")
+    return value
+
+
+def _place(value: str) -> str:
+    if why := path_problem(value):
+        raise problem(why)
     return value
 
 
@@ -86,11 +95,13 @@ def _scheme(value: str) -> str:
 
 def _container(value: str) -> str:
     if value.lower() not in CONTAINERS:
-        raise problem(f"unknown container {value!r}{nearest(value, CONTAINERS)}")
+        raise problem(f"unknown container {in_words(value)}{nearest(value, CONTAINERS)}")
     return value.lower()
 
 
 FileName = Annotated[str, AfterValidator(_file_name)]
+Location = Annotated[str, AfterValidator(_place)]
+"""A path, or a name that may be one."""
 
 
 class Section(BaseModel):
@@ -104,7 +115,7 @@ class Section(BaseModel):
 class Calibration(Section):
     """Text the model reads while it is compressed: `samples` windows of `length` tokens from `dataset`."""
 
-    dataset: str = "mixed"
+    dataset: Location = "mixed"
     samples: int = Field(256, ge=1)
     length: int = Field(512, ge=2)
 
@@ -114,7 +125,7 @@ class Quantize(Section):
 
     solver: Solver = GptqOptions()
     scheme: Annotated[str, AfterValidator(_scheme)] | None = None
-    rules: Annotated[tuple[Rule, ...], BeforeValidator(_tuple)] = ()
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_tuple), Field(max_length=MOST_RULES)] = ()
     ignore: Ignored = ()
 
     def expanded(self, model: ModelSpec) -> tuple[Rule, ...]:
@@ -135,7 +146,7 @@ class Prune(Section):
 
     solver: Pruner = SparseGptOptions()
     sparsity: Sparsity | None = None
-    rules: Annotated[tuple[PruneRule, ...], BeforeValidator(_tuple)] = ()
+    rules: Annotated[tuple[PruneRule, ...], BeforeValidator(_tuple), Field(max_length=MOST_RULES)] = ()
     ignore: Ignored = ()
     allocation: Literal["uniform", "outliers"] = "uniform"
     spread: float = Field(0.08, ge=0, lt=0.5)
@@ -155,7 +166,7 @@ class Factorize(Section):
     solver: Factorizer = CompotOptions()
     ratio: float | None = Field(None, gt=0, lt=1)
     """The share of their bytes in 16 bits, masks counted, that goes."""
-    rules: Annotated[tuple[FactorizeRule, ...], BeforeValidator(_tuple)] = ()
+    rules: Annotated[tuple[FactorizeRule, ...], BeforeValidator(_tuple), Field(max_length=MOST_RULES)] = ()
     ignore: Ignored = ()
     allocation: Literal["uniform", "pooled", "knapsack"] = "pooled"
     low: float = Field(0.3, gt=0, le=1)
@@ -244,7 +255,7 @@ class Export(Section):
 class Score(Section):
     """What is measured when the artifacts are written."""
 
-    suite: str = "quick"
+    suite: Location = "quick"
 
 
 class Gate(Section):
@@ -266,12 +277,12 @@ class Recipe(Section):
     """A whole recipe; what `compress plan` and `compress run` work from."""
 
     name: FileName
-    model: str
-    output: str
+    model: Location
+    output: Location
     seed: int = Field(0, ge=0, lt=2**63)
     calibration: Calibration = Calibration()
-    steps: Annotated[tuple[Step, ...], BeforeValidator(_tuple)] = ()
-    export: Annotated[tuple[Export, ...], BeforeValidator(_tuple), Field(min_length=1)]
+    steps: Annotated[tuple[Step, ...], BeforeValidator(_tuple), Field(max_length=MOST_STEPS)] = ()
+    export: Annotated[tuple[Export, ...], BeforeValidator(_tuple), Field(min_length=1, max_length=MOST_EXPORTS)]
     score: Annotated[Score | None, BeforeValidator(_score)] = Score()
     gate: Gate = Gate()
 

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, TypeVar
 
-import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import CalibrationError
+from compress.limits import MOST_TARGETS, YAML_BYTES
+from compress.reading import Unreadable, Yaml, dotted, path_problem, read_text, wrong
 
 DataKind = Literal["recipes", "calibration", "eval", "models"]
 TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
@@ -46,11 +48,19 @@ def find_data(kind: Literal["calibration", "eval"], name: str) -> Path:
     Raises:
         CalibrationError: there is no such file or set; names the nearest sets and lists all.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    if (path := _own(name)) is not None:
         return path
     root = data_root(kind)
     return _named(name, root, "calibration set" if kind == "calibration" else "evaluation set")
+
+
+def _own(name: str) -> Path | None:
+    """A file of the user's."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have, the home of nobody
+        return None
 
 
 def _named(name: str, folder: Path, what: str) -> Path:
@@ -108,22 +118,12 @@ def load_definition(path: Path) -> TextSet:
     if path.suffix not in (".yaml", ".yml"):
         suffixes = ", ".join(TEXT_SUFFIXES)
         raise CalibrationError(f"{path}: expected a .yaml definition or a text file ({suffixes})")
-    raw = _read_yaml(path, {f.name for f in fields(TextSet)} - {"path"}, required={"name"})
-    if sum(bool(raw.get(key)) for key in ("files", "hub", "mix")) != 1:
+    raw = _read_yaml(path, _Definition)
+    if sum(bool(source) for source in (raw.files, raw.hub, raw.mix)) != 1:
         raise CalibrationError(f"{path}: needs exactly one of 'files', 'hub' and 'mix'")
-    if raw.get("format", "") not in ("", "text", "wikitext", "jsonl"):
-        raise CalibrationError(f"{path}: format '{raw['format']}' is none of text, wikitext, jsonl")
-    if raw.get("files") and not isinstance(raw["files"], list):
-        raise CalibrationError(f"{path}: 'files' must be a list, e.g. files: [text.jsonl.xz]")
-    hub = raw.get("hub") or {}
-    if hub and (not isinstance(hub, dict) or "path" not in hub or set(hub) - HUB_KEYS):
+    if raw.hub and ("path" not in raw.hub or set(raw.hub) - HUB_KEYS):
         raise CalibrationError(f"{path}: 'hub' takes path (required), name, split and column")
-    mix = raw.get("mix") or {}
-    weights = mix.values() if isinstance(mix, dict) else [0]
-    if not all(isinstance(weight, int | float) and weight > 0 for weight in weights):
-        raise CalibrationError(f"{path}: 'mix' takes the names of other sets, each with a weight above 0")
-    files = tuple(path.parent / file for file in raw.get("files") or ())
-    return TextSet(**{**raw, "files": files, "hub": hub, "mix": mix, "path": path})
+    return TextSet(**{**raw.model_dump(), "files": tuple(path.parent / file for file in raw.files), "path": path})
 
 
 def load_suite(name: str) -> Suite:
@@ -132,24 +132,70 @@ def load_suite(name: str) -> Suite:
     Raises:
         CalibrationError: no such suite, unknown or missing keys.
     """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        path = _named(name, data_root("eval") / "suites", "evaluation suite")
-    raw = _read_yaml(path, {f.name for f in fields(Suite)}, required={"name", "text", "windows", "length"})
-    return Suite(**{**raw, "tasks": raw.get("tasks") or {}})
+    path = _own(name) or _named(name, data_root("eval") / "suites", "evaluation suite")
+    return Suite(**_read_yaml(path, _Suite).model_dump())
 
 
-def _read_yaml(path: Path, known: set[str], required: set[str]) -> dict[str, Any]:
+def _file_name(value: str) -> str:
+    if why := path_problem(value):
+        raise ValueError(why)
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
+class _File(BaseModel):
+    """What a YAML file of this room may say; nulls stand for defaults."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(min_length=1)
+    description: str = ""
+
+
+class _Definition(_File):
+    licence: str = ""
+    attribution: str = ""
+    files: list[FileName] = Field([], max_length=MOST_TARGETS)
+    hub: dict[str, str] = {}
+    mix: dict[str, Annotated[float, Field(gt=0)]] = {}
+    format: Literal["", "text", "wikitext", "jsonl"] = ""
+    column: str = "text"
+
+
+class _Suite(_File):
+    text: FileName
+    windows: int = Field(ge=1, le=2**31)
+    length: int = Field(ge=2, le=2**31)
+    tasks: dict[str, Annotated[int, Field(ge=1, le=2**31)]] = {}
+
+
+MOST_TOLD = 5
+AnyFile = TypeVar("AnyFile", bound=_File)
+
+
+def _read_yaml(path: Path, schema: type[AnyFile]) -> AnyFile:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        read = Yaml(read_text(path, YAML_BYTES))
+    except (Unreadable, OSError) as error:
         raise CalibrationError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(raw, dict):
-        raise CalibrationError(f"{path}: expected a mapping with {', '.join(sorted(required))}")
-    for key in raw:
+    known = schema.model_fields
+    required = sorted(key for key, field in known.items() if field.is_required())
+    problems = [f"line {line}: {dotted(place)}: {what}" for line, place, what in read.problems]
+    if not isinstance(read.data, dict):
+        problems = problems or [f"expected a mapping with {', '.join(required)}"]
+        raise CalibrationError(f"{path}: {problems[0]}")
+    for key in read.data:
         if key not in known:
-            listed = ", ".join(sorted(known))
-            raise CalibrationError(f"{path}: unknown key '{key}'{_suggest(str(key), known)}; known: {listed}")
-    if missing := sorted(required - set(raw)):
-        raise CalibrationError(f"{path}: missing {', '.join(missing)}")
-    return raw
+            problems.append(f"unknown key '{key}'{_suggest(key, known)}; known: {', '.join(sorted(known))}")
+    if missing := [key for key in required if read.data.get(key) is None]:
+        problems.append(f"missing {', '.join(missing)}")
+    try:
+        found = schema.model_validate({key: value for key, value in read.data.items() if value is not None})
+    except ValidationError as error:
+        told = ("missing", "extra_forbidden")
+        faults = (e for e in error.errors(include_url=False) if e["type"] not in told)
+        problems += [f"'{dotted(fault['loc'])}': {wrong(fault)}" for fault in faults]
+    if problems:
+        raise CalibrationError(f"{path}: {'; '.join(problems[:MOST_TOLD])}")
+    return found

@@ -75,7 +75,7 @@ CONTAINERS_MAY_IMPORT = (
 )  # fmt: skip
 
 ORDER = (
-    "errors", "limits", "weights",
+    "errors", "limits", "reading", "weights",
     "statistics", "files", "text",
     "codecs", "models",
     "solvers", "transforms", "decode",

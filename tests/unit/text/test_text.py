@@ -214,11 +214,14 @@ BAD_DEFINITIONS = {
     "exactly one of ": "name: x\nfiles: [a.txt]\nmix: {novels: 1}\n",
     "expected a mapping": "- name\n",
     "not readable as YAML": "name: [x\n",
-    "'files' must be a list": "name: x\nfiles: a.txt\n",
-    "format 'csv'": "name: x\nfiles: [a.csv]\nformat: csv\n",
+    "'files': expected a list, got 'a.txt'": "name: x\nfiles: a.txt\n",
+    "'format': .*'wikitext' or 'jsonl', got 'csv'": "name: x\nfiles: [a.csv]\nformat: csv\n",
     "'hub' takes": "name: x\nhub: {paht: a/b}\n",
-    "weight above 0": "name: x\nmix: {novels: 0}\n",
-    "weight above 0 ": "name: x\nmix: [novels]\n",
+    "'mix.novels': must be more than 0": "name: x\nmix: {novels: 0}\n",
+    "'mix': expected a mapping": "name: x\nmix: [novels]\n",
+    "'licence': expected text, got a list; 'column': expected text, got 5": "name: x\nfiles: [a.txt]\ncolumn: 5\nlicence: []\n",
+    "line 2: files.0.: this alias contains itself": "name: x\nfiles: &a [*a]\n",
+    "at most 262,144": f"name: x\ndescription: {'x' * 300_000}\n",
 }
 
 
