@@ -4,6 +4,7 @@ CompressError                 exit 1   anything we can name; one line that says 
 ├── RecipeError               exit 2   the recipe is wrong: all problems at once, with line and nearest name
 ├── PlanError                 exit 2   the recipe is well-formed but impossible for this model or container
 ├── UnsupportedModel          exit 2   architecture or option we do not implement
+│   └── ConfigError           exit 2   config.json is wrong or contradicts itself: all problems at once, with key
 ├── CheckpointError           exit 1   missing, truncated or non-finite weights
 ├── CalibrationError          exit 1   no such set, empty text, sequences longer than the model allows
 ├── NumericalError            exit 1   non-finite activations, gram that no damping repairs
@@ -38,6 +39,14 @@ class PlanError(RecipeError):
 
 class UnsupportedModel(CompressError):
     exit_code = 2
+
+
+class ConfigError(UnsupportedModel):
+    """One or more problems in a config.json; `problems` holds one each, beginning with its key."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(f"config.json: {problem}" for problem in problems))
 
 
 class CheckpointError(CompressError):

@@ -18,7 +18,6 @@ from compress.containers._atomic import atomic_files
 from compress.containers._gguf_general import FILE_TYPES, add_general
 from compress.containers.base import LLAMA_CPP, Container, Files, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
-from compress.models.config import Config
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import Piece
 from compress.models.spec import ModelSpec, TensorSpec
@@ -67,7 +66,7 @@ def check_representable(spec: ModelSpec) -> list[str]:
         reasons.append(f"llama.cpp's {arch} has no {', '.join(sorted(lost))}")
     if spec.config.get("hidden_act", "silu") not in ("silu", "swish"):
         reasons.append(f"llama.cpp's {arch} computes silu, not {spec.config['hidden_act']}")
-    reasons.extend(engine.problems(Config(spec.config, spec.family.defaults)))
+    reasons.extend(engine.problems(spec.read))
     for rope in _ropes(spec):
         reasons.extend(rope.problems(arch, engine.llama3))
     return reasons
@@ -335,7 +334,7 @@ def architecture_keys(spec: ModelSpec) -> dict[str, Any]:
         keys["attention.sliding_window"] = spec.sliding_window
     if not spec.family.gguf.expert_width:
         keys.pop("expert_feed_forward_length", None)
-    keys |= spec.family.gguf.keys(Config(spec.config, spec.family.defaults))
+    keys |= spec.family.gguf.keys(spec.read)
     first = {key: keys[key] for key in _ORDER if key in keys}
     return {key: value for key, value in (first | keys).items() if value is not None}
 

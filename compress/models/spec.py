@@ -10,17 +10,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
-from compress.errors import UnsupportedModel
-from compress.models.config import Config
+from compress.errors import ConfigError, UnsupportedModel
+from compress.models.config import Config, Routed, Windows
 from compress.models.layers.base import Input, Sublayer, Weight, shifted
 from compress.models.layers.moe import MoE
 from compress.models.layers.views import Order, Piece
+from compress.reading import in_words
 
 Block = tuple[Sublayer, ...]
 PLAIN = Weight("", (), "", "")
@@ -84,16 +85,16 @@ class Gguf:
     biases: tuple[str, ...] | None = ()
     llama3: bool = False
     expert_width: bool = True
-    keys: Callable[[Config], Mapping[str, Any]] = lambda config: {}
-    problems: Callable[[Config], list[str]] = lambda config: []
+    keys: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    problems: Callable[[Any], list[str]] = lambda config: []
 
 
 @dataclass(frozen=True)
 class Family:
     """One architecture family: what its blocks are composed of.
 
-    block(config, layer): the sub-layers of one block. defaults: values of absent config keys, as transformers fills them
-    in. final_shift: what the model adds to the stored weights of the last norm. experts_key, shared_key: the config's names
+    config: the schema of its config.json, with the values of absent keys as transformers fills them in. block(config, layer):
+    the sub-layers of one block. final_shift: what the model adds to the stored weights of the last norm. experts_key, shared_key: the config's names
     for the number of experts and the width of the shared one. fixed_heads, fixed_channels: why these cannot be
     pruned, "" where they can.
     """
@@ -101,8 +102,8 @@ class Family:
     model_types: tuple[str, ...]
     hf_architecture: str
     gguf: Gguf
-    block: Callable[[Config, int], Block]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    block: Callable[[Any, int], Block]
+    config: type[Config] = Config
     final_shift: float = 0.0
     fixed_heads: str = ""
     fixed_channels: str = ""
@@ -110,8 +111,12 @@ class Family:
     shared_key: str = "shared_expert_intermediate_size"
     heads_divide_width: bool = False
     """transformers refuses configurations whose heads do not divide the hidden size."""
-    slides: bool = False
-    """The config's sliding_window is honoured, subject to use_sliding_window."""
+
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """Values of absent config keys."""
+        fields = self.config.model_fields.items()
+        return {key: f.default for key, f in fields if not f.is_required() and f.default is not None}
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,11 @@ class ModelSpec:
     @property
     def model_type(self) -> str:
         return self.config["model_type"]
+
+    @cached_property
+    def read(self) -> Config:
+        """The config as its family's schema reads it."""
+        return self.family.config.read(self.config)
 
     @property
     def norm_topk(self) -> bool:
@@ -319,9 +329,10 @@ def known_families() -> Mapping[str, Family]:
 def load_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Parse a raw config.json.
 
-    Raises UnsupportedModel for an unknown `model_type` (listing the supported ones) or an unsupported option.
+    Raises UnsupportedModel for an unknown `model_type` (listing the supported ones) or an unsupported option, ConfigError for
+    one that is incomplete, of wrong kinds, or contradicts itself.
     """
-    model_type = str(config.get("model_type"))
+    model_type = in_words(config.get("model_type")).strip("'")
     known = known_families()
     if model_type not in known:
         near = difflib.get_close_matches(str(model_type), known, 1)
@@ -330,10 +341,9 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
             f"architecture {model_type!r} is not supported{hint}; supported: {', '.join(sorted(known))}"
         )
     family = known[model_type]
-    c = Config(config, family.defaults)
-    activation = c.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModel(f"hidden_act {activation!r} is not supported (silu only)")
+    c = family.config.read(config)
+    if problems := [*c.contradictions(), *_foreign(family, c)]:
+        raise ConfigError(problems)
     same: dict[Sublayer, Sublayer] = {}  # blocks alike share what their sub-layers cache
     blocks = tuple(tuple(same.setdefault(s, s) for s in family.block(c, layer)) for layer in range(c.layers))
     mixtures = {n: s for n, block in enumerate(blocks) for s in block if isinstance(s, MoE)}
@@ -347,18 +357,37 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
         layers=c.layers,
         heads=c.heads,
         kv_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        vocab_size=c.need("vocab_size"),
-        intermediate_size=c.need("intermediate_size"),
+        head_dim=c.head_width,
+        vocab_size=c.vocab_size,
+        intermediate_size=c.intermediate_size,
         experts=c.experts,
-        experts_per_token=c.get("num_experts_per_tok", 0),
-        moe_intermediate_size=c.get("moe_intermediate_size") or c.get("intermediate_size") or 0,
-        shared_intermediate_size=shared or c.get(family.shared_key, 0),
+        experts_per_token=c.num_experts_per_tok if isinstance(c, Routed) else 0,
+        moe_intermediate_size=c.expert_width if isinstance(c, Routed) else c.intermediate_size,
+        shared_intermediate_size=shared or getattr(c, family.shared_key, 0),
         norm_eps=c.eps,
         rope_theta=c.theta,
         rope_scaling=c.scaling,
-        tied=bool(c.get("tie_word_embeddings", False)),
-        max_positions=c.get("max_position_embeddings", 2048),
-        sliding_window=c.sliding_window() if family.slides else None,
+        tied=c.tie_word_embeddings,
+        max_positions=c.max_position_embeddings,
+        sliding_window=c.widest() if isinstance(c, Windows) else None,
         sparse_layers=frozenset(mixtures),
     )
+
+
+def _foreign(family: Family, c: Config) -> Iterator[str]:
+    """What config.json says that another class of transformers would load."""
+    if family.heads_divide_width and c.hidden_size % c.heads:
+        yield f"num_attention_heads: transformers wants {c.heads} heads to divide the hidden_size of {c.hidden_size}"
+    own, names = family.hf_architecture, c.architectures or [family.hf_architecture]
+    if own in names:
+        return
+    others = {other.hf_architecture for other in known_families().values()}
+    kin = own.removesuffix(CAUSAL).lower()
+    if not any(n.endswith(CAUSAL) and kin in n.lower() and n not in others for n in names):
+        yield (
+            f"architectures: {in_words(', '.join(names))} is no causal language model of model_type {c.model_type}; "
+            f"{own} is"
+        )
+
+
+CAUSAL = "ForCausalLM"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from compress.models.config import Config
+from pydantic import Field
+
+from compress.limits import EXPERTS
+from compress.models.config import Experts, Layers, Positive, Routed, Width
 from compress.models.layers.base import Sublayer
 from compress.models.layers.compose import MIXER, mlp, moe
 from compress.models.layers.latent_attention import LatentAttention
@@ -17,7 +20,56 @@ UNREAD_Q_RANK = (26, 27)
 """llama.cpp takes models of so many layers for V2-Lite, which has no latent queries."""
 
 
-def mixer(c: Config, module: str) -> Sublayer:
+Groups = Annotated[int, Field(ge=1, le=EXPERTS)]
+Shared = Annotated[int, Field(ge=0, le=EXPERTS)]
+
+
+class LatentConfig(Routed):
+    """Latent attention, dense first layers, experts in groups; `grouped` says whether the groups count."""
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    q_lora_rank: Width | None = None
+    kv_lora_rank: Width = 512
+    qk_nope_head_dim: Width = 128
+    qk_rope_head_dim: Width = 64
+    v_head_dim: Width = 128
+    rope_interleave: bool = True
+    first_k_dense_replace: Layers = 0
+    n_shared_experts: Shared = 0
+    n_group: Groups = 1
+    topk_group: Groups = 1
+    routed_scaling_factor: Positive = 1.0
+
+    @property
+    def grouped(self) -> bool:
+        return True
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if not self.experts or not self.grouped:
+            return
+        if self.topk_group > self.n_group:
+            yield f"topk_group: {self.topk_group} of the {self.n_group} groups of n_group cannot be chosen"
+        elif self.experts % self.n_group:
+            yield f"n_group: {self.experts} experts do not divide into {self.n_group} groups"
+        elif self.num_experts_per_tok > (within := self.experts // self.n_group * self.topk_group):
+            yield f"num_experts_per_tok: the {self.topk_group} groups of topk_group have {within} experts, not {self.num_experts_per_tok}"
+
+
+class DeepseekV2Config(LatentConfig):
+    n_routed_experts: Experts = 64
+    n_shared_experts: Shared = 2
+    q_lora_rank: Width | None = 1536
+    topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
+    moe_intermediate_size: Width = 1407
+
+    @property
+    def grouped(self) -> bool:
+        return self.topk_method == "group_limited_greedy"
+
+
+def mixer(c: LatentConfig, module: str) -> Sublayer:
     """Latent attention; module: the dotted class, its last word left open."""
     return LatentAttention(
         c.hidden,
@@ -27,67 +79,66 @@ def mixer(c: Config, module: str) -> Sublayer:
         prefix="self_attn.",
         rotary=module.format("RotaryEmbedding"),
         heads=c.heads,
-        q_rank=c.get("q_lora_rank") or 0,
-        kv_rank=c.need("kv_lora_rank"),
-        nope=c.need("qk_nope_head_dim"),
-        rope_dim=c.need("qk_rope_head_dim"),
-        value_dim=c.need("v_head_dim"),
+        q_rank=c.q_lora_rank or 0,
+        kv_rank=c.kv_lora_rank,
+        nope=c.qk_nope_head_dim,
+        rope_dim=c.qk_rope_head_dim,
+        value_dim=c.v_head_dim,
         eps=c.eps,
-        rope=c.rope(c.need("qk_rope_head_dim")),
-        bias=c.flag("attention_bias"),
+        rope=c.rope(c.qk_rope_head_dim),
+        bias=c.attention_bias,
     )
 
 
-def feed_forward(c: Config, layer: int, router: Router) -> Sublayer:
+def feed_forward(c: LatentConfig, layer: int, router: Router) -> Sublayer:
     """Dense in the first layers, then routed and shared experts."""
-    if not c.experts or layer < c.get("first_k_dense_replace", 0):
-        return mlp(c, bias=c.flag("mlp_bias"))
-    shared, width = c.get("n_shared_experts") or 0, c.need("moe_intermediate_size")
+    if not c.experts or layer < c.first_k_dense_replace:
+        return mlp(c, bias=c.mlp_bias)
+    shared, width = c.n_shared_experts, c.expert_width
     return moe(c, router=router, shared=SharedExpert("mlp.shared_experts.", shared * width) if shared else None)
 
 
-def block(c: Config, layer: int) -> Block:
-    grouped = c.get("topk_method") == "group_limited_greedy"
+def block(c: DeepseekV2Config, layer: int) -> Block:
     router = Router(
         "mlp.gate.weight",
-        c.need("num_experts_per_tok"),
+        c.num_experts_per_tok,
         normalised=False,
-        scale=float(c.get("routed_scaling_factor", 1.0)),
-        groups=c.get("n_group", 1) if grouped else 1,
-        top_groups=c.get("topk_group", 1) if grouped else 1,
+        scale=float(c.routed_scaling_factor),
+        groups=c.n_group if c.grouped else 1,
+        top_groups=c.topk_group if c.grouped else 1,
     )
     return mixer(c, MODULE), feed_forward(c, layer, router)
 
 
-def gguf_keys(c: Config, *, sigmoid: bool = False) -> Mapping[str, Any]:
+def gguf_keys(c: LatentConfig, *, sigmoid: bool = False) -> Mapping[str, Any]:
     """How experts are chosen."""
     keys: dict[str, Any] = {
-        "leading_dense_block_count": c.get("first_k_dense_replace", 0),
+        "leading_dense_block_count": c.first_k_dense_replace,
         "expert_count": c.experts,
-        "expert_used_count": c.get("num_experts_per_tok"),
-        "expert_feed_forward_length": c.get("moe_intermediate_size"),
-        "expert_shared_count": c.get("n_shared_experts") or 0,
+        "expert_used_count": c.num_experts_per_tok,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_count": c.n_shared_experts,
         "expert_shared_feed_forward_length": None,
-        "expert_weights_scale": float(c.get("routed_scaling_factor", 1.0)),
-        "expert_weights_norm": sigmoid and bool(c.get("norm_topk_prob", True)),
+        "expert_weights_scale": float(c.routed_scaling_factor),
+        "expert_weights_norm": sigmoid and c.norm_topk_prob,
         "expert_gating_func": 2 if sigmoid else 1,
     }
-    groups, best = c.get("n_group") or 1, c.get("topk_group") or 1
+    groups, best = c.n_group, c.topk_group
     if sigmoid and groups > 1 and best < groups:
         keys |= {"expert_group_count": groups, "expert_group_used_count": best}
     return keys
 
 
-def gguf_problems(c: Config) -> list[str]:
+def gguf_problems(c: LatentConfig) -> list[str]:
     """What llama.cpp's deepseek2 computes otherwise or refuses."""
     problems = []
-    if c.get("topk_method") == "group_limited_greedy" and (c.get("n_group") or 1) > 1:
+    if isinstance(c, DeepseekV2Config) and c.grouped and c.n_group > 1:
         problems.append("llama.cpp ranks groups of experts by their two best, this model by its best one")
-    if c.get("q_lora_rank") and c.layers in UNREAD_Q_RANK:
+    if c.q_lora_rank and c.layers in UNREAD_Q_RANK:
         problems.append(f"llama.cpp takes models of {c.layers} layers for DeepSeek-V2-Lite, without latent queries")
-    if not c.get("n_shared_experts"):
+    if not c.n_shared_experts:
         problems.append("llama.cpp's deepseek2 wants shared experts")
-    if c.get("rope_interleave", True) is False:
+    if not c.rope_interleave:
         problems.append("rope_interleave: false is not supported in GGUF")
     return problems
 
@@ -97,13 +148,10 @@ CHANNELS = "the shared experts' width is a multiple of the routed ones'"
 FAMILY = Family(
     model_types=("deepseek_v2",),
     hf_architecture="DeepseekV2ForCausalLM",
+    config=DeepseekV2Config,
     gguf=Gguf("deepseek2", keys=gguf_keys, problems=gguf_problems),
     block=block,
     fixed_heads=HEADS,
     fixed_channels=CHANNELS,
     experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
-    defaults={
-        "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512, "topk_method": "greedy", "moe_intermediate_size": 1407,
-    },
-)  # fmt: skip
+)

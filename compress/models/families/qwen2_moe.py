@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from compress.models.config import Config
+from compress.models.config import Chosen, EvenHeads, Experts, Sparse, Width, Windows
 from compress.models.layers.compose import attention, mlp, moe
 from compress.models.layers.moe import SharedExpert
 from compress.models.spec import Block, Family, Gguf
 
 
-def block(c: Config, layer: int) -> Block:
-    mixer = attention(c, bias=c.flag("qkv_bias"), window=c.window(layer, "even"))
+class Qwen2MoeConfig(Sparse, Windows, EvenHeads):
+    use_sliding_window: bool = False
+    qkv_bias: bool | None = True
+    num_experts: Experts = 60
+    num_experts_per_tok: Chosen = 4
+    moe_intermediate_size: Width = 1408
+    shared_expert_intermediate_size: Width = 5632
+
+
+def block(c: Qwen2MoeConfig, layer: int) -> Block:
+    mixer = attention(c, bias=bool(c.qkv_bias), window=c.window(layer, "even"))
     if not c.is_sparse(layer):
         return mixer, mlp(c)
-    shared = SharedExpert(
-        "mlp.shared_expert.", c.get("shared_expert_intermediate_size"), "mlp.shared_expert_gate.weight"
-    )
-    return mixer, moe(c, normalised=bool(c.get("norm_topk_prob", False)), shared=shared)
+    shared = SharedExpert("mlp.shared_expert.", c.shared_expert_intermediate_size, "mlp.shared_expert_gate.weight")
+    return mixer, moe(c, normalised=c.norm_topk_prob, shared=shared)
 
 
 FAMILY = Family(
     model_types=("qwen2_moe",),
     hf_architecture="Qwen2MoeForCausalLM",
+    config=Qwen2MoeConfig,
     gguf=Gguf(
         "qwen2moe",
         normalises=False,
@@ -30,13 +38,4 @@ FAMILY = Family(
         biases=("attn_q", "attn_k", "attn_v"),
     ),
     block=block,
-    slides=True,
-    defaults={
-        "use_sliding_window": False,
-        "qkv_bias": True,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-    },
 )

@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress.models.config import Config
-from compress.models.families.qwen3_next import BIASES, DEFAULTS, HEADS, experts, gguf_problems, mixer
+from compress.models.config import Chosen, Experts
+from compress.models.families.qwen3_next import (
+    BIASES,
+    HEADS,
+    DeltaConfig,
+    DeltaMoeConfig,
+    experts,
+    gguf_problems,
+    mixer,
+)
 from compress.models.families.qwen3_next import gguf_keys as next_keys
 from compress.models.spec import Block, Family, Gguf
 
 MODULE = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet"
 
 
-def block(c: Config, layer: int) -> Block:
+class Qwen35MoeConfig(DeltaMoeConfig):
+    num_experts: Experts = 256
+    num_experts_per_tok: Chosen = 8
+
+
+def block(c: Qwen35MoeConfig, layer: int) -> Block:
     return mixer(c, layer, MODULE), experts(c)
 
 
-def gguf_keys(c: Config) -> Mapping[str, Any]:
+def gguf_keys(c: DeltaConfig) -> Mapping[str, Any]:
     """As Qwen3-Next's, and the sections of multimodal positions, which do not matter for text."""
     sections = [*(c.parameter("mrope_section") or (11, 11, 10)), 0]
     return {**next_keys(c), "rope.dimension_sections": tuple(sections[:4])}
@@ -26,9 +39,9 @@ def gguf_keys(c: Config) -> Mapping[str, Any]:
 FAMILY = Family(
     model_types=("qwen3_5_moe_text",),
     hf_architecture="Qwen3_5MoeForCausalLM",
+    config=Qwen35MoeConfig,
     gguf=Gguf("qwen35moe", normalises=True, dense_layers=False, biases=BIASES, keys=gguf_keys, problems=gguf_problems),
     block=block,
     final_shift=1.0,
     fixed_heads=HEADS,
-    defaults={**DEFAULTS, "num_experts": 256, "num_experts_per_tok": 8},
 )

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from compress.models.config import Config
+from pydantic import Field
+
+from compress.limits import LAYERS
+from compress.models.config import (
+    Channels,
+    Chosen,
+    Config,
+    Experts,
+    Heads,
+    Share,
+    Sparse,
+    Width,
+    one_a_layer,
+)
 from compress.models.layers.base import Sublayer
 from compress.models.layers.compose import MIXER, attention, moe
 from compress.models.layers.gated_delta_net import GatedDeltaNet
@@ -14,33 +27,52 @@ from compress.models.spec import Block, Family, Gguf
 
 FEED_FORWARD = ("post_attention_layernorm", "post_attention_norm")
 MODULE = "transformers.models.qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet"
-DEFAULTS = {
-    "head_dim": 256,
-    "intermediate_size": 0,  # no layer is dense
-    "partial_rotary_factor": 0.25,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "norm_topk_prob": True,
-}
 
 
-def linear_layers(c: Config) -> tuple[bool, ...]:
-    """Which layers are linear attention: by layer_types, else all but every fourth."""
-    kinds, every = c.get("layer_types"), c.get("full_attention_interval", 4)
-    return tuple((kinds[n] == "linear_attention") if kinds else (n + 1) % every != 0 for n in range(c.layers))
+class DeltaConfig(Config):
+    """Layers of gated DeltaNet among those of gated attention."""
+
+    head_dim: Width = 256
+    partial_rotary_factor: Share = 0.25
+    attention_bias: bool = False
+    linear_num_key_heads: Heads = 16
+    linear_num_value_heads: Heads = 32
+    linear_key_head_dim: Width = 128
+    linear_value_head_dim: Width = 128
+    linear_conv_kernel_dim: Annotated[int, Field(ge=1, le=1024)] = 4
+    full_attention_interval: Annotated[int, Field(ge=1, le=LAYERS)] = 4
+    layer_types: list[Literal["full_attention", "linear_attention"]] | None = None
+
+    @property
+    def linear_layers(self) -> tuple[bool, ...]:
+        """Which layers are linear attention: by layer_types, else all but every so many."""
+        if self.layer_types:
+            return tuple(kind == "linear_attention" for kind in self.layer_types)
+        return tuple((layer + 1) % self.full_attention_interval != 0 for layer in range(self.layers))
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from one_a_layer(self.layer_types, self.layers)
+        keys, values = self.linear_num_key_heads, self.linear_num_value_heads
+        if values % keys:
+            yield f"linear_num_value_heads: {values} heads cannot share the {keys} of linear_num_key_heads evenly"
 
 
-def mixer(c: Config, layer: int, module: str, *, joined: bool = False) -> Sublayer:
+class DeltaMoeConfig(Sparse, DeltaConfig):
+    """The same with routed experts and one shared in every layer."""
+
+    intermediate_size: Channels = 0  # no layer is dense
+    num_experts: Experts = 512
+    num_experts_per_tok: Chosen = 10
+    moe_intermediate_size: Width = 512
+    shared_expert_intermediate_size: Width = 512
+    norm_topk_prob: bool = True
+
+
+def mixer(c: DeltaConfig, layer: int, module: str, *, joined: bool = False) -> Sublayer:
     """Gated DeltaNet, or attention whose output is gated."""
-    if not linear_layers(c)[layer]:
-        rope, bias = c.rope(int(c.head_dim * c.turning_share)), c.flag("attention_bias")
+    if not c.linear_layers[layer]:
+        rope, bias = c.rope(int(c.head_dim * c.turning_share)), c.attention_bias
         return attention(c, qk_norm=True, gate=True, norm_shift=1.0, rope=rope, bias=bias, output_bias=bias)
     return GatedDeltaNet(
         c.hidden,
@@ -48,43 +80,42 @@ def mixer(c: Config, layer: int, module: str, *, joined: bool = False) -> Sublay
         config=c.text,
         module=module,
         prefix="linear_attn.",
-        key_heads=c.need("linear_num_key_heads"),
-        value_heads=c.need("linear_num_value_heads"),
-        head_dim=c.need("linear_value_head_dim"),
-        kernel=c.need("linear_conv_kernel_dim"),
+        key_heads=c.linear_num_key_heads,
+        value_heads=c.linear_num_value_heads,
+        head_dim=c.linear_value_head_dim,
+        kernel=c.linear_conv_kernel_dim,
         joined=joined,
         norm_shift=1.0,
     )
 
 
-def experts(c: Config, normalised: bool = True) -> Sublayer:
+def experts(c: DeltaMoeConfig, normalised: bool = True) -> Sublayer:
     """Routed experts and one shared behind a sigmoid gate."""
-    width = c.need("shared_expert_intermediate_size")
-    shared = SharedExpert("mlp.shared_expert.", width, "mlp.shared_expert_gate.weight")
+    shared = SharedExpert("mlp.shared_expert.", c.shared_expert_intermediate_size, "mlp.shared_expert_gate.weight")
     fused = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     return moe(c, normalised=normalised, shared=shared, fused=fused, norm=FEED_FORWARD, norm_shift=1.0)
 
 
-def block(c: Config, layer: int) -> Block:
-    return mixer(c, layer, MODULE, joined=True), experts(c, bool(c.get("norm_topk_prob")))
+def block(c: DeltaMoeConfig, layer: int) -> Block:
+    return mixer(c, layer, MODULE, joined=True), experts(c, c.norm_topk_prob)
 
 
-def gguf_keys(c: Config) -> Mapping[str, Any]:
+def gguf_keys(c: DeltaConfig) -> Mapping[str, Any]:
     """The pattern of layers."""
     return {
-        "full_attention_interval": c.get("full_attention_interval", 4),
-        "attention.recurrent_layers": linear_layers(c),
+        "full_attention_interval": c.full_attention_interval,
+        "attention.recurrent_layers": c.linear_layers,
     }
 
 
-def gguf_problems(c: Config) -> list[str]:
+def gguf_problems(c: DeltaConfig) -> list[str]:
     """What llama.cpp's DeltaNet cannot compute."""
     problems = []
-    if c.get("linear_key_head_dim") != c.get("linear_value_head_dim"):
+    if c.linear_key_head_dim != c.linear_value_head_dim:
         problems.append("llama.cpp's gated DeltaNet wants key and value heads of one width")
-    if all(linear_layers(c)) or not any(linear_layers(c)):
+    if all(c.linear_layers) or not any(c.linear_layers):
         problems.append("llama.cpp's gated DeltaNet architectures want layers of both kinds")
-    if c.get("decoder_sparse_step", 1) != 1 or c.get("mlp_only_layers"):
+    if isinstance(c, Sparse) and (c.decoder_sparse_step != 1 or c.mlp_only_layers):
         problems.append("dense layers among sparse ones are not supported")
     return problems
 
@@ -94,9 +125,9 @@ BIASES = ("attn_q", "attn_k", "attn_v")
 FAMILY = Family(
     model_types=("qwen3_next",),
     hf_architecture="Qwen3NextForCausalLM",
+    config=DeltaMoeConfig,
     gguf=Gguf("qwen3next", normalises=True, dense_layers=False, biases=BIASES, keys=gguf_keys, problems=gguf_problems),
     block=block,
     final_shift=1.0,
     fixed_heads=HEADS,
-    defaults=DEFAULTS,
 )

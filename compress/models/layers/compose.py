@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.models.config import Config
+from compress.models.config import Config, Routed
 from compress.models.layers.attention import Attention
 from compress.models.layers.mlp import Mlp
 from compress.models.layers.moe import MoE, Router
@@ -16,18 +16,18 @@ FEED_FORWARD = ("post_attention_layernorm", "ffn_norm")
 
 def attention(c: Config, **options: Any) -> Attention:
     """Grouped-query attention; options: fields of `Attention`."""
-    sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim, "eps": c.eps}
+    sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_width, "eps": c.eps}
     rope = options.pop("rope", None) or c.rope()
     return Attention(c.hidden, MIXER[0], MIXER[1], rope=rope, **sizes, **options)
 
 
 def mlp(c: Config, width: int | None = None, norm: tuple[str, str] = FEED_FORWARD, **options: Any) -> Mlp:
     """The dense feed-forward, intermediate_size wide by default."""
-    return Mlp(c.hidden, *norm, width=width or c.need("intermediate_size"), **options)
+    return Mlp(c.hidden, *norm, width=width or c.intermediate_size, **options)
 
 
 def moe(
-    c: Config,
+    c: Routed,
     *,
     prefix: str = "mlp.",
     width: int | None = None,
@@ -37,8 +37,8 @@ def moe(
     **options: Any,
 ) -> MoE:
     """Routed experts below `prefix`; options: fields of `MoE`."""
-    router = router or Router(f"{prefix}gate.weight", c.get("num_experts_per_tok", 0), normalised=normalised)
-    width = width or c.get("moe_intermediate_size") or c.need("intermediate_size")
+    router = router or Router(f"{prefix}gate.weight", c.num_experts_per_tok, normalised=normalised)
+    width = width or c.expert_width
     return MoE(
         c.hidden, *norm, router=router, experts=c.experts, width=width, expert=prefix + "experts.{e}.", **options
     )

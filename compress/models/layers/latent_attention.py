@@ -111,6 +111,8 @@ class LatentAttention(Hosted):
         if kind not in ("yarn", "linear"):
             return {}
         factor = float(scaling["factor"])
+        if factor == 1:
+            return {}
         log = math.log(factor)
 
         def mscale(value: float) -> float:
@@ -119,7 +121,9 @@ class LatentAttention(Hosted):
         keys: dict[str, GgufValue] = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
         if kind == "linear":
             return {**keys, "rope.scaling.yarn_log_multiplier": (1 / mscale(1) - 1) / log}
-        keys["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
+        keys["rope.scaling.original_context_length"] = int(
+            scaling.get("original_max_position_embeddings") or self.rope.max_positions
+        )
         own, everywhere = scaling.get("mscale"), scaling.get("mscale_all_dim")
         turned = scaling.get("attention_factor")
         if turned is None:
