@@ -256,7 +256,14 @@ def in_words(value: Any) -> str:
 
 def dotted(path: Iterable[str | int]) -> str:
     """('steps', 0, 'quantize') -> 'steps[0].quantize'."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    words = (f"[{part}]" if isinstance(part, int) else f".{shown(part)}" for part in path)
+    return "".join(words).removeprefix(".")
+
+
+def shown(text: str, most: int = 120) -> str:
+    """A text on one line of a message, without what a terminal would not print."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def text_problem(text: str) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError, UnsupportedModel
 from compress.models.identity import hub_id
+from compress.models.index import INDEX, SINGLE, Entry, read_header, read_index
 from compress.models.layers.base import Slice
 from compress.models.spec import load_spec
+from compress.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,69 +22,6 @@ if TYPE_CHECKING:
 
 FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 """torch's and safetensors' names of the float types a checkpoint may have -> codecs."""
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; CheckpointError names the file when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} a Hugging Face model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: file, dtype name and shape as the safetensors header gives them.
-
-    part: of another tensor that holds several, by its full name; span: its bytes in the file, from and to.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    part: Slice | None = None
-    span: tuple[int, int] = (0, 0)
-
-    @property
-    def bytes(self) -> int:
-        return self.span[1] - self.span[0]
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file, from its header; checks that the file is long enough to hold them.
-
-    Format: 8-byte little-endian header length, JSON header, data (huggingface/safetensors README).
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise CheckpointError(f"{path} is truncated: its header alone needs {length + 8} bytes, it has {size}")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is listed in the index but does not exist; fetch the missing shard") from None
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{path} is not a safetensors file or its header is damaged; fetch it again") from None
-    try:
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        start = 8 + length
-        entries = {
-            name: Entry(
-                path, e["dtype"], tuple(e["shape"]), span=(start + e["data_offsets"][0], start + e["data_offsets"][1])
-            )
-            for name, e in header.items()
-        }
-    except (AttributeError, KeyError, TypeError, IndexError):
-        raise CheckpointError(f"{path} is not a safetensors file or its header is damaged; fetch it again") from None
-    if 8 + length + end > size:
-        raise CheckpointError(f"{path} is truncated: {8 + length + end} bytes expected, {size} found; fetch it again")
-    return entries
 
 
 def same_bytes(one: Entry, other: Entry) -> bool:
@@ -129,11 +66,11 @@ class Checkpoint:
         if (folder / SINGLE).exists():  # before an index, which may be left of an earlier save; so does transformers
             entries = read_header(folder / SINGLE)
         elif (folder / INDEX).exists():
-            index = read_json(folder / INDEX).get("weight_map", {})
+            index = read_index(folder)
             files = sorted(set(index.values()))
-            if weights or all((folder / f).exists() for f in files):
+            if weights or all(file.exists() for file in files):
                 for file in files:
-                    entries.update(read_header(folder / file))
+                    entries.update(read_header(file))
                 lost = sorted(set(index) - set(entries))
                 if lost:
                     raise CheckpointError(

@@ -92,6 +92,12 @@ class RopeKeys(Keys):
             yield f"{name}.high_freq_factor: must differ from low_freq_factor"
 
 
+class QuantizationKeys(Keys):
+    """What already quantized checkpoints say."""
+
+    quant_method: str | None = None
+
+
 class Config(Keys):
     """The keys of every family: a decoder with grouped-query attention."""
 
@@ -117,7 +123,7 @@ class Config(Keys):
     bos_token_id: Tokens | None = None
     eos_token_id: Tokens | None = None
     pad_token_id: Tokens | None = None
-    quantization_config: dict[str, Any] | None = None
+    quantization_config: QuantizationKeys | None = None
 
     _given: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 

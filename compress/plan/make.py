@@ -20,6 +20,7 @@ from compress.plan.plan import Plan
 from compress.plan.planner import Planner
 from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
 from compress.plan.tensor import PlannedTensor
+from compress.reading import in_words
 from compress.recipe.schema import Recipe
 from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
 
@@ -33,8 +34,8 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     """
     checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
     original = load_spec(checkpoint.config)
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
+    if settings := checkpoint.config.get("quantization_config"):
+        method = in_words(settings.get("quant_method", "by a method without a name")).strip("'")
         raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
     turned = original.untied() if recipe.step("rotate") else original
     problems = step_problems(recipe) + text_problems(recipe, original)

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.errors import RecipeError
 from compress.limits import YAML_BYTES
-from compress.reading import Place, Unreadable, Yaml, dotted, read_text
+from compress.reading import Place, Unreadable, Yaml, dotted, read_text, shown
 
 
 class Document:
@@ -92,12 +92,6 @@ def read_document(path: Path) -> Document:
     if document.data is None and not document.problems:
         raise RecipeError(f"{path}: the recipe is empty; see docs/recipes.md")
     return document
-
-
-def shown(text: str, most: int = 120) -> str:
-    """A text on one line of a problem."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _line(origin: str, path: Place, what: str) -> str:

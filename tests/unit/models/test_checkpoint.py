@@ -83,12 +83,20 @@ def test_folder_without_config(tmp_path: Path) -> None:
     _one_line(error, "config.json", "does not exist")
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}"])
-def test_damaged_config(single: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe{}", "not UTF-8"), (b"[]", "expected a mapping"),
+        (b"[" * 100_000, "nested too deeply"), (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"hidden_size": 1, "hidden_size": 2}', "given twice"), (b" " * (1 << 24) + b"{}", "at most 16,777,216"),
+    ],
+    ids=["cut", "empty", "another coding", "a list", "brackets", "digits", "two sizes", "size"],
+)  # fmt: skip
+def test_damaged_config(single: Path, content: bytes, words: str) -> None:
     (single / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(single)
-    _one_line(error, "config.json", "not valid JSON")
+    _one_line(error, "config.json", words, "fetch it again")
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.999])

@@ -1,0 +1,169 @@
+"""Mutated model folders: config.json, index, headers, and what is no file: planned and read, or refused in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from compress.models import known_families, load_spec
+from compress.models.checkpoint import Checkpoint
+from compress.models.index import INDEX, SINGLE
+from compress.plan.make import make_plan
+from compress.recipe.schema import Recipe
+from tests.fuzz.harness import Case, hostile, mutated, scrambled
+from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2}
+WEIGHTED = ("llama", "qwen3_moe", "deepseek_v3")
+WORDS = (b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\", b"\\ud800", b"null", b"NaN", b"Infinity", b"-", b"1e999", b"0", b"9", b"\0", b"\xff",
+         b'"a":', b'"__metadata__":', b"true", b"//", b"\n")  # fmt: skip
+STEPS: tuple[list[Any], ...] = (
+    [], [{"quantize": {"scheme": "W4A16G32"}}], [{"rotate": {}}], [{"drop_layers": {"count": 1}}], [{"prune": {"sparsity": 0.5}}],
+    [{"prune_experts": {}}], [{"prune_structured": {"ratio": 0.2}}], [{"quantize": {"scheme": "Q4_K_M"}}], [{"factorize": {"ratio": 0.3}}],
+)  # fmt: skip
+KEYS = tuple(sorted({key for family in known_families().values() for key in family.config.model_fields}))
+
+
+@cache
+def _config(family: str) -> str:
+    return json.dumps(tiny_config(family))
+
+
+@cache
+def _weights(family: str, sharded: bool) -> Path:
+    """A tiny model, made once."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    sizes = SMALL if family == "llama" else {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    return tiny_model(family, folder / "model", tokenizer=False, max_shard_size="20KB" if sharded else "1GB", **sizes)
+
+
+def _read(rng: random.Random, model: Path, *, weights: bool) -> None:
+    """What a plan reads of a model and, with weights, what a run does."""
+    container = rng.choice(("gguf", "safetensors", "compress"))
+    fields = {"name": "x", "model": str(model), "output": str(model / "out"), "steps": rng.choice(STEPS), "score": False,
+              "calibration": {"length": 16}, "export": [{"container": container}]}  # fmt: skip
+    make_plan(Recipe.model_validate(fields), weights=weights).as_dict()
+    if weights:
+        checkpoint = Checkpoint.open(model)
+        for name in load_spec(checkpoint.config).by_name:
+            checkpoint.load(name)
+
+
+def _of_config(rng: random.Random, folder: Path, change: Callable[[str], bytes]) -> None:
+    (folder / "config.json").write_bytes(change(_config(rng.choice(sorted(FAMILIES)))))
+    _read(rng, folder, weights=False)
+
+
+def config(rng: random.Random, folder: Path) -> None:
+    """Values and keys of config.json changed."""
+    _of_config(rng, folder, lambda text: json.dumps(mutated(rng, json.loads(text), KEYS)).encode())
+
+
+def keys(rng: random.Random, folder: Path) -> None:
+    """One key that is read set to something else."""
+
+    def change(text: str) -> bytes:
+        return json.dumps({**json.loads(text), rng.choice(KEYS): hostile(rng)}).encode()
+
+    _of_config(rng, folder, change)
+
+
+def text(rng: random.Random, folder: Path) -> None:
+    """Bytes of config.json changed."""
+    _of_config(rng, folder, lambda text: scrambled(rng, text.encode(), WORDS))
+
+
+def index(rng: random.Random, folder: Path) -> None:
+    """The index changed, or its bytes."""
+    model = _copy(rng, folder, sharded=True)
+    path = model / INDEX
+    if rng.random() < 0.3:
+        path.write_bytes(scrambled(rng, path.read_bytes(), WORDS))
+    else:
+        path.write_text(json.dumps(mutated(rng, json.loads(path.read_text()), ("weight_map", "metadata"))))
+    _read(rng, model, weights=True)
+
+
+def header(rng: random.Random, folder: Path) -> None:
+    """The header of a file changed, its bytes, or its length."""
+    model = _copy(rng, folder, sharded=False)
+    path = model / SINGLE
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    head, rest = data[8 : 8 + length], data[8 + length :]
+    do = rng.random()
+    if do < 0.5:
+        head = json.dumps(mutated(rng, json.loads(head), ("__metadata__", "dtype", "shape", "data_offsets"))).encode()
+    elif do < 0.8:
+        head = scrambled(rng, head, WORDS)
+    size = len(head) if do < 0.9 else rng.choice((0, 1, 7, 8, length - 1, length + 1, 2**31, 2**63, 2**64 - 1))
+    path.write_bytes(struct.pack("<Q", size) + head + rest[: rng.choice((None, None, None, -1, 0, 100))])
+    _read(rng, model, weights=True)
+
+
+def files(rng: random.Random, folder: Path) -> None:
+    """A pipe, a device, a folder, a link, something empty or large where a file was."""
+    model = _copy(rng, folder, sharded=rng.random() < 0.5)
+    path = rng.choice(sorted(file for file in model.iterdir()))
+    path.unlink()
+    do = rng.randrange(8)
+    if do == 0:
+        os.mkfifo(path)
+    elif do == 1:
+        path.mkdir()
+    elif do == 2:
+        path.symlink_to(
+            rng.choice(("/dev/zero", "/dev/null", "/", path.name, "../nowhere", "/proc/self/mem", "/etc/passwd"))
+        )
+    elif do == 3:
+        path.write_bytes(b"")
+    elif do == 4:
+        path.write_bytes(rng.randbytes(1000))
+    elif do == 5:
+        with path.open("wb") as file:
+            file.truncate(rng.choice((2**25, 2**33)))
+    elif do == 6:
+        path.write_bytes(b"[" * 300_000)
+    _read(rng, model, weights=True)
+
+
+def _copy(rng: random.Random, folder: Path, *, sharded: bool) -> Path:
+    source = _weights(rng.choice(WEIGHTED), sharded)
+    return shutil.copytree(source, folder / "model")
+
+
+def run(rng: random.Random, folder: Path) -> None:
+    """A whole run without steps on a model whose config.json, index or header is changed where a plan may not look."""
+    from compress.run import run as run_recipe
+
+    model = _copy(rng, folder, sharded=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model() / name, model / name)
+    path = model / "config.json"
+    path.write_text(json.dumps(mutated(rng, json.loads(path.read_text()), KEYS)))
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    fields = {"name": "x", "model": str(model), "output": str(folder / "out"), "steps": [], "score": False,
+              "calibration": {"length": 16, "samples": 2, "dataset": str(folder / "text.txt")}, "export": [{"container": "safetensors"}]}  # fmt: skip
+    run_recipe(Recipe.model_validate(fields))
+
+
+def prepare() -> None:
+    """Import and make what is no part of a case's time."""
+    import safetensors  # noqa: F401
+    import torch  # noqa: F401
+
+    for family in FAMILIES:
+        _config(family)
+    for family in WEIGHTED:
+        _weights(family, True), _weights(family, False)
+
+
+KINDS: dict[str, Case] = {f.__name__: f for f in (config, keys, text, index, header, files)}
