@@ -242,7 +242,8 @@ def wrong(error: Any) -> str:
         return f"expected at most {context['max_length']:,} items"
     for name, words in _BOUNDS:
         if name in context:
-            return f"must be {words} {context[name]:g}, got {in_words(given)}"
+            bound = context[name]
+            return f"must be {words} {bound if isinstance(bound, int) else f'{bound:g}'}, got {in_words(given)}"
     return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {in_words(given)}"
 
 

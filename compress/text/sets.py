@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from compress.errors import CalibrationError
 from compress.limits import MOST_TARGETS, YAML_BYTES
-from compress.reading import Unreadable, Yaml, dotted, path_problem, read_text, wrong
+from compress.reading import Unreadable, Yaml, dotted, path_problem, read_text, shown, wrong
 
 DataKind = Literal["recipes", "calibration", "eval", "models"]
 TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
@@ -68,11 +68,11 @@ def _named(name: str, folder: Path, what: str) -> Path:
     if name in names:
         return folder / f"{name}.yaml"
     known = ", ".join(names) or "none"
-    raise CalibrationError(f"no {what} '{name}'{_suggest(name, names)}; there are: {known}, or give a file")
+    raise CalibrationError(f"no {what} '{shown(name)}'{_suggest(name, names)}; there are: {known}, or give a file")
 
 
 def _suggest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=2, cutoff=0.5)
+    near = difflib.get_close_matches(name[:64], list(names), n=2, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 
@@ -187,7 +187,7 @@ def _read_yaml(path: Path, schema: type[AnyFile]) -> AnyFile:
         raise CalibrationError(f"{path}: {problems[0]}")
     for key in read.data:
         if key not in known:
-            problems.append(f"unknown key '{key}'{_suggest(key, known)}; known: {', '.join(sorted(known))}")
+            problems.append(f"unknown key '{shown(key)}'{_suggest(key, known)}; known: {', '.join(sorted(known))}")
     if missing := [key for key in required if read.data.get(key) is None]:
         problems.append(f"missing {', '.join(missing)}")
     try:

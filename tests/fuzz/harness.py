@@ -101,11 +101,11 @@ def hostile(rng: random.Random) -> Any:
     """A value that few places expect."""
     if rng.random() < 0.05:
         depth = rng.choice((3, 40, 200))
-        value: Any = rng.choice(VALUES)
+        value: Any = _copied(rng.choice(VALUES))
         for _ in range(depth):
             value = [value] if rng.random() < 0.5 else {"a": value}
         return value
-    return rng.choice(VALUES)
+    return _copied(rng.choice(VALUES))
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -134,7 +134,7 @@ def mutated(rng: random.Random, tree: Any, names: tuple[str, ...] = ()) -> Any:
         elif do < 0.7:
             here[key] = [here[key]] if rng.random() < 0.5 else {"a": here[key]}
         elif do < 0.8 and isinstance(here, list):
-            here.extend([here[key]] * rng.choice((1, 2, 50)))
+            here.extend(_copied(here[key]) for _ in range(rng.choice((1, 2, 50))))
         elif do < 0.9 and isinstance(here, dict):
             here[rng.choice((*names, "x", "", str(hostile(rng))[:50]))] = hostile(rng)
         elif isinstance(here[key], int | float) and not isinstance(here[key], bool):
