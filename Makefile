@@ -2,6 +2,7 @@
 #
 #   make demo                  compress the bundled model, then let the result answer a prompt in llama.cpp
 #   make test                  the test suite
+#   make soak                  10,000 mutated recipes and as many mutated checkpoints; SOAK_ARGS='--count 500'
 #   make PYTHON=python3.12 ..  another interpreter, 3.11 or newer
 #   make TORCH_ARGS=..  ..     arguments for pip when it installs torch, e.g. an --index-url of CPU builds
 
@@ -9,6 +10,7 @@ PYTHON ?= python3
 JOBS ?= 2
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 PROMPT ?= The city of London
 
 BIN := .venv/bin
@@ -19,7 +21,7 @@ INSTALLED := .venv/.installed
 ENGINE_ONLY := $(CURDIR)/.venv/engine-only.cmake
 CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE="$(ENGINE_ONLY)"
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test soak lint bench clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +44,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz.soak $(SOAK_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

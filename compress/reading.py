@@ -144,6 +144,8 @@ class Yaml:
         """Raises Unreadable: not YAML, too deep, too much."""
         self.lines: dict[Place, int] = {}
         self.problems: list[tuple[int, Place, str]] = []
+        self.unread: set[Place] = set()
+        """Places whose values could not be read, of which nothing more need be said."""
         self._values = 0
         try:
             root = yaml.compose(text, Loader=_Loader)
@@ -166,7 +168,7 @@ class Yaml:
         if len(parents) > YAML_DEPTH:
             raise Unreadable(f"nested more than {YAML_DEPTH} levels deep once its aliases are written out", line)
         if not node.tag.endswith((":str", ":seq", ":map")):
-            self._wrong(line, path, f"YAML tags like {node.tag!r} have no meaning here")
+            self.problems.append((line, path, f"YAML tags like {shown(node.tag)!r} have no meaning here"))
         inside = (*parents, id(node))
         if isinstance(node, yaml.SequenceNode):
             return [self._build(item, (*path, i), inside) for i, item in enumerate(node.value)]
@@ -187,7 +189,7 @@ class Yaml:
             if why := "a key is text" if key == "?" else text_problem(key):
                 self._wrong(line, path, why)
             elif key in mapping:
-                self._wrong(line, (*path, key), "given twice")
+                self.problems.append((line, (*path, key), "given twice"))
             else:
                 self.lines[*path, key] = line
                 mapping[key] = self._build(value_node, (*path, key), parents)
@@ -195,6 +197,7 @@ class Yaml:
 
     def _wrong(self, line: int, path: Place, what: str) -> None:
         self.problems.append((line, path, what))
+        self.unread.add(path)
 
 
 def _scalar(text: str) -> Any:

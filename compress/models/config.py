@@ -45,7 +45,7 @@ Tokens = Annotated[Any, AfterValidator(_tokens)]
 class Keys(BaseModel):
     """Base of everything that is read: frozen, no kind bent into another, unknown keys left alone."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class RopeKeys(Keys):

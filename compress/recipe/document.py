@@ -29,6 +29,7 @@ class Document:
         self.origins = {path: origin(line) for path, line in read.lines.items()}
         self.origins[()] = origin(1)
         self.problems = [_line(origin(line), path, what) for line, path, what in read.problems]
+        self.unread = read.unread
 
     def at(self, path: Place, what: str) -> str:
         """One problem line for the value at `path`, or for the nearest parent that is written down."""
@@ -74,6 +75,7 @@ class Document:
         try:
             parsed = Document(value, label)
             self.problems += parsed.problems
+            self.unread |= {(*path, *below) for below in parsed.unread}
             self.put(path, parsed.data, label)
         except RecipeError as error:
             self.problems += error.problems

@@ -43,7 +43,9 @@ def load_recipe(
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        problems += [explain(document, item) for item in error.errors(include_url=False)]
+        problems += [
+            explain(document, item) for item in error.errors(include_url=False) if item["loc"] not in document.unread
+        ]
     problems += [document.at(where, what) for where, what in impossible(document.data)]
     if problems:
         raise RecipeError(shortened(sorted(dict.fromkeys(problems), key=document.line_of)))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CheckpointError
@@ -214,3 +217,77 @@ def test_header_says_what_numpy_reads(tmp_path: Path) -> None:
     save_numpy(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
     entries = read_header(tmp_path / "x.safetensors")
     assert {name: entry.shape for name, entry in entries.items()} == {n: a.shape for n, a in arrays.items()}
+
+
+def _reindex(sharded: Path, change: object) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    (sharded / INDEX).write_text(json.dumps(change(index) if callable(change) else change))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ([], "expected a mapping"), ({}, "weight_map: missing"), ({"weight_map": 3}, "weight_map: expected a mapping, got 3"),
+        ({"weight_map": {"a": []}}, "weight_map.a: expected text, got a list"), ({"weight_map": {}}, "weight_map"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, "no file of its folder"),
+        ({"weight_map": {"a": "x/../../outside.safetensors"}}, "no file of its folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "no file of its folder"), ({"weight_map": {"a": "a\0b"}}, "no file of its folder"),
+        ({"weight_map": {"a": "x" * 300}}, "no file of its folder"), ({"weight_map": {"a": "."}}, "no file of its folder"),
+        ({"weight_map": {"a": "pipe"}}, "a pipe or a device"), ({"weight_map": {"a": "folder"}}, "a folder"),
+        ({"weight_map": {"a": "link"}}, "outside the folder"),
+    ],
+)  # fmt: skip
+def test_indices_that_are_none(sharded: Path, index: object, words: str) -> None:
+    os.mkfifo(sharded / "pipe")
+    (sharded / "folder").mkdir()
+    (sharded.parent / "outside.safetensors").write_bytes(b"")
+    (sharded / "link").symlink_to("../outside.safetensors")
+    _reindex(sharded, index)
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(sharded)
+    _one_line(error, words)
+
+
+def test_links_into_a_hub_cache_are_read(sharded: Path, tmp_path: Path) -> None:
+    """The layout of huggingface_hub: snapshots of links to blobs."""
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        file.rename(blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064x}")
+    checkpoint = Checkpoint.open(snapshot)
+    assert checkpoint.load("model.norm.weight").shape == (48,)
+
+
+def _header(path: Path, change: Callable[[dict[str, dict]], object]) -> None:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    head = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["model.norm.weight"].update(shape=[49]),
+        lambda h: h["model.norm.weight"].update(shape=[-48]),
+        lambda h: h["model.norm.weight"].update(dtype="F64"),
+        lambda h: h["model.norm.weight"].update(dtype=[]),
+        lambda h: h["model.norm.weight"].update(data_offsets=[0, 192]),
+        lambda h: h["model.norm.weight"]["data_offsets"].reverse(),
+        lambda h: h.update(extra={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+        lambda h: h.pop("model.norm.weight"),
+    ],
+    ids=["longer", "negative", "wider", "a list", "overlap", "reversed", "twice", "nobody's"],
+)
+def test_headers_that_do_not_describe_their_data(single: Path, change: Callable[[dict[str, dict]], object]) -> None:
+    """safetensors itself is the oracle: it opens none of these either."""
+    _header(single / SINGLE, change)
+    with pytest.raises(SafetensorError), safe_open(single / SINGLE, "pt"):
+        pass
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(single)
+    _one_line(error, SINGLE, "fetch it again")
