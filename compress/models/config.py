@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from compress.errors import ConfigError, UnsupportedModel
 from compress.limits import EXPERTS, EXPERTS_IN_ALL, HEADS, LAYERS, POSITIONS, ROWS, WIDTH
 from compress.models.layers.rope import Rope
-from compress.reading import dotted, wrong
+from compress.reading import dotted, shortened, wrong
 
 Width = Annotated[int, Field(ge=1, le=WIDTH)]
 Channels = Annotated[int, Field(ge=0, le=WIDTH)]
@@ -42,6 +42,9 @@ def _tokens(value: Any) -> Any:
 Tokens = Annotated[Any, AfterValidator(_tokens)]
 
 
+Word = Annotated[str, Field(max_length=64)]
+
+
 class Keys(BaseModel):
     """Base of everything that is read: frozen, no kind bent into another, unknown keys left alone."""
 
@@ -51,8 +54,8 @@ class Keys(BaseModel):
 class RopeKeys(Keys):
     """Parameters of rotary positions, in both generations of configs."""
 
-    rope_type: str | None = None
-    type: str | None = None
+    rope_type: Word | None = None
+    type: Word | None = None
     rope_theta: Positive | None = None
     partial_rotary_factor: Share | None = None
     factor: Positive | None = None
@@ -95,7 +98,7 @@ class RopeKeys(Keys):
 class QuantizationKeys(Keys):
     """What already quantized checkpoints say."""
 
-    quant_method: str | None = None
+    quant_method: Word | None = None
 
 
 class Config(Keys):
@@ -138,7 +141,8 @@ class Config(Keys):
             config = cls.model_validate({k: v for k, v in given.items() if v is not None or k in nulls})
         except ValidationError as error:
             faults = error.errors(include_url=False)
-            raise ConfigError([f"{dotted(fault['loc'])}: {_wrong(fault)}" for fault in faults]) from None
+            problems = [f"{dotted(fault['loc'])}: {_wrong(fault)}" for fault in faults]
+            raise ConfigError(shortened(problems)) from None
         config._given = given
         return config
 

@@ -139,6 +139,10 @@ def read_header(path: Path) -> dict[str, Entry]:
         stored = _tensors().validate_python(header)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is listed in the index but does not exist; fetch the missing shard") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}; check it and its permissions"
+        ) from None
     except Unreadable as error:
         raise CheckpointError(f"{damaged}: it {error}; fetch it again") from None
     except (struct.error, UnicodeDecodeError):

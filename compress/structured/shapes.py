@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from compress.models.layers.moe import MoE
 from compress.models.spec import ModelSpec, load_spec
@@ -92,17 +93,30 @@ def candidates(
     return near or (min(shapes, key=lambda shape: (missed(shape), -shape.kv_heads)),)
 
 
+def _first(kinds: Any, layers: int) -> Any:
+    return kinds[:layers] if isinstance(kinds, list) else kinds
+
+
+def _below(numbers: Any, layers: int) -> Any:
+    return [n for n in numbers if not isinstance(n, int) or n < layers] if isinstance(numbers, list) else numbers
+
+
+def _at_most(number: Any, layers: int) -> Any:
+    return min(number, layers) if isinstance(number, int) else number
+
+
+_PER_LAYER = {"layer_types": _first, "max_window_layers": _at_most, "mlp_only_layers": _below}
+"""Keys that go by layers, and what a model of fewer has for them; a family that does not read one has not checked it."""
+
+
 def reduced(spec: ModelSpec, reduction: Reduction) -> ModelSpec:
     """The model that is left; its `config` is a stock config.json of the same family."""
     config = dict(spec.config)
     if reduction.dropped:
         layers = config["num_hidden_layers"] = spec.layers - reduction.dropped
-        if config.get("layer_types") is not None:
-            config["layer_types"] = list(config["layer_types"])[:layers]
-        if config.get("max_window_layers") is not None:
-            config["max_window_layers"] = min(config["max_window_layers"], layers)
-        if config.get("mlp_only_layers"):
-            config["mlp_only_layers"] = [n for n in config["mlp_only_layers"] if n < layers]
+        config |= {
+            key: change(config[key], layers) for key, change in _PER_LAYER.items() if config.get(key) is not None
+        }
     if reduction.experts != spec.experts:
         names = spec.family.experts_key
         present = [n for n in names if config.get(n)] or [n for n in names if n in spec.family.defaults]

@@ -58,7 +58,7 @@ class DeltaConfig(Config):
             yield f"linear_num_value_heads: {values} heads cannot share the {keys} of linear_num_key_heads evenly"
 
 
-class DeltaMoeConfig(Sparse, DeltaConfig):
+class DeltaMoeConfig(DeltaConfig, Sparse):
     """The same with routed experts and one shared in every layer."""
 
     intermediate_size: Channels = 0  # no layer is dense

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -128,3 +129,13 @@ def test_null_means_the_default_where_it_is_no_value() -> None:
     assert load_spec(config).sliding_window == 4096  # absent: the family's
     assert load_spec({**config, "sliding_window": None}).sliding_window is None  # null: none
     assert load_spec({**config, "rms_norm_eps": None}).norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_nearest_class_says_a_default(family: str) -> None:
+    """pydantic looks at bases, Python at the whole order of classes: a schema of several groups must mean the same to both."""
+    schema = known_families()[family].config
+    for name, field in schema.model_fields.items():
+        nearest = next(c for c in schema.__mro__ if name in inspect.get_annotations(c))
+        own = nearest.model_fields[name]  # type: ignore[attr-defined]
+        assert (own.default, own.annotation) == (field.default, field.annotation), name
