@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,12 +112,14 @@ def plan(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Compress one block to estimate the time.")] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Prove a recipe legal for its model and show sizes, memory and disk; reads no weights."""
+    """Prove a recipe legal for its model, read its texts, and show sizes, memory and disk; reads no weights."""
     from compress.plan.make import make_plan
+    from compress.plan.texts import read_texts
     from compress.recipe import load_recipe
 
     _load_plugins(plugin)
     made = make_plan(load_recipe(recipe, set or (), model=model, output=output), weights=rehearse)
+    made = replace(made, warnings=(*made.warnings, *read_texts(made)))
     estimate = None
     if rehearse:
         from compress.run.rehearse import rehearse as rehearse_plan

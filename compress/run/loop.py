@@ -21,6 +21,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.plan.make import make_plan
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, surveys_head
+from compress.plan.texts import read_texts
 from compress.recipe.schema import Recipe
 from compress.recover.block import SolvedBlock, recover_block
 from compress.recover.sensitivity import output_sensitivity
@@ -76,7 +77,10 @@ def run(
     output = Path(recipe.output)
     with ExitStack() as held:
         with reporter.stage("plan"):
-            claim(output, make_plan(recipe), fresh=fresh)  # before a hub download: all that config.json tells
+            early = make_plan(recipe)
+            claim(output, early, fresh=fresh)
+            if not early.stamp:  # before weights are downloaded: all that config.json, tokenizer and texts tell
+                read_texts(early)
             held.enter_context(locked(output / WORK / LOCK, output))
             plan = make_plan(recipe, weights=True)
             claim(output, plan, fresh=fresh)

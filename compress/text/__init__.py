@@ -1,6 +1,6 @@
 """Text in: calibration and evaluation sets, their documents, windows of tokens. Neither torch nor transformers at import."""
 
-from compress.text.documents import load_documents, task_documents
+from compress.text.documents import load_documents, reads_hub, task_documents
 from compress.text.files import has_tokenizer
 from compress.text.sets import Suite, TextSet, data_root, find_data, load_definition, load_suite
 from compress.text.tokenizer import Tokenizer, load_tokenizer
@@ -8,5 +8,6 @@ from compress.text.windows import calibration_windows, check_ids, eval_windows, 
 
 __all__ = [
     "Suite", "TextSet", "Tokenizer", "calibration_windows", "check_ids", "data_root", "eval_windows", "find_data",
-    "has_tokenizer", "load_definition", "load_documents", "load_suite", "load_tokenizer", "prepends_bos", "task_documents",
+    "has_tokenizer", "load_definition", "load_documents", "load_suite", "load_tokenizer", "prepends_bos", "reads_hub",
+    "task_documents",
 ]  # fmt: skip

@@ -48,6 +48,8 @@ def _file_documents(file: Path, definition: TextSet) -> Iterator[str]:
             text = row.get(definition.column)
             if not isinstance(text, str):
                 fix = "set 'column' to the field that holds it"
+                if isinstance(row.get("messages") or row.get("conversations"), list):
+                    fix = "rows of chat messages are not read; render each with the model's chat template into one text"
                 raise CalibrationError(f"{file}, line {number}: no text in '{definition.column}'; {fix}")
             yield text
         return
@@ -63,11 +65,14 @@ def _file_documents(file: Path, definition: TextSet) -> Iterator[str]:
 def _read_text(file: Path) -> str:
     try:
         data = file.read_bytes()
-        return (lzma.decompress(data) if file.suffix == ".xz" else data).decode("utf-8-sig")
+        text = (lzma.decompress(data) if file.suffix == ".xz" else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise CalibrationError(f"{file}: no such file; it is named by the set's definition") from None
     except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{file}: damaged or not UTF-8 text ({error})") from error
+    if "\0" in text:
+        raise CalibrationError(f"{file} is no text: it holds NUL characters; give UTF-8 text")
+    return text
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -77,8 +82,8 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{file}, line {number}: not JSON ({error.msg})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise CalibrationError(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise CalibrationError(f'{file}, line {number}: expected an object, e.g. {{"text": "..."}}')
         yield number, row
@@ -99,6 +104,11 @@ def _mixed(definition: TextSet, seed: int | None) -> Iterator[str]:
             return
         taken[behind] += len(document) / definition.mix[behind]
         yield document
+
+
+def reads_hub(definition: TextSet) -> bool:
+    """Whether a set, or a part of its mix, has to be downloaded."""
+    return bool(definition.hub) or any(load_definition(_beside(definition, name)).hub for name in definition.mix)
 
 
 def _beside(definition: TextSet, name: str) -> Path:

@@ -128,7 +128,7 @@ def arguments(place: Path, output: Path, *more: str) -> list[str]:
 def test_run_prints_lines_when_not_a_terminal(compress: Compress, place: Path, tmp_path: Path) -> None:
     code, out, err = compress(*arguments(place, tmp_path / "out"))
     assert code == 0
-    assert out.splitlines()[-1] == str(tmp_path / "out" / "gguf.gguf")
+    assert out.splitlines()[-1] == str(tmp_path / "out" / "model-Q4_K_M.gguf")
     assert "Integrity gate: passed" in out
     stages = [line.split("  ")[0] for line in err.splitlines() if " peak " in line]
     assert stages == [stage.name for stage in read(tmp_path / "out").stages]
@@ -251,7 +251,7 @@ def test_score_without_llama_cpp_says_so(compress: Compress, place: Path, monkey
 
     real = target.find_spec
     monkeypatch.setattr(target, "find_spec", lambda name: None if name == "llama_cpp" else real(name))
-    found = score(compress, place, place / "gguf" / "gguf.gguf", "--against", place / "model")
+    found = score(compress, place, place / "gguf" / "model-Q4_K_M.gguf", "--against", place / "model")
     assert found["artifacts"][0]["scores"]["engine"] == "decoded weights"
     assert [f["used"] for f in found["fallbacks"]] == ["scored by its decoded weights"]
     run = read(place / "gguf").artifacts[0].scores
@@ -270,7 +270,7 @@ def test_score_of_the_bundled_model_by_name(compress: Compress, place: Path, tmp
 
 def bad_targets(place: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     """What was asked for, and what the one line must say."""
-    gguf, model = place / "gguf" / "gguf.gguf", place / "model"
+    gguf, model = place / "gguf" / "model-Q4_K_M.gguf", place / "model"
     (folder / "cut.gguf").write_bytes(gguf.read_bytes()[:4000])
     (folder / "notes.txt").write_text("nothing")
     (folder / "part-00001-of-00002.gguf").write_bytes(gguf.read_bytes())
@@ -333,7 +333,7 @@ def test_scores_that_are_not_finite_fail_the_gate(compress: Compress, place: Pat
 def test_generate_is_greedy_and_repeats_the_prompt(compress: Compress, place: Path) -> None:
     llama_cpp = pytest.importorskip("compress.engines.llama_cpp")
     pytest.importorskip("llama_cpp")
-    file = place / "gguf" / "gguf.gguf"
+    file = place / "gguf" / "model-Q4_K_M.gguf"
     code, out, err = compress("generate", file, "The river", "--tokens", 5)
     assert (code, err) == (0, "")
     assert out.startswith("The river")
