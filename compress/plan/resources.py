@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from compress.codecs.names import codec_info
 from compress.containers import CONTAINERS, Container
 from compress.limits import BATCH_TOKENS, CODES_FROM_BITS, LOGIT_VALUES, MOMENTS_BYTES, RUNTIME_BYTES
+from compress.models.companions import LAYOUT, LEGAL, companions
 from compress.plan.tensor import PlannedTensor, moments_bytes
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ LOGITS_BYTES = 6 * 4 * LOGIT_VALUES  # of both models, their logarithms and grad
 
 def disk_bytes(plan: Plan) -> int:
     """Work folder (packed blocks; activations of both models at three places; what recovery keeps) and one copy of
-    every artifact."""
+    every artifact with all that lies beside its weights."""
     work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in plan.tensors)
-    out = sum(2 * plan.parameters if CONTAINERS[e.container].dense else plan.bytes for e in plan.recipe.export)
+    beside = sum((plan.source / name).stat().st_size for name in companions(plan.source, LEGAL + LAYOUT))
+    out = sum(file_bytes(plan, CONTAINERS[e.container]) + beside for e in plan.recipe.export)
     if plan.structural:  # matrices that are no mere selections of the original's
         work += sum(2 * t.spec.parameters for t in plan.tensors if t.spec.role.endswith((".o", ".down")))
     return work + out + 6 * plan.activation_bytes + _recovery_disk_bytes(plan)
