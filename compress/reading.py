@@ -73,7 +73,10 @@ def read_text(path: Path, most: int) -> str:
 def parse_json(text: str) -> Any:
     """JSON whose mappings name every key once. Raises Unreadable."""
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        found = json.loads(text, object_pairs_hook=_once)
+        if "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair could be written nowhere
+        return found
     except RecursionError:
         raise Unreadable("is nested too deeply") from None
     except ValueError as error:  # of json, or an integer of thousands of digits

@@ -91,9 +91,9 @@ def test_folder_without_config(tmp_path: Path) -> None:
     [
         (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe{}", "not UTF-8"), (b"[]", "expected a mapping"),
         (b"[" * 100_000, "nested too deeply"), (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b'{"hidden_size": 1, "hidden_size": 2}', "given twice"), (b" " * (1 << 24) + b"{}", "at most 16,777,216"),
+        (b'{"hidden_size": 1, "hidden_size": 2}', "given twice"), (b'{"a": "\\ud800"}', "surrogates not allowed"), (b" " * (1 << 24) + b"{}", "at most 16,777,216"),
     ],
-    ids=["cut", "empty", "another coding", "a list", "brackets", "digits", "two sizes", "size"],
+    ids=["cut", "empty", "another coding", "a list", "brackets", "digits", "two sizes", "half a character", "size"],
 )  # fmt: skip
 def test_damaged_config(single: Path, content: bytes, words: str) -> None:
     (single / "config.json").write_bytes(content)
