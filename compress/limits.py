@@ -17,6 +17,7 @@ TEXT_LENGTH = 4096  # characters of one value; of paths, too
 NUMBER_LENGTH = 40  # characters of a number
 NAME_LENGTH = 128  # of what becomes a file's name: file systems take 255 bytes, with suffix and number of the shard
 FOLDER_LENGTH = 255  # bytes of one part of a path
+TENSOR_LENGTH = 512  # of the names of a tensor and of its file
 PATTERN_LENGTH = 1000  # characters behind `re:`
 PATTERN_BYTES = 2**20  # of its compiled form
 MOST_STEPS, MOST_RULES, MOST_TARGETS, MOST_EXPORTS = 32, 1000, 1000, 32

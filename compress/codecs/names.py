@@ -257,8 +257,8 @@ def codec_info(name: str) -> CodecInfo:
         keep, of = int(match[1] or 0), int(match[2] or 0)
         return CodecInfo(canonical, "sparse", inner.block, bits=inner.bits, symmetric=inner.symmetric,
                          parts=(inner.name,), keep=keep, of=of)  # fmt: skip
-    near = difflib.get_close_matches(canonical, (*FIXED_NAMES, *UNIFORM_NAMES, *_REGISTERED), n=2, cutoff=0.4)
-    raise KeyError(f"unknown codec {name!r}; nearest: {', '.join(near) or ', '.join(FIXED_NAMES)}")
+    near = difflib.get_close_matches(canonical[:64], (*FIXED_NAMES, *UNIFORM_NAMES, *_REGISTERED), n=2, cutoff=0.4)
+    raise KeyError(f"unknown codec {name[:64]!r}; nearest: {', '.join(near) or ', '.join(FIXED_NAMES)}")
 
 
 SPARSE_VALUES = tuple(kind for kind, facts in KINDS.items() if facts.stores_zero)

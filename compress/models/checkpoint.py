@@ -13,7 +13,7 @@ from compress.models.identity import hub_id
 from compress.models.index import INDEX, SINGLE, Entry, read_header, read_index
 from compress.models.layers.base import Slice
 from compress.models.spec import load_spec
-from compress.reading import read_json
+from compress.reading import read_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class Checkpoint:
                 lost = sorted(set(index) - set(entries))
                 if lost:
                     raise CheckpointError(
-                        f"{folder / INDEX} lists {lost[0]} ({len(lost)} in all) but no shard holds it"
+                        f"{folder / INDEX} lists {shown(lost[0])} ({len(lost)} in all) but no shard holds it"
                     )
         elif weights:
             hint = (

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from compress.errors import CheckpointError
-from compress.limits import HEADER_BYTES, INDEX_BYTES, TEXT_LENGTH
+from compress.limits import HEADER_BYTES, INDEX_BYTES, TENSOR_LENGTH
 from compress.models.layers.base import Slice
 from compress.reading import Unreadable, dotted, in_words, parse_json, path_problem, read_json, size_of, wrong
 
@@ -50,7 +50,7 @@ class Entry:
 
 # ------------------------------------------------------------------------------------------ the index
 
-Name = Annotated[str, Field(min_length=1, max_length=TEXT_LENGTH)]
+Name = Annotated[str, Field(min_length=1, max_length=TENSOR_LENGTH)]
 
 
 class Index(BaseModel):

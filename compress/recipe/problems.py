@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from compress.codecs.names import KIND_NAMES, codec_info
 from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
+from compress.limits import MOST_RULES, MOST_STEPS
 from compress.reading import Place, dotted, in_words, wrong
 from compress.recipe.document import Document
 from compress.recipe.rules import FLOAT_ROLES, covers, nearest
@@ -84,7 +86,8 @@ def impossible(data: Any) -> Iterator[tuple[Place, str]]:
         first = seen.setdefault((container.name, _text(exports[i], "name") or _text(data, "name")), i)
         if first != i:
             yield ("export", i), f"the same file as export[{first}]; give one of them another name"
-    for s, step in enumerate(_get(data, "steps") if isinstance(_get(data, "steps"), list) else []):
+    steps = _get(data, "steps") if isinstance(_get(data, "steps"), list) else []
+    for s, step in enumerate(steps[:MOST_STEPS]):
         at: Place = ("steps", s, "quantize")
         quantize = _get(step, "quantize")
         if (scheme := _text(quantize, "scheme")) is not None:
@@ -98,7 +101,7 @@ def impossible(data: Any) -> Iterator[tuple[Place, str]]:
                 elif kind is not None and scheme_name(scheme) == "W8A8" and (why := activation_problem(container)):
                     yield (*at, "scheme"), why
         rules = _get(quantize, "rules")
-        for r, rule in enumerate(rules if isinstance(rules, list) else []):
+        for r, rule in enumerate(rules[:MOST_RULES] if isinstance(rules, list) else []):
             yield from _impossible_rule(rule, (*at, "rules", r), containers)
 
 
@@ -139,6 +142,7 @@ def _refusal(what: str, container: Container, index: int) -> str:
     return f"{refused}; it holds {holds}; use {' or '.join(others)}"
 
 
+@cache
 def _kind(what: str) -> str:
     try:
         return codec_info(what).kind

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from compress.codecs.names import fits
 from compress.errors import PlanError
+from compress.reading import in_words
 from compress.recipe.rules import FLOAT_ROLES, Rule, nearest
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def scheme_name(name: str) -> str:
     canonical = name.strip().upper().replace("-", "_")
     if canonical in GGML_SCHEMES or canonical in EXPERT_SCHEMES or _UNIFORM.fullmatch(canonical):
         return canonical
-    raise ValueError(f"unknown scheme {name!r}{nearest(name, SCHEMES)}")
+    raise ValueError(f"unknown scheme {in_words(name)}{nearest(name, SCHEMES)}")
 
 
 def scheme_kind(name: str) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 from compress.errors import CompressError
 
 SECONDS = 5.0
-"""In which a case is refused or done."""
+"""Of the processor, in which a case is refused or done; waiting for what never comes counts, too, once it takes WAIT."""
+WAIT = 30.0
 
 LINES, LENGTH = 60, 2000
 """Of an error: as many lines, of as many characters."""
@@ -45,19 +46,22 @@ class Failure:
 
 
 @contextmanager
-def limited(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises Hang in the block when time is up."""
+def limited(seconds: float = SECONDS, wait: float = WAIT) -> Iterator[None]:
+    """Raises Hang in the block when either time is up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, seconds), (signal.ITIMER_REAL, signal.SIGALRM, wait))
+    before = [signal.signal(number, stop) for _, number, _ in timers]
+    for timer, _, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def attempt(kind: str, case: Case, seed: int, folder: Path) -> Failure | None:

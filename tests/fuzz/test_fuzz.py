@@ -23,8 +23,13 @@ def test_the_harness_sees_what_it_is_there_for(tmp_path: Path) -> None:
         {}["key"]
 
     def hangs(*_: object) -> None:
-        with limited(0.05):
+        with limited(wait=0.05):
             time.sleep(5)
+
+    def spins(*_: object) -> None:
+        with limited(0.05):
+            while True:
+                pass
 
     def floods(*_: object) -> None:
         from compress.errors import RecipeError
@@ -32,6 +37,6 @@ def test_the_harness_sees_what_it_is_there_for(tmp_path: Path) -> None:
         raise RecipeError(["x"] * 1000)
 
     assert "KeyError at test_fuzz.py" in str(attempt("a", raises, 3, tmp_path))
-    assert "took more" in str(attempt("a", hangs, 3, tmp_path))
+    assert "took more" in str(attempt("a", hangs, 3, tmp_path)) and "took more" in str(attempt("a", spins, 3, tmp_path))
     assert "1000 lines" in str(attempt("a", floods, 3, tmp_path))
     assert attempt("a", lambda *_: None, 3, tmp_path) is None
