@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from compress.codecs.names import codec_info
 from compress.errors import OutputError, PlanError, UnsupportedModel
-from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_codec
+from compress.models.checkpoint import FLOAT_CODEC, Checkpoint, checkpoint_problems, own_codec
 from compress.models.companions import left_behind
 from compress.models.identity import identify
 from compress.models.locate import model_location
@@ -50,8 +49,10 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         spec, shapes = _shape(planner, turned)
     decided = planner.decide(spec)
     tensors, problems = decided.tensors, list(decided.problems)
-    found, left_out = surplus(original, checkpoint) if checkpoint.entries else ([], [])
-    problems += found + (checkpoint_problems(original, checkpoint) if checkpoint.entries else [])
+    doubts: list[str] = []
+    if checkpoint.entries:
+        found, doubts = surplus(original, checkpoint)
+        problems += found + checkpoint_problems(original, checkpoint)
     problems += _storage_problems(recipe, spec, tensors)
     if problems := list(dict.fromkeys(problems)):
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
@@ -59,36 +60,35 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     savings += shrinking(tensors, recipe.containers, own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
     warnings += _warnings(recipe, spec, original, tensors, own) + [str(line) for line in savings if line.nothing]
-    warnings += narrow_calibration(recipe) + left_out + _left_behind(checkpoint.folder)
-    source = sum(2 * t.parameters for t in original.tensors())
-    if checkpoint.entries:
-        source = sum(file.stat().st_size for file in {e.file for e in checkpoint.entries.values()})
-    stamp = tuple(
-        sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in {t.file for t in checkpoint.entries.values()})
-    )
-    identity = identify(recipe.model, checkpoint.folder)
+    warnings += narrow_calibration(recipe) + doubts + _folder_notes(checkpoint, own)
+    files = [(file.name, file.stat()) for file in {entry.file for entry in checkpoint.entries.values()}]
     return Plan(
-        recipe,
-        original,
-        spec,
-        checkpoint.folder,
-        identity,
-        tensors,
-        tuple(warnings),
-        source,
-        own,
-        stamp,
-        tuple(left_out),
-        savings,
-        shapes,
+        recipe=recipe,
+        original=original,
+        spec=spec,
+        source=checkpoint.folder,
+        identity=identify(recipe.model, checkpoint.folder),
+        tensors=tensors,
+        warnings=tuple(warnings),
+        source_bytes=sum(stat.st_size for _, stat in files) or sum(2 * t.parameters for t in original.tensors()),
+        own_codec=own,
+        stamp=tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)),
+        doubts=tuple(doubts),
+        savings=savings,
+        shapes=shapes,
     )
 
 
-def _left_behind(folder: Path) -> list[str]:
-    """A line where files of the model's folder go into no artifact."""
-    names = left_behind(folder)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return [f"files of the model's folder that no artifact takes along: {', '.join(names[:4])}{more}"] if names else []
+def _folder_notes(checkpoint: Checkpoint, own: str) -> list[str]:
+    """Lines where config.json names another float type than the tensors have, and where files go into no artifact."""
+    notes = []
+    named = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), own)
+    if named != own:
+        notes.append(f"config.json says {named}, the tensors are {own}: floats are stored as {own}")
+    if names := left_behind(checkpoint.folder):
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        notes.append(f"files of the model's folder that no artifact takes along: {', '.join(names[:4])}{more}")
+    return notes
 
 
 def _shape(planner: Planner, spec: ModelSpec) -> tuple[ModelSpec, tuple[Reduction, ...]]:

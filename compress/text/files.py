@@ -117,11 +117,12 @@ class TokenizerFiles:
     def chat_templates(self) -> Mapping[str, str]:
         """Chat templates by name; the one that is used unless another is asked for is "default"."""
         file = self.folder / "chat_template.jinja"
+        more = {path.stem: _text(path) for path in sorted(self.folder.glob("additional_chat_templates/*.jinja"))}
         if file.is_file():
-            return {"default": _text(file)}
+            return {"default": _text(file), **more}
         template = self.others["chat_template.json"].get("chat_template") or self.settings.get("chat_template")
         if isinstance(template, str):
-            return {"default": template}
+            return {"default": template, **more}
         entries = [(e.get("name"), e.get("template")) for e in _listed(template) if isinstance(e, Mapping)]
         if template is not None and (not isinstance(template, list) or len(entries) != len(template)):
             raise CheckpointError(
@@ -129,7 +130,7 @@ class TokenizerFiles:
             )
         if not all(isinstance(name, str) and isinstance(text, str) for name, text in entries):
             raise CheckpointError(f"{self.folder}: a chat_template lacks its name or its text; correct {SETTINGS}")
-        return {str(name): str(text) for name, text in entries}
+        return {str(name): str(text) for name, text in entries} | more
 
 
 def has_tokenizer(folder: Path) -> bool:

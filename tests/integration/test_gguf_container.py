@@ -413,6 +413,17 @@ def test_demo_tokenizer_and_metadata(tmp_path: Path) -> None:
     assert fields["general.name"] == "tiny-qwen3-moe"
 
 
+def test_every_chat_template_of_the_folder_goes_along(tmp_path: Path) -> None:
+    """Those beside the main one, under the names by which gguf's writer and llama.cpp know them."""
+    model = tiny_model("llama", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("main")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    fields, _ = container.read(write(model, tmp_path / "m.gguf", tokenizer=True)[0])
+    assert fields["tokenizer.chat_template"] == "main" and fields["tokenizer.chat_template.tool_use"] == "tools"
+    assert fields["tokenizer.chat_templates"] == ["tool_use"]
+
+
 def _sentencepiece(folder: Path) -> tuple[list[tuple[str, float, int]], dict[str, Any]]:
     """A small SentencePiece-like BPE (byte fallback, ▁ for spaces): pieces and their tokenizer.json, as transformers
     converts them: merges ordered by the score of what they make."""
