@@ -19,7 +19,7 @@ from compress.models.index import INDEX, SINGLE
 from compress.plan.make import make_plan
 from compress.recipe.schema import Recipe
 from tests.fuzz.harness import Case, hostile, mutated, scrambled
-from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
+from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2}
 WEIGHTED = ("llama", "qwen3_moe", "deepseek_v3")
@@ -43,6 +43,12 @@ def _weights(family: str, sharded: bool) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     sizes = SMALL if family == "llama" else {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
     return tiny_model(family, folder / "model", tokenizer=False, max_shard_size="20KB" if sharded else "1GB", **sizes)
+
+
+@cache
+def _whole() -> Path:
+    """A tiny model with its tokenizer, made once."""
+    return tiny_model("qwen3_moe", Path(tempfile.mkdtemp(prefix="fuzz-")) / "model", num_experts=4)
 
 
 def _read(rng: random.Random, model: Path, *, weights: bool) -> None:
@@ -144,9 +150,7 @@ def run(rng: random.Random, folder: Path) -> None:
     """A whole run without steps on a model whose config.json, index or header is changed where a plan may not look."""
     from compress.run import run as run_recipe
 
-    model = _copy(rng, folder, sharded=False)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model() / name, model / name)
+    model = shutil.copytree(_whole(), folder / "model")
     path = model / "config.json"
     path.write_text(json.dumps(mutated(rng, json.loads(path.read_text()), KEYS)))
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
@@ -164,6 +168,7 @@ def prepare() -> None:
         _config(family)
     for family in WEIGHTED:
         _weights(family, True), _weights(family, False)
+    _whole()
 
 
 KINDS: dict[str, Case] = {f.__name__: f for f in (config, keys, text, index, header, files)}
