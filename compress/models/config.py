@@ -48,7 +48,7 @@ Word = Annotated[str, Field(max_length=64)]
 class Keys(BaseModel):
     """Base of everything that is read: frozen, no kind bent into another, unknown keys left alone."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False, defer_build=True)
 
 
 class RopeKeys(Keys):

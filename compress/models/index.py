@@ -56,7 +56,7 @@ Name = Annotated[str, Field(min_length=1, max_length=TENSOR_LENGTH)]
 class Index(BaseModel):
     """model.safetensors.index.json: the file of every tensor. What else it says is not read."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
     weight_map: Annotated[dict[Name, Name], Field(min_length=1)]
 
 
@@ -99,7 +99,7 @@ def _inside(folder: Path, name: str) -> Path:
 class Stored(BaseModel):
     """One tensor in the header of a safetensors file."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
     dtype: Annotated[str, Field(max_length=32)]
     shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**48)]], Field(max_length=16)]
     data_offsets: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=2, max_length=2)]

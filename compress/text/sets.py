@@ -148,7 +148,7 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 class _File(BaseModel):
     """What a YAML file of this room may say; nulls stand for defaults."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
     name: str = Field(min_length=1)
     description: str = ""
 
