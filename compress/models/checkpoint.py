@@ -99,7 +99,7 @@ class Checkpoint:
                 tensor = file.get_tensor(name) if entry.part is None else _part(file, entry.part)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {self.entries[name].file}: {error}") from None
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"{name} in {self.entries[name].file.name} holds {bad} NaN or infinite values; "

@@ -44,6 +44,7 @@ def inspect_weights(plan: Plan, checkpoint: Checkpoint, progress: Callable[[floa
 
 def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest value, NaN where there is one: of each matrix in a stack, [matrices], else [1]."""
-    rows = tensor.reshape(tensor.shape[0] if tensor.ndim == 3 else 1, -1)
-    low, high = torch.aminmax(rows, dim=1)
-    return low, high
+    parts = [
+        torch.aminmax(part) for part in (tensor if tensor.ndim == 3 else tensor[None])
+    ]  # by rows: 20 times as slow
+    return torch.stack([low for low, _ in parts]), torch.stack([high for _, high in parts])

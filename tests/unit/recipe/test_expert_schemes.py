@@ -20,6 +20,7 @@ from tests.tiny import tiny_config
 
 LAYERS = 5
 COMMON = {
+    "dtype": "float16",
     "hidden_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 512, "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts_per_tok": 2,
     "max_position_embeddings": 2048, "tie_word_embeddings": False,
@@ -53,10 +54,11 @@ BYTES = {
 
 
 def plan_of(folder: Path, scheme: str, config: dict[str, Any]) -> Plan:
-    (folder / "config.json").write_text(json.dumps({**COMMON, **config}))
-    recipe = folder / "recipe.yaml"
+    model, recipe = folder / "model", folder / "recipe.yaml"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps({**COMMON, **config}))
     recipe.write_text(
-        f"model: {folder}\nsteps: [{{quantize: {{scheme: {scheme}}}}}]\nexport: [{{container: gguf}}]\nscore: false\n"
+        f"model: {model}\nsteps: [{{quantize: {{scheme: {scheme}}}}}]\nexport: [{{container: gguf}}]\nscore: false\n"
     )
     return make_plan(load_recipe(recipe))
 
