@@ -134,7 +134,9 @@ def tiny_model(
                 parameter.copy_(1.0 + 0.2 * torch.randn(parameter.shape, generator=generator))
             else:
                 fan_in = parameter.shape[-1]
-                scale = 1.0 if "embed" in name else 2.0 / fan_in**0.5
+                scale = (
+                    1.0 if "embed" in name and not config.tie_word_embeddings else 2.0 / fan_in**0.5
+                )  # tied: the head
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
