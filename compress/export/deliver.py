@@ -154,13 +154,14 @@ def _proved(
 
 
 def described(plan: Plan, written: _Written) -> Artifact:
-    """Bytes and bits per weight of an artifact, before any score."""
+    """Bytes and bits per weight of an artifact, before any score. A single file runs without what lies beside it."""
     staging = written.roots[0].parent
     weight_bytes = sum(f.stat().st_size for f in written.files)
+    single = bool(CONTAINERS[written.export.container].suffix)
     return Artifact(
         container=written.export.container,
         path=written.roots[0].name,
-        bytes=sum((staging / name).stat().st_size for name in written.sha256),
+        bytes=weight_bytes if single else sum((staging / name).stat().st_size for name in written.sha256),
         bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
         ratio=weight_bytes / plan.source_bytes,
         sha256=combined(written.sha256),

@@ -52,7 +52,8 @@ def prove_gguf(recipe: Recipe, model: Path, work: Path) -> None:
     assert card.gate.passed
     output = Path(recipe.output)
     path = output / gguf_name(recipe, model)
-    assert final_names(output) == {path.name, "scorecard.json", "recipe.json"}
+    beside = {"README-original.md"} if (model / "README.md").exists() else set()
+    assert final_names(output) == {path.name, "scorecard.json", "recipe.json", *beside}
     assert read(output).gate.passed and read(output).artifacts[0].path == path.name
     assert card.artifacts[0].bytes == path.stat().st_size
     spec = make_plan(recipe).spec
@@ -101,7 +102,8 @@ def test_recipe_on_the_demo_model(name: str, demo: Path, demo_of_two: Path, tmp_
     card = carry_out(recipe)
     assert card.gate.passed
     names = [gguf_name(recipe, demo) if e.container == "gguf" else f"{name}-{e.container}" for e in recipe.export]
-    assert final_names(tmp_path / "out") == {*names, "scorecard.json", "recipe.json"}
+    beside = {"README-original.md"} if any(export.container == "gguf" for export in recipe.export) else set()
+    assert final_names(tmp_path / "out") == {*names, *beside, "scorecard.json", "recipe.json"}
     assert [artifact.path for artifact in card.artifacts] == names
     plan = make_plan(recipe)
     for artifact in card.artifacts:

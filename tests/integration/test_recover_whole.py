@@ -248,7 +248,7 @@ def test_a_model_that_gets_worse_is_left_alone(tmp_path: Path, monkeypatch: pyte
     assert not report["kept"] and report["reason"] and report["after"] >= report["before"]
     told = [f for f in card.fallbacks if f.wanted == "end-to-end recovery"]
     assert len(told) == 1 and told[0].reason == report["reason"]
-    assert set(journal.units) == {"embeddings", "block-00000", "block-00001", "head", "recovered"}
+    assert set(journal.units) == {"inspected", "embeddings", "block-00000", "block-00001", "head", "recovered"}
     off = _carry_out(make_plan(_with(plan, 0), weights=True), tmp_path / "off")
     assert all(_same(journal, off, t.name) for t in plan.tensors)
 
