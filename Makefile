@@ -43,7 +43,7 @@ demo: $(INSTALLED)
 	$(BIN)/compress generate out/qwen-moe-2bit/qwen-moe-2bit.gguf '$(PROMPT)' --tokens 40
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.soak $(SOAK_ARGS)

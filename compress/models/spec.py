@@ -94,9 +94,9 @@ class Family:
     """One architecture family: what its blocks are composed of.
 
     config: the schema of its config.json, with the values of absent keys as transformers fills them in. block(config, layer):
-    the sub-layers of one block. final_shift: what the model adds to the stored weights of the last norm. experts_key, shared_key: the config's names
-    for the number of experts and the width of the shared one. fixed_heads, fixed_channels: why these cannot be
-    pruned, "" where they can.
+    the sub-layers of one block. final_shift: what the model adds to the stored weights of the last norm. experts_key,
+    shared_key: the config's names for the number of experts and the width of the shared one. fixed_heads, fixed_channels:
+    why these cannot be pruned, "" where they can.
     """
 
     model_types: tuple[str, ...]

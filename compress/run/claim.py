@@ -54,8 +54,8 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
 
 
 def finished(output: Path, digest: Callable[[], str]) -> Scorecard | None:
-    """The scorecard of a run of this digest (`run_digest`, asked for only if there is one) that has passed its gate and whose artifacts are as they were
-    delivered; None where there is work to do.
+    """The scorecard of a run of this digest (`run_digest`, asked for only if there is one) that has passed its gate and
+    whose artifacts are as they were delivered; None where there is work to do.
 
     Raises OutputError where an artifact has changed or is missing and nothing is left to make it from.
     """
