@@ -18,7 +18,9 @@ PAGE = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
 def test_the_page(tmp_path: Path) -> None:
     model = tiny_model("qwen3", tmp_path / "model", intermediate_size=128)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "mine", "architectures": ["MineForCausalLM"]}))
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "mine", "architectures": ["MineForCausalLM"]})
+    )
     plugins: list[str] = []
     for name in ("solver", "scaling", "family"):
         (code,) = re.findall(rf"```python {name}\n(.*?)```", PAGE, re.DOTALL)
