@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compress.errors import OutputError
+from compress.files import sync
 
 _MARGIN = 1 << 20  # metadata, directory entries
 
@@ -20,14 +21,6 @@ def _gigabytes(count: int) -> str:
 
 def _free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -79,11 +72,11 @@ def atomic_files(target: Path, needed: int) -> Iterator[Path]:
         yield folder
         files = sorted(folder.iterdir())
         for file in files:
-            _sync(file)
+            sync(file)
         # the first shard is the one engines open: it appears last
         for file in reversed(files):
             os.replace(file, target.parent / file.name)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 @contextmanager
@@ -99,9 +92,9 @@ def atomic_folder(target: Path, needed: int, *, replace: bool = False) -> Iterat
         content.mkdir()
         yield content
         for file in sorted(content.rglob("*")):
-            _sync(file)
-        _sync(content)
+            sync(file)
+        sync(content)
         if target.exists():
             os.rename(target, folder / "replaced")
         os.rename(content, target)
-        _sync(target.parent)
+        sync(target.parent)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ResumeError
-from compress.files import disk_errors, sha256_each, sync_folder, write_synced
+from compress.files import disk_errors, sha256_each, sync, write_synced
 from compress.weights import Packed
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def discard(folder: Path) -> None:
         return
     with disk_errors(folder):
         (folder / JOURNAL).unlink(missing_ok=True)
-        sync_folder(folder)
+        sync(folder)
         left = [path for path in folder.iterdir() if path.name != LOCK]
     for path in left:
         with suppress(OSError):  # in use, on a network disk: without a journal it does no harm

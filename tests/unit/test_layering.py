@@ -71,7 +71,7 @@ SAME_FORMAT = {
 
 CONTAINERS_MAY_IMPORT = (
     "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "models.identity",
-    "models.companions", "decode", "errors", "text", "weights",
+    "models.companions", "decode", "errors", "files", "text", "weights",
 )  # fmt: skip
 
 ORDER = (
