@@ -80,6 +80,31 @@ def test_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     _one_line(error, "nobody/nothing", "401 Client Error")
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_revision_is_asked_for(weights: bool, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, str | None, bool]] = []
+
+    def fetch(name: str, *, revision: str | None = None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return str(single)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    for model in ("acme/tiny@v1.0", "acme/tiny"):
+        Checkpoint.open(model, weights=weights)
+    assert asked == [("acme/tiny", "v1.0", weights), ("acme/tiny", None, weights)]
+
+
+def test_both_files_and_index_are_the_file(sharded: Path) -> None:
+    """An index that is left of an earlier save is not read, whatever it says; transformers does the same."""
+    weights = {name: Checkpoint.open(sharded).load(name) + 1 for name in Checkpoint.open(sharded).entries}
+    save_file(weights, sharded / SINGLE, metadata={"format": "pt"})
+    for text in ((sharded / INDEX).read_text(), "damaged"):
+        (sharded / INDEX).write_text(text)
+        assert torch.equal(Checkpoint.open(sharded).load("model.norm.weight"), weights["model.norm.weight"])
+
+
 def test_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(tmp_path)
