@@ -178,6 +178,11 @@ class Plan:
             return 0
         return self.recipe.calibration.samples * self.recipe.calibration.length * self.spec.hidden_size * 4
 
+    @cached_property
+    def file_bytes(self) -> Mapping[str, int]:
+        """About the weight files of each container: tensors, what names them, and what is copied of the tokenizer."""
+        return {c.name: c.file_bytes(self.tensors, self.own_codec, self.source) for c in self.recipe.containers}
+
     @property
     def disk_bytes(self) -> int:
         """What the work folder and the artifacts take while it runs."""
@@ -202,7 +207,7 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
             "containers": [e.container for e in self.recipe.export],
-            "file_bytes": {c.name: footprint.file_bytes(self, c) for c in self.recipe.containers},
+            "file_bytes": dict(self.file_bytes),
             "warnings": list(self.warnings),
             "savings": [{**asdict(line), "nothing": line.nothing} for line in self.savings],
             "tensors": [

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import codec_info
-from compress.containers import CONTAINERS, Container
 from compress.limits import BATCH_TOKENS, CODES_FROM_BITS, LOGIT_VALUES, MOMENTS_BYTES, RUNTIME_BYTES
 from compress.models.companions import LAYOUT, LEGAL, companions
 from compress.plan.tensor import PlannedTensor, moments_bytes
@@ -22,7 +21,7 @@ def disk_bytes(plan: Plan) -> int:
     every artifact with all that lies beside its weights."""
     work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in plan.tensors)
     beside = sum((plan.source / name).stat().st_size for name in companions(plan.source, LEGAL + LAYOUT))
-    out = sum(file_bytes(plan, CONTAINERS[e.container]) + beside for e in plan.recipe.export)
+    out = sum(plan.file_bytes[e.container] + beside for e in plan.recipe.export)
     if plan.structural:  # matrices that are no mere selections of the original's
         work += sum(2 * t.spec.parameters for t in plan.tensors if t.spec.role.endswith((".o", ".down")))
     return work + out + 6 * plan.activation_bytes + _recovery_disk_bytes(plan)
@@ -97,8 +96,3 @@ def _outcome_bytes(planned: PlannedTensor) -> int:
     if planned.solver is None:
         return 0
     return planned.spec.parameters * (2 if codec_info(planned.codec).kind in ("ggml", "uniform") else 5)
-
-
-def file_bytes(plan: Plan, container: Container) -> int:
-    """The weight files of an artifact: tensors, what names them, and what is copied of the tokenizer."""
-    return container.file_bytes(plan.tensors, plan.own_codec, plan.source)

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from compress.codecs.names import codec_info
 from compress.containers import CONTAINERS
-from compress.plan.resources import file_bytes
 from compress.report.table import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
     table.add_row("steps", ", ".join(step.kind for step in plan.recipe.steps) or "none: a conversion")
     for export in plan.recipe.export:
         container = CONTAINERS[export.container]
-        size = human_bytes(file_bytes(plan, container))
+        size = human_bytes(plan.file_bytes[container.name])
         table.add_row("artifact", f"{container.name}, {size}, in {plan.recipe.output}; runs in {container.engines}")
     if plan.needs_calibration:
         c = plan.recipe.calibration

@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from compress.containers import CONTAINERS
 from compress.containers import gguf as gguf_container
 from compress.errors import PlanError
 from compress.models.checkpoint import Checkpoint
 from compress.plan import make_plan
-from compress.plan.resources import file_bytes
 from compress.recipe import Recipe, bundled_recipes
 from compress.report.scorecard import read
 from compress.run import run
@@ -97,7 +95,7 @@ def test_recipe_on_the_demo_model(name: str, demo: Path, demo_of_two: Path, tmp_
     if [export.container for export in recipe.export] == ["gguf"]:
         prove_gguf(recipe, demo, tmp_path)
         size = (tmp_path / "out" / gguf_name(recipe, demo)).stat().st_size
-        assert size == pytest.approx(file_bytes(make_plan(recipe), CONTAINERS["gguf"]), rel=0.01)
+        assert size == pytest.approx(make_plan(recipe).file_bytes["gguf"], rel=0.01)
         return
     card = carry_out(recipe)
     assert card.gate.passed
@@ -110,7 +108,7 @@ def test_recipe_on_the_demo_model(name: str, demo: Path, demo_of_two: Path, tmp_
         if artifact.container in ("compress", "safetensors", "gguf"):
             path = tmp_path / "out" / artifact.path
             size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors")))
-            assert size == pytest.approx(file_bytes(plan, CONTAINERS[artifact.container]), rel=0.01)
+            assert size == pytest.approx(plan.file_bytes[artifact.container], rel=0.01)
     limit = {"int8": 12, "rota": 16}.get(name[:4], 8)  # float embeddings are a fifth of this cut model, or two
     if any(step in text for step in ("prune", "factorize", "drop_layers")) and "quantize" not in text:
         limit = 15
