@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def inspect_weights(plan: Plan, checkpoint: Checkpoint, progress: Callable[[floa
     for file in sorted({entries[name].file for name in wanted}):
         with safe_open(file, "pt") as stored:
             for name in (n for n in wanted if entries[n].file == file):
-                low, high = _extremes(stored.get_tensor(name))
+                low, high = _extremes(_matrices(stored, name, entries[name].shape))
                 if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
                     checkpoint.load(name)  # says how many are not
                 if len(entries[name].shape) > 1 and (same := low == high).any():
@@ -42,9 +43,16 @@ def inspect_weights(plan: Plan, checkpoint: Checkpoint, progress: Callable[[floa
     ]
 
 
-def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest value, NaN where there is one: of each matrix in a stack, [matrices], else [1]."""
-    parts = [
-        torch.aminmax(part) for part in (tensor if tensor.ndim == 3 else tensor[None])
-    ]  # by rows: 20 times as slow
+def _matrices(stored: Any, name: str, shape: Sequence[int]) -> Iterator[Tensor]:
+    """A tensor, or the matrices of a stack, one in memory at a time."""
+    if len(shape) < 3:
+        yield stored.get_tensor(name)
+        return
+    stack = stored.get_slice(name)
+    yield from (stack[n] for n in range(shape[0]))
+
+
+def _extremes(matrices: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Least and largest value of each, NaN where there is one; by rows it would take 20 times as long."""
+    parts = [torch.aminmax(matrix) for matrix in matrices]
     return torch.stack([low for low, _ in parts]), torch.stack([high for _, high in parts])
