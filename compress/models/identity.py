@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from compress.reading import Unreadable, Yaml
 
 _CARD_CHARACTERS = 1 << 16  # of front matter; the longest on the hub list some hundred languages and tags
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -73,10 +73,8 @@ def _front_matter(card: Path) -> Mapping[str, Any]:
     with card.open(encoding="utf-8", errors="replace") as file:
         match = re.match(r"---\s*\n(.*?)\n---", file.read(_CARD_CHARACTERS), re.DOTALL)
     try:
-        if match is None or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match[1], yaml.SafeLoader)):
-            return {}
-        data = yaml.safe_load(match[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
+        data = Yaml(match[1]).data if match else None
+    except Unreadable:
         return {}
     return data if isinstance(data, dict) else {}
 
