@@ -156,7 +156,7 @@ def _download(model: str, weights: bool) -> Path:
 def own_codec(spec: ModelSpec, checkpoint: Checkpoint) -> str:
     """The float codec of most of a checkpoint's numbers; without weights, of the type that config.json names."""
     counted: Counter[str] = Counter()
-    for tensor in spec.tensors():
+    for tensor in spec.tensors() if checkpoint.entries else ():
         entry = checkpoint.entries.get(tensor.name)
         if entry is not None and entry.dtype in FLOAT_CODEC:
             counted[FLOAT_CODEC[entry.dtype]] += tensor.parameters

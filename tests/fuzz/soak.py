@@ -39,11 +39,13 @@ def fuzz(kinds: dict[str, Case], count: int, first: int = 0) -> list[Failure]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("sources", nargs="*", default=["recipes", "checkpoints"], choices=list(SOURCES))
+    parser.add_argument("sources", nargs="*", default=["recipes", "checkpoints"], help=f"of {', '.join(SOURCES)}")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only")
-    given = parser.parse_args()
+    given = parser.parse_args()  # `choices` would hold the whole default against them
+    if unknown := set(given.sources) - set(SOURCES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SOURCES)}")
     total = 0
     for source in given.sources:
         kinds, prepare = SOURCES[source]
