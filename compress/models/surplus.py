@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from compress.models.checkpoint import Checkpoint, same_bytes
 from compress.models.spec import ModelSpec
+from compress.reading import shown
 
 _BUFFERS = ("rotary_emb.inv_freq",)  # what older versions of transformers saved and nobody reads
 _DRAFT = "mtp."  # the head that predicts further tokens, beside the model
@@ -69,5 +70,5 @@ def some_of(names: Iterable[str]) -> str:
     """A few kinds of names, numbers aside, and how many tensors there are in all."""
     names = list(names)
     kinds = dict(reversed([(re.sub(r"\d+", "N", name), name) for name in names]))
-    shown = sorted(kinds.values())[:_SHOWN]
-    return ", ".join(shown) + (f" ({len(names)} tensors in all)" if len(names) > len(shown) else "")
+    few = sorted(kinds.values())[:_SHOWN]
+    return ", ".join(map(shown, few)) + (f" ({len(names)} tensors in all)" if len(names) > len(few) else "")
