@@ -176,7 +176,7 @@ def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
             )
         if entry.dtype not in FLOAT_CODEC:
             problems.append(
-                f"{tensor.name} is stored as {entry.dtype}; give the original checkpoint in F32, F16 or BF16"
+                f"{tensor.name} is stored as {shown(entry.dtype)}; give the original checkpoint in F32, F16 or BF16"
             )
         if entry.shape != tensor.shape:
             problems.append(
