@@ -55,9 +55,8 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], vocab_size: int) ->
     file or with other tokens than the embedding has rows; UnsupportedModel for a tokenizer llama.cpp has no equivalent of.
     """
     files = read_files(folder)
-    tokenizer = (
-        load_tokenizer(folder, vocab_size) if files.data else None
-    )  # SentencePiece's file is read here without it
+    # SentencePiece's own file is read here without its package
+    tokenizer = load_tokenizer(folder, vocab_size) if files.data else None
     entries = _entries(files) if files.data else _sentencepiece_model(files.path)
     ids, added = _ids(files.added if tokenizer is None else tokenizer.added, entries, vocab_size)
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]

@@ -29,7 +29,7 @@ def plan_tokenizer(plan: Plan) -> Tokenizer:
 
 def reads_no_text(plan: Plan) -> bool:
     """Whether a model without a tokenizer will do: nothing calibrates, nothing is scored."""
-    return not has_tokenizer(plan.source) and not plan.needs_calibration and plan.recipe.score is None
+    return not plan.reads_text and not has_tokenizer(plan.source)
 
 
 def prove_tokenizer(plan: Plan) -> list[Fallback]:

@@ -153,6 +153,11 @@ def _download(model: str, weights: bool) -> Path:
         raise CheckpointError(f"no such model: {model} is not a local folder, and the hub answered: {line}") from None
 
 
+def named_codec(config: Mapping[str, Any]) -> str | None:
+    """The float codec of the type that config.json names, None where it names none of them."""
+    return FLOAT_CODEC.get(str(config.get("dtype") or config.get("torch_dtype")))
+
+
 def own_codec(spec: ModelSpec, checkpoint: Checkpoint) -> str:
     """The float codec of most of a checkpoint's numbers; without weights, of the type that config.json names."""
     counted: Counter[str] = Counter()
@@ -162,7 +167,7 @@ def own_codec(spec: ModelSpec, checkpoint: Checkpoint) -> str:
             counted[FLOAT_CODEC[entry.dtype]] += tensor.parameters
     if counted:
         return counted.most_common(1)[0][0]
-    return FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), "bf16")
+    return named_codec(checkpoint.config) or "bf16"
 
 
 def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.codecs.names import codec_info
 from compress.errors import OutputError, PlanError, UnsupportedModel
-from compress.models.checkpoint import FLOAT_CODEC, Checkpoint, checkpoint_problems, own_codec
+from compress.models.checkpoint import Checkpoint, checkpoint_problems, named_codec, own_codec
 from compress.models.companions import left_behind
 from compress.models.identity import identify
 from compress.models.locate import model_location
@@ -82,8 +82,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
 def _folder_notes(checkpoint: Checkpoint, own: str) -> list[str]:
     """Lines where config.json names another float type than the tensors have, and where files go into no artifact."""
     notes = []
-    named = FLOAT_CODEC.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")), own)
-    if named != own:
+    if (named := named_codec(checkpoint.config) or own) != own:
         notes.append(f"config.json says {named}, the tensors are {own}: floats are stored as {own}")
     if names := left_behind(checkpoint.folder):
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""

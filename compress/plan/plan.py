@@ -163,8 +163,13 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any text is read."""
+        """Whether calibration text is read."""
         return self.solves or bool(set(self.open) - {"factors"})
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything calibrates or is scored."""
+        return self.needs_calibration or self.recipe.score is not None
 
     @property
     def solves(self) -> bool:

@@ -27,7 +27,7 @@ def read_texts(plan: Plan) -> list[str]:
     cannot hold.
     """
     recipe = plan.recipe
-    if not plan.needs_calibration and recipe.score is None and not has_tokenizer(plan.source):
+    if not plan.reads_text and not has_tokenizer(plan.source):
         return []
     if not plan.stamp and not has_tokenizer(plan.source):
         return [
@@ -36,7 +36,7 @@ def read_texts(plan: Plan) -> list[str]:
     for container in recipe.containers:
         container.require(plan.source, plan.spec)
     tokenizer = load_tokenizer(plan.source, plan.original.vocab_size)
-    lines = [f"tokenizer: {d.wanted} -> {d.used} ({d.reason})" for d in prove(tokenizer)]
+    lines = [str(departure) for departure in prove(tokenizer)]
     text, remote = recipe.calibration, list(_remote(plan))
     if plan.needs_calibration and text.dataset not in remote:
         calibration_windows(
