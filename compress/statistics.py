@@ -85,7 +85,7 @@ class Statistics:
     """What a solver receives: means per unit weight.
 
     gram [n, n]; drift [n, n] or None; residual [m, n] or None; tokens seen; borrowed: share of the gram that comes
-    from the pool, 0 to 1.
+    from the pool, 0 to 1; weight: the own weight that a sum over all tokens would have.
     """
 
     gram: Tensor
@@ -93,6 +93,7 @@ class Statistics:
     residual: Tensor | None
     tokens: int
     borrowed: float = 0.0
+    weight: float = 1.0
 
 
 def blend(own: Moments, pool: Moments | None, strength: float) -> Statistics:
@@ -119,6 +120,7 @@ def blend(own: Moments, pool: Moments | None, strength: float) -> Statistics:
         None if own.residual is None else mixed(own.residual, None if pool is None else pool.residual),
         own.tokens,
         share,
+        own.weight,
     )
 
 

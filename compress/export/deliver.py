@@ -158,12 +158,13 @@ def described(plan: Plan, written: _Written) -> Artifact:
     staging = written.roots[0].parent
     weight_bytes = sum(f.stat().st_size for f in written.files)
     single = bool(CONTAINERS[written.export.container].suffix)
+    shipped = weight_bytes if single else sum((staging / name).stat().st_size for name in written.sha256)
     return Artifact(
         container=written.export.container,
         path=written.roots[0].name,
-        bytes=weight_bytes if single else sum((staging / name).stat().st_size for name in written.sha256),
+        bytes=shipped,
         bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
-        ratio=weight_bytes / plan.source_bytes,
+        ratio=shipped / plan.source_bytes,
         sha256=combined(written.sha256),
         files=dict(written.sha256),
     )

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from compress.errors import CompressError
 from compress.files import write_synced
 from compress.scoring.divergence import Scores
-from compress.scoring.results import Fallback, TaskScore, Value
+from compress.scoring.results import Fallback, Speed, TaskScore, Value
 
 FORMAT = 1
 FILE_NAME = "scorecard.json"
@@ -31,7 +31,8 @@ class Artifact(Value):
 
     path is relative to the scorecard; bytes all files that must be shipped to run it; bits_per_weight
     everything stored for the weights (scales, zero points, padding) * 8 / weights of the original. `ratio` is
-    bytes over the original's bytes. `scores.engine` says which engine gave the logits. files: sha256 (hex) of every file
+    `bytes` over the bytes of the original's weight files: the share of the original. scores: on the suite's first text;
+    texts: on every one of them, by name; speed: where it was asked for. `scores.engine` says which engine gave the logits. files: sha256 (hex) of every file
     that is shipped, by its path relative to the scorecard; sha256: that of the only file, or of several the sha256 of the
     lines `<sha256>  <path>` that `sha256sum` prints of them, sorted by path. Cards of models that were only scored, and
     of versions before there were checksums, have neither.
@@ -47,6 +48,8 @@ class Artifact(Value):
     delivered: bool = True
     scores: Scores | None = None
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
+    texts: dict[str, Scores] = Field(default_factory=dict)
+    speed: Speed | None = None
 
     @field_validator("files")
     @classmethod
@@ -58,14 +61,36 @@ class Artifact(Value):
 
 
 class Base(Value):
-    """The original: bytes of its weight files and its own scores on the same windows and documents; all None when
-    a model was scored on its own."""
+    """The original: bytes of its weight files and its own scores on the same windows and documents, its own speed beside
+    the artifacts'; all None when a model was scored on its own."""
 
     bytes: int | None
     bits_per_weight: float | None = None
     parameters: int | None = None
     scores: Scores | None = None
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
+    texts: dict[str, Scores] = Field(default_factory=dict)
+    speed: Speed | None = None
+
+
+def share_of(artifact: Artifact, base: Base) -> float | None:
+    """Bytes of all files of an artifact over those of the original's weight files; None where there is no original."""
+    return artifact.bytes / base.bytes if base.bytes else artifact.ratio
+
+
+class LayerError(Value):
+    """How far the outputs of all tensors of one layer and role are from those of the target they were solved for.
+
+    layer: None outside the layers (embeddings, head); codec: what most of their weights are stored in. error: squared
+    error over squared output, both summed over the tensors and the calibration tokens that reached them (what solvers
+    minimise); 0 is exact. parameters: weights in them.
+    """
+
+    layer: int | None
+    role: str
+    codec: str
+    error: float
+    parameters: int
 
 
 class Experts(Value):
@@ -121,6 +146,8 @@ class Scorecard(Value):
     versions: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     format: int = FORMAT
+    errors: tuple[LayerError, ...] = ()
+    suite: str | None = None
 
     @property
     def files(self) -> dict[str, str]:
@@ -174,7 +201,9 @@ def read(path: str | Path) -> Scorecard:
 
 
 # Estimates that overflow (perplexity of a destroyed model) are null in JSON, which has no infinity.
-_ESTIMATES = {"perplexity": ("value",), "base_perplexity": ("value",), "perplexity_ratio": ("value",)}
+_ESTIMATES = dict.fromkeys(
+    ("perplexity", "base_perplexity", "perplexity_ratio", "word_perplexity", "byte_perplexity"), ("value",)
+)
 
 
 def _plain(value: Any) -> Any:

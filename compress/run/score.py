@@ -107,7 +107,7 @@ def score_target(
     checks = (*card.gate.checks, *(Check(name="original", passed=False, detail=doubt) for doubt in doubts if strict))
     gate = Gate(passed=all(check.passed for check in checks), checks=checks)
     notes = doubts if note is None else (note, *doubts)
-    return card.model_copy(update={"notes": notes, "gate": gate})
+    return card.model_copy(update={"notes": notes, "gate": gate, "suite": chosen.name})
 
 
 def _open(target: str, against: str | None) -> Target:
@@ -170,7 +170,7 @@ def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...
         path=found.name,
         bytes=found.bytes,
         bits_per_weight=round(8 * found.weight_bytes / found.model.parameters, 4),
-        ratio=None if original is None else found.weight_bytes / original.bytes,
+        ratio=None if original is None else found.bytes / original.bytes,
         scores=measured.scores,
         tasks=measured.tasks,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from compress import __version__
 from compress.export.deliver import Delivery
 from compress.plan.plan import Plan
 from compress.report.progress import Reporter
-from compress.report.scorecard import Base, Experts, Gate, Scorecard
+from compress.report.scorecard import Base, Experts, Gate, LayerError, Scorecard
 from compress.run.claim import TEXT, run_digest
 from compress.run.inspect import INSPECTED
 from compress.run.recover import RECOVERED
@@ -85,7 +86,30 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         calibration=plan.recipe.portable()["calibration"] if plan.needs_calibration else {},
         versions={"compress": __version__, "torch": torch.__version__},
         notes=(*plan.warnings, *journal.units[INSPECTED]["doubts"], *results.doubts, *structure_notes(plan, journal)),
+        errors=tuple(layer_errors(plan, solved)),
+        suite=None if plan.recipe.score is None else Path(plan.recipe.score.suite).stem,
     )
+
+
+def layer_errors(plan: Plan, solved: Sequence[Mapping[str, Any]]) -> Iterator[LayerError]:
+    """What solving lost, per layer and role in the order of the plan. A sum of squares over a sum of squares: tensors count by
+    their output, experts that few tokens reached hardly at all; alike where there is no output whatever."""
+    groups: dict[tuple[int | None, str], list[Mapping[str, Any]]] = {}
+    order = {t.name: number for number, t in enumerate(plan.tensors)}
+    for s in sorted(solved, key=lambda s: order[s["name"]]):
+        spec = plan.by_name[s["name"]].spec
+        groups.setdefault((spec.layer, spec.role), []).append(s)
+    for (layer, role), members in groups.items():
+        energies = [s["energy"] for s in members]
+        weights = energies if sum(energies) > 0 else [1.0] * len(members)
+        error = sum(w * s["error"] for w, s in zip(weights, members, strict=True)) / sum(weights)
+        sizes: dict[str, int] = {}
+        for s in members:
+            sizes[s["codec"]] = sizes.get(s["codec"], 0) + plan.by_name[s["name"]].spec.parameters
+        codec = max(sizes, key=lambda name: sizes[name])
+        yield LayerError(
+            layer=layer, role=role, codec=codec, error=float(f"{error:.6g}"), parameters=sum(sizes.values())
+        )
 
 
 def _of_codecs(plan: Plan) -> Iterator[Fallback]:

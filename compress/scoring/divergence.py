@@ -70,6 +70,9 @@ class Scores:
     window_length, stride         tokens; stride equals window_length
     tokenizer                     what made the windows;  engine: the source that gave the candidate's logits
     text_digest                   sha256 (16 hex) of the token ids: scores are comparable only if it is equal
+    text, protocol                name of the text set; how its windows were made and which tokens count
+    documents                     independent units behind every interval
+    word_perplexity, byte_perplexity   exp of the negative log-likelihood per word and per UTF-8 byte of the scored text
     """
 
     perplexity: Interval
@@ -84,6 +87,11 @@ class Scores:
     perplexity_ratio: Interval | None = None
     kld: Divergence | None = None
     top1_agreement: Interval | None = None
+    text: str = ""
+    protocol: str = "default"
+    documents: int | None = None
+    word_perplexity: Interval | None = None
+    byte_perplexity: Interval | None = None
 
     def of_reference(self, engine: str = "original") -> Scores:
         """The reference's own scores on the same windows (perplexity only); ValueError if there was none."""

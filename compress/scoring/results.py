@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.scoring.divergence import Interval
 
 
 class Value(BaseModel):
@@ -13,9 +15,19 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class Flips(Value):
+    """Answers that changed against the original, as shares of the n documents: `lost` were right in the original and are
+    wrong now, `gained` the other way round. The change of accuracy is gained - lost."""
+
+    n: int
+    lost: Interval
+    gained: Interval
+
+
 class TaskScore(Value):
     """One row of compress.scoring.tasks.run_tasks. `difference` is against the original, paired by document:
-    {"value", "low", "high"} from compress.scoring.tasks.compare."""
+    {"value", "low", "high"} from compress.scoring.tasks.compare. flips: for tasks with right and wrong answers; group: the
+    heading under which a table shows the task."""
 
     metric: str
     value: float | None
@@ -23,6 +35,36 @@ class TaskScore(Value):
     high: float | None = None
     n: int
     difference: dict[str, Any] | None = None
+    flips: Flips | None = None
+    group: str = ""
+
+
+class Spread(Value):
+    """Median of repeated measurements, with the least and the greatest of them."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Speed(Value):
+    """How fast one engine runs a model, measured in turns with the original.
+
+    prompt, generation: tokens/s; first_token: seconds from a prompt of `prompt_tokens` to the first new token; load:
+    seconds; peak_bytes: resident memory. ratio: of those measures, by name, to the original's in the same run.
+    """
+
+    engine: str
+    threads: int
+    prompt_tokens: int
+    generated_tokens: int
+    repetitions: int
+    prompt: Spread
+    generation: Spread
+    first_token: Spread
+    load: Spread
+    peak_bytes: int
+    ratio: dict[str, Spread] = Field(default_factory=dict)
 
 
 class Fallback(Value):

@@ -18,7 +18,7 @@ from compress.codecs import block_codec
 from compress.decode import decode, in_checkpoint_order
 from compress.models.spec import TensorSpec
 from compress.solve.shrunk import Shrunk, as_floats, factorize_tensor, prune_tensor
-from compress.solvers.base import Solution
+from compress.solvers.base import Solution, energy
 from compress.solvers.options import Asks
 from compress.statistics import Statistics, corrected_target
 from compress.transforms.incoherence import Incoherence, pack_signs
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solved:
-    """How one tensor came out: relative gram-weighted error, damping used, tokens seen, share borrowed."""
+    """How one tensor came out: relative gram-weighted error, damping used, tokens seen, share borrowed, and its
+    squared output over all those tokens, which weighs its error among others."""
 
     name: str
     codec: str
@@ -40,6 +41,7 @@ class Solved:
     retries: int = 0
     tokens: int | None = None
     borrowed: float = 0.0
+    energy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def solve_tensor(
         target = target[:, order]
         gram = None if gram is None else gram[order][:, order]
     solution = options.implementation.solve(target, gram, codec, options)
-    return Outcome(solution, incoherence, _report(planned, solution, statistics), order)
+    return Outcome(solution, incoherence, _report(planned, solution, statistics, energy(target, gram)), order)
 
 
 def column_order(planned: PlannedTensor) -> Tensor | None:
@@ -136,10 +138,11 @@ def _shrunk(planned: PlannedTensor, weight: Tensor, statistics: Statistics | Non
     gram = torch.eye(weight.shape[1], device=weight.device) if statistics is None else statistics.gram
     target = weight if statistics is None else _corrected(weight, statistics, planned.asks)
     shrunk = (prune_tensor if planned.pattern is not None else factorize_tensor)(planned, target, gram)
-    return Shipped(shrunk.packed, _report(planned, shrunk, statistics))
+    return Shipped(shrunk.packed, _report(planned, shrunk, statistics, energy(target, gram)))
 
 
-def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Statistics | None) -> Solved:
+def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Statistics | None, mean: float) -> Solved:
+    """mean: squared output per unit weight."""
     return Solved(
         planned.name,
         planned.codec,
@@ -149,6 +152,7 @@ def _report(planned: PlannedTensor, result: Solution | Shrunk, statistics: Stati
         result.retries,
         None if statistics is None else statistics.tokens,
         0.0 if statistics is None else statistics.borrowed,
+        mean if statistics is None else mean * statistics.weight,
     )
 
 

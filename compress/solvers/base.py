@@ -41,10 +41,21 @@ class Solution:
 
 def relative_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
     """tr((W-Q) G (W-Q)^T) / tr(W G W^T). weight, quantized: float32 [R, n] of any size; gram: float32 [n, n]."""
-    # squares of very small or large weights leave float32; a power of two costs no digit
-    unit = 2.0 ** -max(frexp(float(weight.abs().max()))[1], -126)
+    unit = _unit(weight)
     delta, weight = (weight - quantized).mul_(unit), weight * unit
     return float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp_min(TINY))
+
+
+def energy(weight: Tensor, gram: Tensor | None) -> float:
+    """tr(W G W^T), the mean squared output. weight: float32 [R, n] of any size; gram: float32 [n, n], None: identity."""
+    unit = _unit(weight)
+    weight = weight * unit
+    return float(((weight if gram is None else weight @ gram) * weight).sum()) / unit**2
+
+
+def _unit(weight: Tensor) -> float:
+    """A power of two, which costs no digit, that brings weights to one: squares of very small or large ones leave float32."""
+    return 2.0 ** -max(frexp(float(weight.abs().max()))[1], -126)
 
 
 def damped_gram(gram: Tensor, damping: float, tries: int = 8) -> tuple[Tensor, float, int]:
