@@ -1,0 +1,111 @@
+"""The original's next-token distributions, kept small: the most probable tokens of every position, and a sample of the rest.
+
+KL(p || q) = sum of p log(p / q) + q - p over all tokens, whose terms are never negative. Over the k kept tokens the sum is
+exact; over the rest it is p(rest) times the mean of r - 1 - log r with r = q / p over tokens drawn from p among them:
+without bias, and as r is near 1 with little spread (estimator k3 of Schulman, "Approximating KL divergence", 2020).
+Natural logarithms; a position is a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.scoring.divergence import CHUNK_ELEMENTS, TokenStats
+
+LEAST, DRAWN = 256, 64  # tokens that are kept of a position at least, and drawn from the others
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Distributions of T positions over V tokens.
+
+    ids: integers [T, k], ascending; log_p: float32 [T, k]; drawn: integers [T, DRAWN] from the other tokens by their
+    probability, log_drawn float32 their own, rest: float64 [T], the mass of all others, 0 where there are none; first:
+    integers [T], the most probable; nll: float64 [T], of the tokens that really followed.
+    """
+
+    ids: np.ndarray
+    log_p: np.ndarray
+    drawn: np.ndarray
+    log_drawn: np.ndarray
+    rest: np.ndarray
+    first: np.ndarray
+    nll: np.ndarray
+
+
+def kept_tokens(positions: int, vocabulary: int, budget: int) -> int:
+    """How many tokens of each of so many positions fit into `budget` bytes: all of them, or as many, at least LEAST."""
+    each = _ids(vocabulary).itemsize + np.dtype(np.float32).itemsize
+    return min(vocabulary, max(LEAST, budget // (each * max(positions, 1)) - DRAWN))
+
+
+def keep(logits: np.ndarray, targets: np.ndarray, k: int, seed: int = 0) -> Kept:
+    """What is kept of logits float32 [T, V], row t predicting targets[t]; 0 < k <= V. In float64; seed: of the draw."""
+    rows, vocabulary = logits.shape
+    start: np.ndarray = np.random.default_rng(seed).random(rows)
+    parts = []
+    for part in _slices(rows, vocabulary):
+        log_all = _log_softmax(logits[part])
+        if k == vocabulary:
+            top = np.broadcast_to(np.arange(vocabulary), log_all.shape)
+            drawn, rest = np.zeros((len(top), DRAWN), np.int64), np.zeros(len(top))
+        else:
+            order = np.argpartition(log_all, vocabulary - k, axis=1)
+            top, others = np.sort(order[:, vocabulary - k :], axis=1), order[:, : vocabulary - k]
+            drawn, rest = _draw(log_all, np.sort(others, axis=1), start[part])
+        log_p, log_drawn = (np.take_along_axis(log_all, ids, axis=1).astype(np.float32) for ids in (top, drawn))
+        kind, nll = _ids(vocabulary), -log_all[np.arange(len(top)), targets[part]]
+        first = logits[part].argmax(axis=1)
+        parts.append((top.astype(kind), log_p, drawn.astype(kind), log_drawn, rest, first, nll))
+    return Kept(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _draw(log_all: np.ndarray, others: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DRAWN of the tokens `others` [T, V - k], by their probability, systematically from start [T] in [0, 1); their mass."""
+    mass = np.exp(np.take_along_axis(log_all, others, axis=1)).cumsum(axis=1)
+    rest = mass[:, -1]
+    points = (np.arange(DRAWN) + start[:, None]) / DRAWN * rest[:, None]
+    found = np.stack([np.searchsorted(row, at, side="right") for row, at in zip(mass, points, strict=True)])
+    return np.take_along_axis(others, found.clip(max=others.shape[1] - 1), axis=1), rest
+
+
+def compare(kept: Kept, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
+    """The candidate's logits float32 [T, V] beside what was kept of the reference; see `token_stats`, whose KL this is
+    where all tokens are kept."""
+    rows, vocabulary = logits.shape
+    nll, kld = np.empty(rows), np.empty(rows)
+    for part in _slices(rows, vocabulary):
+        log_all = _log_softmax(logits[part])
+        kld[part] = _terms(kept.log_p[part], log_all, kept.ids[part], weighted=True).sum(axis=1)
+        if kept.ids.shape[1] < vocabulary:
+            kld[part] += kept.rest[part] * _terms(kept.log_drawn[part], log_all, kept.drawn[part]).mean(axis=1)
+        nll[part] = -log_all[np.arange(len(log_all)), targets[part]]
+    return TokenStats(kept.nll, nll, kld, logits.argmax(axis=1) == kept.first)
+
+
+def _terms(log_p: np.ndarray, log_all: np.ndarray, ids: np.ndarray, *, weighted: bool = False) -> np.ndarray:
+    """r - 1 - log r of some tokens, times p where weighted; float64."""
+    log_p = log_p.astype(np.float64)
+    log_r = np.take_along_axis(log_all, ids.astype(np.int64), axis=1) - log_p
+    terms = np.expm1(log_r) - log_r
+    return np.exp(log_p) * terms if weighted else terms
+
+
+def _ids(vocabulary: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
+
+
+def _slices(rows: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 [T, V]."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
