@@ -36,7 +36,7 @@ class KeptWindows:
         if self.folder is None:
             return None
         try:
-            with np.load(self._path(number), allow_pickle=False) as parts:
+            with self._path(number).open("rb") as file, np.load(file, allow_pickle=False) as parts:
                 return Kept(**{name: parts[name] for name in parts.files})
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
             return None

@@ -45,7 +45,7 @@ def kept_tokens(positions: int, vocabulary: int, budget: int) -> int:
 def keep(logits: np.ndarray, targets: np.ndarray, k: int, seed: int = 0) -> Kept:
     """What is kept of logits float32 [T, V], row t predicting targets[t]; 0 < k <= V. In float64; seed: of the draw."""
     rows, vocabulary = logits.shape
-    start: np.ndarray = np.random.default_rng(seed).random(rows)
+    start = np.random.default_rng(seed).random((rows,))
     parts = []
     for part in _slices(rows, vocabulary):
         log_all = _log_softmax(logits[part])

@@ -1,0 +1,51 @@
+"""Throughput: how repetitions become figures, and that the engines really do what is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.engines import timing
+from compress.engines.timing import Job, time_in_turns
+from compress.errors import CompressError
+from compress.scoring.speed import Timing, summarise
+
+DEMO = Path(__file__).resolve().parents[3] / "models" / "tiny-qwen3-moe"
+
+
+def test_medians_spreads_and_paired_ratios():
+    variant = [Timing(1, 0.2, 100, 10, 500), Timing(2, 0.4, 90, 30, 700), Timing(3, 0.3, 80, 20, 600)]
+    original = [Timing(2, 0.4, 50, 10, 1000), Timing(2, 0.4, 30, 10, 1400), Timing(2, 0.1, 80, 10, 1000)]
+    speed = summarise(variant, original, engine="e", threads=2, prompt=8, generated=4)
+    assert (speed.load.median, speed.load.low, speed.load.high) == (2, 1, 3)
+    assert (speed.generation.median, speed.generation.low, speed.generation.high) == (20, 10, 30)
+    assert speed.peak_bytes == 700 and speed.repetitions == 3
+    ratio = speed.ratio["prompt"]  # of each turn: 2, 3, 1
+    assert (ratio.median, ratio.low, ratio.high) == (2, 1, 3)
+    assert summarise(variant, engine="e", threads=2, prompt=8, generated=4).ratio == {}
+
+
+def test_models_take_turns(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        timing, "_in_own_process", lambda request: seen.append(request.files[0]) or Timing(1, 1, 1, 1, 1)
+    )
+    jobs = {name: Job("llama.cpp", (Path(name),)) for name in ("a", "b")}
+    found = time_in_turns(jobs, [1, 2], generated=1, repetitions=2)
+    assert seen == ["a", "b", "a", "b"] and {name: len(timings) for name, timings in found.items()} == {"a": 2, "b": 2}
+
+
+def test_a_real_engine_is_timed_in_a_process_of_its_own():
+    """Rates are those of the counts of tokens: a prompt takes its tokens over its rate."""
+    job = Job("transformers", (DEMO / "model.safetensors",))
+    (found,) = time_in_turns({"demo": job}, list(range(1, 9)), generated=2, repetitions=1)["demo"]
+    assert found.load > 0 and found.first_token > 0 and found.prompt > 0 and found.generation > 0
+    assert found.peak_bytes > 20 << 20
+
+
+def test_an_engine_that_refuses_says_why(tmp_path):
+    pytest.importorskip("llama_cpp")
+    (file := tmp_path / "broken.gguf").write_bytes(b"GGUF nothing")
+    with pytest.raises(CompressError, match=r"llama.cpp could not be timed on broken.gguf: .*cannot load"):
+        time_in_turns({"broken": Job("llama.cpp", (file,))}, [1], generated=1, repetitions=1)
