@@ -4,7 +4,7 @@
 
 llama-quantize gets an imatrix of the very windows that our solvers see (mean squared input of every column, per
 expert, as llama-imatrix computes it). Both files and the float32 reference run in llama.cpp. The ratio of mean KL
-divergences comes with a 95% interval over windows, paired.
+divergences comes with a 95% interval over documents, paired.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from compress.run import compress_model, load_calibration
 from compress.scoring.divergence import paired_ratio, score_many
 from compress.streaming.journal import Journal
 from compress.streaming.walk import walk
-from compress.text import eval_windows, load_tokenizer
+from compress.text import EvalWindows, eval_windows, load_tokenizer
 from compress.weights import Packed
 
 TYPES = (
@@ -103,12 +103,12 @@ def reference(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Path:
     return gguf.write(WriteRequest(folder / "original.gguf", plan.spec, tensors, fetch, source=plan.source))[0]
 
 
-def exact(plan: Plan, checkpoint: Checkpoint, theirs: Path, mine: Path, windows: np.ndarray) -> str:
+def exact(plan: Plan, checkpoint: Checkpoint, theirs: Path, mine: Path, windows: EvalWindows) -> str:
     """The ratio of KL divergences when both files' decoded weights are run in float32, without an engine's rounding."""
     a, b = (StreamedSource(plan.spec, gguf.open_dense(path, plan.spec), path.stem) for path in (theirs, mine))
     original = StreamedSource(plan.spec, checkpoint.load, "original")
     (_, their_windows), (_, our_windows) = score_many(original, [a, b], windows)
-    ratio = paired_ratio(our_windows.kld, their_windows.kld)
+    ratio = paired_ratio(our_windows.kld, their_windows.kld, our_windows.documents)
     return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
@@ -147,7 +147,7 @@ def main() -> None:
             }
             with LlamaCpp(source) as base, LlamaCpp(theirs) as a, LlamaCpp(mine) as b:
                 (their_scores, their_windows), (our_scores, our_windows) = score_many(base, [a, b], windows)
-            ratio = paired_ratio(our_windows.kld, their_windows.kld)
+            ratio = paired_ratio(our_windows.kld, their_windows.kld, our_windows.documents)
             cells = [case, f"{plan.bytes:,}", f"{their_scores.kld.mean:.5f}", f"{our_scores.kld.mean:.5f}"]
             cells += [f"**{ratio.value:.3f}**", f"{ratio.low:.3f} to {ratio.high:.3f}"]
             cells += [f"{s.top1_agreement.value:.1%}" for s in (their_scores, our_scores)]

@@ -48,11 +48,12 @@ def prove_tokenizer(plan: Plan) -> list[Fallback]:
 
 
 def require_suite(plan: Plan) -> None:
-    """Read the text and the documents that scores will want. CalibrationError where one cannot be had, or holds a token that
+    """Read the texts and the documents that scores will want. CalibrationError where one cannot be had, or holds a token that
     the model has no row for."""
     assert plan.recipe.score is not None
     suite, tokenizer = load_suite(plan.recipe.score.suite), plan_tokenizer(plan)
-    eval_windows(suite.text, tokenizer, windows=suite.windows, length=suite.length)
+    for text in suite.texts.values():
+        eval_windows(text.text, tokenizer, windows=text.windows, protocol=text.protocol)
     for name, limit in suite.tasks.items():
         texts = [
             value for row in task_documents(name, limit or None) for value in row.values() if isinstance(value, str)

@@ -91,15 +91,18 @@ def check_windows(plan: Plan) -> np.ndarray:
         return np.random.default_rng(plan.recipe.seed).integers(0, plan.spec.vocab_size, size, dtype=np.int32)
     tokenizer = plan_tokenizer(plan)
     if plan.recipe.score is not None:
-        suite = load_suite(plan.recipe.score.suite)
+        text = next(iter(load_suite(plan.recipe.score.suite).texts.values()))
         return eval_windows(
-            suite.text, tokenizer, windows=min(CHECK_WINDOWS, suite.windows), length=min(longest, suite.length)
-        )
-    text = plan.recipe.calibration
+            text.text,
+            tokenizer,
+            windows=min(CHECK_WINDOWS, text.windows or CHECK_WINDOWS),
+            length=min(longest, text.protocol.length),
+        ).tokens
+    calibration = plan.recipe.calibration
     return calibration_windows(
-        text.dataset,
+        calibration.dataset,
         tokenizer,
-        samples=min(CHECK_WINDOWS, text.samples),
-        length=min(longest, text.length),
+        samples=min(CHECK_WINDOWS, calibration.samples),
+        length=min(longest, calibration.length),
         seed=plan.recipe.seed,
     )

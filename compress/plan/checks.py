@@ -40,11 +40,12 @@ def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
         )
     if recipe.score is not None:
         suite = load_suite(recipe.score.suite)
-        if suite.length > spec.max_positions:
-            problems.append(
-                f"suite {suite.name} scores windows of {suite.length} tokens, the model allows "
-                f"{spec.max_positions}; choose another suite or score: false"
-            )
+        problems += [
+            f"suite {suite.name} scores windows of {text.protocol.length} tokens of {text.text}, the model allows "
+            f"{spec.max_positions}; choose another suite or score: false"
+            for text in suite.texts.values()
+            if text.protocol.length > spec.max_positions
+        ]
     elif recipe.gate.max_kld is not None or recipe.gate.max_perplexity_ratio is not None:
         problems.append("gate: its limits need scores, and score is false; set a suite or drop the limits")
     return problems

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from compress.plan.plan import Plan
 from compress.text import (
+    SuiteText,
     calibration_windows,
     eval_windows,
     find_data,
@@ -19,7 +20,7 @@ from compress.text.probes import prove
 
 
 def read_texts(plan: Plan) -> list[str]:
-    """Read what calibration and scores will read, as far as it lies on this machine, no further than they do. Returns what
+    """Read what calibration and scores will read, as far as it lies on this machine. Returns what
     deserves a line.
 
     Raises CalibrationError for texts that are missing, empty, too short or unknown to the tokenizer; CheckpointError for
@@ -43,16 +44,20 @@ def read_texts(plan: Plan) -> list[str]:
             text.dataset, tokenizer, samples=text.samples, length=text.length, seed=recipe.seed,
             max_positions=plan.spec.max_positions,
         )  # fmt: skip
-    if recipe.score is not None and (suite := load_suite(recipe.score.suite)).text not in remote:
-        eval_windows(suite.text, tokenizer, windows=suite.windows, length=suite.length)
+    for scored in _scored(plan):
+        if scored.text not in remote:
+            eval_windows(scored.text, tokenizer, windows=scored.windows, protocol=scored.protocol)
     return lines + [f"{name} is on the hub: it is read when a run starts" for name in remote]
+
+
+def _scored(plan: Plan) -> Iterable[SuiteText]:
+    return () if plan.recipe.score is None else load_suite(plan.recipe.score.suite).texts.values()
 
 
 def _remote(plan: Plan) -> Iterator[str]:
     """Texts that would have to be downloaded."""
     if plan.needs_calibration and reads_hub(load_definition(find_data("calibration", plan.recipe.calibration.dataset))):
         yield plan.recipe.calibration.dataset
-    if plan.recipe.score is not None:
-        name = load_suite(plan.recipe.score.suite).text
+    for name in dict.fromkeys(scored.text for scored in _scored(plan)):
         if reads_hub(load_definition(find_data("eval", name))):
             yield name

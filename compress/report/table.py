@@ -190,7 +190,7 @@ def _evaluation_facts(scorecard: Scorecard) -> str:
         f"Token perplexity, {scores.windows} windows of {scores.window_length} tokens, stride "
         f"{scores.stride},\ntokenizer {scores.tokenizer}, text {scores.text_digest}. "
         "KL divergence in nats per token.\n"
-        "[low, high]: 95% intervals; the independent units are windows and task documents."
+        "[low, high]: 95% intervals; the independent units are documents of the texts and of the tasks."
     )
 
 

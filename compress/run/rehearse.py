@@ -40,7 +40,7 @@ from compress.streaming.activations import Activations
 from compress.streaming.journal import Journal
 from compress.streaming.placement import Placement
 from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
-from compress.text import Suite, Tokenizer, calibration_windows, load_suite, task_documents
+from compress.text import Suite, Tokenizer, calibration_windows, eval_windows, load_suite, task_documents
 from compress.weights import Loader, Packed
 
 SHARE = 8  # an eighth of the calibration windows
@@ -333,9 +333,12 @@ def _outer_solve(planned: PlannedTensor, load: Loader) -> float:
 
 
 def _score(spec: ModelSpec, suite: Suite, tokenizer: Tokenizer, blocks: Sequence[_Block]) -> float:
-    """Both models over the suite's text and tasks; engines are taken to be as fast as our own forward pass."""
+    """Both models over the suite's texts and tasks; engines are taken to be as fast as our own forward pass."""
     clock = _Clock()
-    text = suite.windows * suite.length
+    text = sum(
+        eval_windows(part.text, tokenizer, windows=part.windows, protocol=part.protocol).tokens.size
+        for part in suite.texts.values()
+    )
     tokens = text
     if suite.tasks and find_spec("lm_eval") is not None:
         with clock("imports"):  # seconds, and as cold here as in the run
@@ -349,7 +352,7 @@ def _score(spec: ModelSpec, suite: Suite, tokenizer: Tokenizer, blocks: Sequence
         logits = (states @ head.T).numpy()
     with clock("compare"):
         token_stats(logits, logits, np.zeros(HEAD_TOKENS, dtype=np.int64))
-    passes = 2 if suite.tasks else 1  # of the original, whose weights are read anew in each
+    passes = len(suite.texts) + bool(suite.tasks)  # of the original, whose weights are read anew in each
     return (
         clock["imports"]
         + sum(2 * tokens * b.token + passes * b.load for b in blocks)

@@ -1,11 +1,12 @@
-"""Token perplexity and divergence from the original, with intervals that respect correlated tokens.
+"""Token perplexity and divergence from the original, with intervals over documents.
 
-Every window of T tokens is scored on its own: position t (0 <= t <= T-2) predicts token t+1, windows do not
-overlap (stride = T), and the last row of logits is unused. This is token perplexity, never word perplexity.
+Every window of T tokens is scored on its own: position t (0 <= t <= T-2) predicts token t+1, and the last row of logits is
+unused. Which tokens count, and whether windows overlap, is the text's protocol (`compress.text.protocol`). Perplexity is
+per token; per word and per byte it is the same total divided by what the tokens spell, which makes models with other
+tokenizers comparable. The three are never mixed.
 
-Tokens inside a window are alike, so a standard error over tokens is too small (llama-perplexity's is up to
-1.5x too small). All intervals here are 95% Student t intervals over window means, N-1 degrees of freedom,
-which is the cluster-robust interval for clusters of one size. One window gives no interval (None).
+Windows of one document are alike, and tokens of one window more so: all intervals are those of `compress.scoring.intervals`,
+with documents as clusters. One document gives no interval (None). Quantiles of KL are point estimates.
 
 Units: nats per token. KL is KL(reference || candidate), as in llama-perplexity --kl-divergence.
 """
@@ -13,37 +14,42 @@ Units: nats per token. KL is KL(reference || candidate), as in llama-perplexity 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from compress.errors import CalibrationError, CheckpointError, NumericalError
+from compress.scoring.intervals import (
+    Interval,
+    exponential,
+    mean_interval,
+    paired_difference,
+    paired_ratio,
+    ratio_of_sums,
+)
 from compress.scoring.source import LogitSource
+from compress.text import EvalWindows
 
-CONFIDENCE = 0.95
+__all__ = [
+    "Divergence", "Interval", "Scores", "TokenStats", "WindowStats", "exponential", "frequency_perplexity", "mean_interval",
+    "paired_difference", "paired_ratio", "score", "score_many", "token_nll", "token_stats",
+]  # fmt: skip
+
 # Float64 working set per temporary array; a window of a 150k vocabulary is worked through in slices of rows.
 CHUNK_ELEMENTS = 2**22
 
 Progress = Callable[[int, int], None]
 
 
-def frequency_perplexity(windows: np.ndarray) -> float:
-    """exp of the entropy of the predicted tokens' frequencies, with Miller and Madow's correction for the few tokens that
-    they were counted on: (kinds - 1) / 2 n nats (Miller 1955). windows: [windows, length] token ids."""
-    counts = np.unique(windows[:, 1:], return_counts=True)[1]
+def frequency_perplexity(windows: EvalWindows) -> float:
+    """exp of the entropy of the counted tokens' frequencies, with Miller and Madow's correction for the few tokens that
+    they were counted on: (kinds - 1) / 2 n nats (Miller 1955)."""
+    counted = [row[first:] for row, first in zip(windows.tokens, windows.first, strict=True)]
+    counts = np.unique(np.concatenate(counted), return_counts=True)[1]
     shares = counts / counts.sum()
     return float(np.exp(-(shares * np.log(shares)).sum() + (len(counts) - 1) / (2 * counts.sum())))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A point estimate and its 95% interval; low and high are None when one window allows none."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,14 @@ class Scores:
     perplexity, base_perplexity   exp of mean negative log-likelihood, candidate and reference
     perplexity_ratio              candidate / reference; paired, so far tighter than the two intervals suggest
     top1_agreement                share of positions where both rank the same token first
-    tokens                        predicted tokens in all: windows * (window_length - 1)
-    window_length, stride         tokens; stride equals window_length
+    tokens                        that count, in all: predicted and scored
+    window_length, stride         tokens; windows of a smaller stride overlap
     tokenizer                     what made the windows;  engine: the source that gave the candidate's logits
-    text_digest                   sha256 (16 hex) of the token ids: scores are comparable only if it is equal
-    text, protocol                name of the text set; how its windows were made and which tokens count
+    text_digest                   sha256 (16 hex) of the token ids and of which count: scores are comparable only if it is equal
+    text, protocol                name of the set, and how it was made windows; see compress.text.protocol
     documents                     independent units behind every interval
-    word_perplexity, byte_perplexity   exp of the negative log-likelihood per word and per UTF-8 byte of the scored text
+    word_perplexity               exp of the total negative log-likelihood per whitespace-separated word
+    byte_perplexity               the same per UTF-8 byte; base_...: the reference's. None where the text is not known
     """
 
     perplexity: Interval
@@ -92,6 +99,8 @@ class Scores:
     documents: int | None = None
     word_perplexity: Interval | None = None
     byte_perplexity: Interval | None = None
+    base_word_perplexity: Interval | None = None
+    base_byte_perplexity: Interval | None = None
 
     def of_reference(self, engine: str = "original") -> Scores:
         """The reference's own scores on the same windows (perplexity only); ValueError if there was none."""
@@ -99,18 +108,22 @@ class Scores:
             raise ValueError("these scores were made without a reference")
         return replace(
             self, perplexity=self.base_perplexity, engine=engine, base_perplexity=None, perplexity_ratio=None,
-            kld=None, top1_agreement=None,
+            kld=None, top1_agreement=None, word_perplexity=self.base_word_perplexity,
+            byte_perplexity=self.base_byte_perplexity, base_word_perplexity=None, base_byte_perplexity=None,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class WindowStats:
-    """Window means, float64 [N] each; feed two of them to `paired_difference` or `paired_ratio`.
+    """Window means, float64 [N] each; feed two of them, `documents` and `counts` to `paired_difference` or `paired_ratio`.
 
-    nll, nll_ref in nats per token; kld in nats; same_top1 in [0, 1]. None without a reference.
+    nll, nll_ref in nats per token; kld in nats; same_top1 in [0, 1]. None without a reference. documents: integers [N];
+    counts: tokens that count, [N].
     """
 
     nll: np.ndarray
+    documents: np.ndarray
+    counts: np.ndarray
     nll_ref: np.ndarray | None = None
     kld: np.ndarray | None = None
     same_top1: np.ndarray | None = None
@@ -171,159 +184,198 @@ def _softmax_parts(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return shifted, mass, np.log(mass.sum(axis=1))
 
 
-def mean_interval(window_means: np.ndarray, low: float = -math.inf, high: float = math.inf) -> Interval:
-    """Mean of [N] window means with its t interval, cut to the range [low, high] the quantity can take."""
-    values = np.asarray(window_means, np.float64)
-    mean = float(values.mean())
-    half = _half_width(values)
-    if half is None:
-        return Interval(mean)
-    return Interval(mean, max(mean - half, low), min(mean + half, high))
+class WindowReference(Protocol):
+    """What the original predicts in one window, in whatever form it is kept: logits, or what a cache has of them."""
+
+    def compare(self, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
+        """A candidate's logits [n, V], row t predicting targets[t], beside the original's at the same places."""
+        ...
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray) -> Interval:
-    """Mean of a - b over the same windows ([N] window means each), with the paired interval."""
-    return mean_interval(_paired(a, b, np.subtract))
+class Reference(Protocol):
+    """An original to compare with, window by window. name, vocab_size: as of LogitSource."""
+
+    name: str
+    vocab_size: int
+
+    def windows(self, windows: EvalWindows) -> Iterator[WindowReference]:
+        """Of each window in order, lazily: the places that count."""
+        ...
 
 
-def paired_ratio(a: np.ndarray, b: np.ndarray) -> Interval:
-    """mean(a) / mean(b) over the same windows ([N] positive window means each), with a paired interval.
+@dataclass(frozen=True)
+class Logits:
+    """A WindowReference that has all logits, float32 [n, V]."""
 
-    The interval is exp(log ratio +- t * se), with se by the delta method: var of a/mean(a) - b/mean(b).
+    rows: np.ndarray
+
+    def compare(self, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
+        return token_stats(self.rows, logits, targets)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A Reference that computes its logits anew."""
+
+    source: LogitSource
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source.vocab_size
+
+    def windows(self, windows: EvalWindows) -> Iterator[WindowReference]:
+        return map(Logits, counted_rows(self.source, windows))
+
+
+def counted_rows(source: LogitSource, windows: EvalWindows) -> Iterator[np.ndarray]:
+    """Logits of each window that predict tokens that count, float32 [counts[i], V].
+
+    Raises NumericalError for logits that are not finite or misshapen; names engine and window.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    relative = _paired(a / a.mean(), b / b.mean(), np.subtract)
-    ratio = float(a.mean() / b.mean())
-    half = _half_width(relative)
-    if half is None:
-        return Interval(ratio)
-    return Interval(ratio, ratio * math.exp(-half), ratio * math.exp(half))
-
-
-def _paired(a: np.ndarray, b: np.ndarray, operation: np.ufunc) -> np.ndarray:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired scores need the same windows, got {a.shape} and {b.shape}")
-    return operation(a, b)
-
-
-def _half_width(values: np.ndarray) -> float | None:
-    """Half the 95% t interval of a mean of independent values [N]; None for one value."""
-    count = len(values)
-    if count < 2:
-        return None
-    from scipy.stats import t
-
-    return float(t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(ddof=1) / math.sqrt(count))
-
-
-def exponential(interval: Interval) -> Interval:
-    """The interval of exp(x) given that of x; a perplexity beyond float64 is infinite."""
-    low, high = (None if x is None else _exp(x) for x in (interval.low, interval.high))
-    return Interval(_exp(interval.value), low, high)
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 709 else math.inf
+    for number, (logits, first) in enumerate(zip(source.logits(list(windows.tokens)), windows.first, strict=True)):
+        _check_logits(source, logits, number, windows.tokens.shape[1])
+        yield logits[first - 1 : -1]
 
 
 def score(
-    reference: LogitSource | None,
+    reference: LogitSource | Reference | None,
     candidate: LogitSource,
-    windows: np.ndarray,
+    windows: EvalWindows | np.ndarray,
     *,
     tokenizer: str = "unknown",
     progress: Progress | None = None,
 ) -> tuple[Scores, WindowStats]:
-    """Score one candidate on token windows [N, T]; see `score_many`."""
+    """Score one candidate; see `score_many`."""
     return score_many(reference, [candidate], windows, tokenizer=tokenizer, progress=progress)[0]
 
 
 def score_many(
-    reference: LogitSource | None,
+    reference: LogitSource | Reference | None,
     candidates: Sequence[LogitSource],
-    windows: np.ndarray,
+    windows: EvalWindows | np.ndarray,
     *,
     tokenizer: str = "unknown",
     progress: Progress | None = None,
 ) -> list[tuple[Scores, WindowStats]]:
-    """Score several candidates on token windows [N, T] (integers) in one pass over the reference.
+    """Score several candidates in one pass over the reference.
 
-    One window's logits of each source are held at a time. Without a reference only perplexity is given.
-    progress(done, total) is called after each window. tokenizer is recorded, not used.
+    windows: of `eval_windows`, or any integers [N, T], which count as so many documents. One window's logits of each
+    source are held at a time. Without a reference only perplexity is given. progress(done, total) is called after each
+    window. tokenizer is recorded, not used.
 
     Raises CalibrationError (no windows, ids beyond the vocabulary), CheckpointError (vocabularies differ),
     NumericalError (non-finite logits; names engine and window).
     """
-    windows = np.asarray(windows)
-    sources = [*([reference] if reference is not None else []), *candidates]
-    _check(windows, sources)
-    count, length = windows.shape
-    tokens: list[list[TokenStats]] = [[] for _ in candidates]
-    alone: list[list[np.ndarray]] = [[] for _ in candidates]
-    streams = zip(*(source.logits(list(windows)) for source in sources), strict=True)
-    for number, (window, arrays) in enumerate(zip(windows, streams, strict=True)):
-        for source, array in zip(sources, arrays, strict=True):
-            _check_logits(source, array, number, length)
-        for index in range(len(candidates)):
-            targets = window[1:]
-            if reference is None:
-                alone[index].append(token_nll(arrays[index][:-1], targets))
-            else:
-                tokens[index].append(token_stats(arrays[0][:-1], arrays[index + 1][:-1], targets))
+    windows = windows if isinstance(windows, EvalWindows) else EvalWindows.of(windows)
+    original = Computed(reference) if isinstance(reference, LogitSource) else reference
+    _check(
+        windows.tokens, [(source.name, source.vocab_size) for source in (original, *candidates) if source is not None]
+    )
+    tokens: list[list[TokenStats | np.ndarray]] = [[] for _ in candidates]
+    count = len(windows.tokens)
+    kept: Iterable[WindowReference | None] = [None] * count if original is None else original.windows(windows)
+    streams = zip(*(counted_rows(candidate, windows) for candidate in candidates), strict=True)
+    for number, (before, arrays) in enumerate(zip(kept, streams, strict=True)):
+        targets = windows.tokens[number, windows.first[number] :]
+        for rows, found in zip(arrays, tokens, strict=True):
+            found.append(token_nll(rows, targets) if before is None else before.compare(rows, targets))
         if progress is not None:
             progress(number + 1, count)
-
-    digest = hashlib.sha256(np.ascontiguousarray(windows, dtype="<i8").tobytes() + f"{windows.shape}".encode())
-    results = []
-    for index, candidate in enumerate(candidates):
-        facts = {
-            "tokens": count * (length - 1), "windows": count, "window_length": length, "stride": length,
-            "engine": candidate.name, "tokenizer": tokenizer, "text_digest": digest.hexdigest()[:16],
-        }  # fmt: skip
-        if reference is None:
-            nll = np.stack(alone[index]).mean(axis=1)
-            results.append((Scores(exponential(mean_interval(nll)), **facts), WindowStats(nll)))
-        else:
-            results.append(_summary(tokens[index], facts))
-    return results
+    return [
+        summary(found, windows, engine=candidate.name, tokenizer=tokenizer)
+        for candidate, found in zip(candidates, tokens, strict=True)
+    ]
 
 
-def _summary(parts: list[TokenStats], facts: dict) -> tuple[Scores, WindowStats]:
+def summary(
+    parts: Sequence[TokenStats | np.ndarray], windows: EvalWindows, *, engine: str, tokenizer: str
+) -> tuple[Scores, WindowStats]:
+    """Scores of all windows from those of the tokens that count in each: TokenStats, or where there is no reference the
+    negative log-likelihoods alone."""
+    facts = _facts(windows, engine, tokenizer)
+    compared = [part for part in parts if isinstance(part, TokenStats)]
+    if not compared:
+        own = _means(parts)
+        return Scores(**_perplexities(own, windows), **facts), WindowStats(own, windows.documents, windows.counts)
     nll_ref, nll, kld, same = (
-        np.stack([getattr(part, field) for part in parts]) for field in ("nll_ref", "nll_cand", "kld", "same_top1")
+        [getattr(part, field) for part in compared] for field in ("nll_ref", "nll_cand", "kld", "same_top1")
     )
-    own, original, lost, alike = (values.mean(axis=1) for values in (nll, nll_ref, kld, same))
-    mean = mean_interval(lost, low=0.0)
-    median, p99, p999 = (float(x) for x in np.quantile(kld, (0.5, 0.99, 0.999)))
+    own, original, lost, alike = (_means(values) for values in (nll, nll_ref, kld, same))
+    clusters = windows.documents, windows.counts
+    mean = mean_interval(lost, *clusters, low=0.0)
+    tokens = np.concatenate(kld)
+    median, p99, p999 = (float(x) for x in np.quantile(tokens, (0.5, 0.99, 0.999)))
     scores = Scores(
-        perplexity=exponential(mean_interval(own)),
-        base_perplexity=exponential(mean_interval(original)),
-        perplexity_ratio=exponential(paired_difference(own, original)),
-        kld=Divergence(mean.value, mean.low, mean.high, median, p99, p999, float(kld.max())),
-        top1_agreement=mean_interval(alike, low=0.0, high=1.0),
+        **_perplexities(own, windows),
+        **{f"base_{name}": value for name, value in _perplexities(original, windows).items()},
+        perplexity_ratio=exponential(paired_difference(own, original, *clusters)),
+        kld=Divergence(mean.value, mean.low, mean.high, median, p99, p999, float(tokens.max())),
+        top1_agreement=mean_interval(alike, *clusters, low=0.0, high=1.0),
         **facts,
     )
-    return scores, WindowStats(own, original, lost, alike)
+    return scores, WindowStats(own, *clusters, original, lost, alike)
 
 
-def _check(windows: np.ndarray, sources: Sequence[LogitSource]) -> None:
+def _means(parts: Sequence[Any]) -> np.ndarray:
+    """Of what every window has, float64 [N]."""
+    return np.array([np.mean(part) for part in parts], np.float64)
+
+
+def _perplexities(nll: np.ndarray, windows: EvalWindows) -> dict[str, Any]:
+    """Intervals per token, word and byte (None where these are not known), from window means of the negative log-likelihood
+    of a token [N]."""
+    per = {"perplexity": windows.counts, "word_perplexity": windows.words, "byte_perplexity": windows.bytes}
+    totals = nll * windows.counts
+    return {
+        name: exponential(ratio_of_sums(totals, counts, windows.documents))
+        if counts is not None and counts.sum()
+        else None
+        for name, counts in per.items()
+    }
+
+
+def _facts(windows: EvalWindows, engine: str, tokenizer: str) -> dict[str, Any]:
+    """What scores say about their windows."""
+    count, length = windows.tokens.shape
+    digest = hashlib.sha256(np.ascontiguousarray(windows.tokens, "<i8").tobytes() + f"{(count, length)}".encode())
+    if (windows.first > 1).any():
+        digest.update(np.ascontiguousarray(windows.first, "<i8").tobytes())
+    protocol = windows.protocol
+    return {
+        "tokens": int(windows.counts.sum()),
+        "windows": count,
+        "window_length": length,
+        "stride": length if protocol.stride is None else protocol.stride,
+        "engine": engine,
+        "tokenizer": tokenizer,
+        "text_digest": digest.hexdigest()[:16],
+        "text": windows.text,
+        "protocol": str(protocol),
+        "documents": len(np.unique(windows.documents)),
+    }
+
+
+def _check(windows: np.ndarray, sources: Sequence[tuple[str, int]]) -> None:
+    """sources: their names and vocabularies."""
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise CalibrationError(
             f"scoring needs windows of two tokens or more, got {windows.shape}; give more evaluation text"
         )
     if not np.issubdtype(windows.dtype, np.integer):
         raise CalibrationError(f"windows must hold integer token ids, not {windows.dtype}")
-    sizes = {source.vocab_size for source in sources}
+    sizes = {size for _, size in sources}
     if len(sizes) > 1:
-        listing = ", ".join(f"{source.name}: {source.vocab_size}" for source in sources)
+        listing = ", ".join(f"{name}: {size}" for name, size in sources)
         raise CheckpointError(f"vocabularies differ ({listing}); compare a variant with its own original")
     top, bottom = int(windows.max()), int(windows.min())
-    if bottom < 0 or top >= min(sizes):
-        token = top if top >= min(sizes) else bottom
-        raise CalibrationError(
-            f"token id {token} is not in the model's vocabulary of {min(sizes)}; use its own tokenizer"
-        )
+    rows = min(sizes)
+    if bottom < 0 or top >= rows:
+        token = top if top >= rows else bottom
+        raise CalibrationError(f"token id {token} is not in the model's vocabulary of {rows}; use its own tokenizer")
 
 
 def _check_logits(source: LogitSource, logits: np.ndarray, number: int, length: int) -> None:

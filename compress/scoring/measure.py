@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 from compress.scoring.divergence import Progress, Scores, frequency_perplexity, score_many
 from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
-from compress.text import Suite, Tokenizer, eval_windows
+from compress.text import EvalWindows, Suite, Tokenizer, eval_windows
 
 CHANCE = 2.0  # so many times worse than token frequencies, and a model does not know the language of the text
 _TEXT_SHARE = 0.6  # of the progress bar; the rest goes to the tasks
@@ -17,24 +17,28 @@ _TEXT_SHARE = 0.6  # of the progress bar; the rest goes to the tasks
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of a model and, where there is one, of its original on the same windows and documents."""
+    """Scores of a model and, where there is one, of its original on the same windows and documents: on the suite's first
+    text, and on all of them by name."""
 
     scores: Scores
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     base_scores: Scores | None = None
     base_tasks: dict[str, TaskScore] = field(default_factory=dict)
     fallbacks: tuple[Fallback, ...] = ()
-    by_frequency: float = 0.0
-    """Perplexity of these windows for one who only knows how often each token stands in them."""
+    by_frequency: dict[str, float] = field(default_factory=dict)
+    """Perplexity of every text's windows for one who only knows how often each token stands in them."""
+    texts: dict[str, Scores] = field(default_factory=dict)
+    base_texts: dict[str, Scores] = field(default_factory=dict)
 
     @property
     def doubts(self) -> list[str]:
         """What speaks against the original."""
-        if self.base_scores is None or self.base_scores.perplexity.value <= CHANCE * self.by_frequency:
-            return []
         return [
-            f"the original itself cannot predict this text: perplexity {self.base_scores.perplexity.value:.4g}, where the "
-            f"mere frequency of its tokens gives {self.by_frequency:.4g}; are its weights, config.json and tokenizer right?"
+            f"the original itself cannot predict this text ({name}): perplexity {scores.perplexity.value:.4g}, where the "
+            f"mere frequency of its tokens gives {self.by_frequency[name]:.4g}; are its weights, config.json and tokenizer "
+            "right?"
+            for name, scores in self.base_texts.items()
+            if not scores.perplexity.value <= CHANCE * self.by_frequency[name]
         ]
 
 
@@ -54,12 +58,13 @@ def measure(
     lm-eval the tasks are left out and `fallbacks` says so. Raises CalibrationError for windows over the limit, and
     what `score_many` raises.
     """
-    windows = eval_windows(
-        suite.text, tokenizer, windows=suite.windows, length=suite.length, max_positions=max_positions
-    )
-    scores, _ = score_many(original, [source], windows, tokenizer=label, progress=_part(progress, 0.0, _TEXT_SHARE))[0]
-    base_scores = None if original is None else replace(scores.of_reference(), engine=original.name)
-    measured = Measured(scores, base_scores=base_scores, by_frequency=frequency_perplexity(windows))
+    texts = {
+        name: eval_windows(
+            text.text, tokenizer, windows=text.windows, protocol=text.protocol, max_positions=max_positions
+        )
+        for name, text in suite.texts.items()
+    }
+    measured = _on_texts(source, original, texts, label, _part(progress, 0.0, _TEXT_SHARE if suite.tasks else 1.0))
     if not suite.tasks:
         return measured
     if find_spec("lm_eval") is None:
@@ -87,6 +92,32 @@ def measure(
     return replace(
         measured, tasks=tasks, base_tasks={name: TaskScore(**row) for name, row in summarise(before).items()}
     )
+
+
+def _on_texts(
+    source: LogitSource, original: LogitSource | None, texts: Mapping[str, EvalWindows], label: str, progress: Progress
+) -> Measured:
+    """Scores on every text; progress counts their tokens."""
+    total, done = sum(windows.tokens.size for windows in texts.values()), 0
+    scores: dict[str, Scores] = {}
+    for name, windows in texts.items():
+        part = _within(progress, done, windows.tokens.shape[1], total)
+        scores[name], _ = score_many(original, [source], windows, tokenizer=label, progress=part)[0]
+        done += windows.tokens.size
+    first = next(iter(texts))
+    base = {} if original is None else {name: found.of_reference(original.name) for name, found in scores.items()}
+    return Measured(
+        scores[first],
+        base_scores=base.get(first),
+        by_frequency={name: frequency_perplexity(windows) for name, windows in texts.items()},
+        texts=scores,
+        base_texts=base,
+    )
+
+
+def _within(progress: Progress, before: int, length: int, total: int) -> Progress:
+    """Progress of windows of `length` tokens, after `before` tokens of `total`."""
+    return lambda done, _: progress(before + done * length, total)
 
 
 def _part(progress: Callable[[float], None], start: float, share: float) -> Progress:

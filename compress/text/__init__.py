@@ -1,13 +1,15 @@
 """Text in: calibration and evaluation sets, their documents, windows of tokens. Neither torch nor transformers at import."""
 
 from compress.text.documents import load_documents, reads_hub, task_documents
+from compress.text.evaluation import EvalWindows, eval_windows
 from compress.text.files import has_tokenizer
-from compress.text.sets import Suite, TextSet, data_root, find_data, load_definition, load_suite
+from compress.text.protocol import PROTOCOLS, Protocol
+from compress.text.sets import Suite, SuiteText, TextSet, data_root, find_data, load_definition, load_suite
 from compress.text.tokenizer import Tokenizer, load_tokenizer
-from compress.text.windows import calibration_windows, check_ids, eval_windows, prepends_bos
+from compress.text.windows import calibration_windows, check_ids, prepends_bos
 
 __all__ = [
-    "Suite", "TextSet", "Tokenizer", "calibration_windows", "check_ids", "data_root", "eval_windows", "find_data",
+    "PROTOCOLS", "EvalWindows", "Protocol", "Suite", "SuiteText", "TextSet", "Tokenizer", "calibration_windows", "check_ids", "data_root", "eval_windows", "find_data",
     "has_tokenizer", "load_definition", "load_documents", "load_suite", "load_tokenizer", "prepends_bos", "reads_hub",
     "task_documents",
 ]  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import random
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,13 +16,16 @@ from compress.errors import CalibrationError, MissingExtra
 from compress.text.sets import TextSet, data_root, find_data, load_definition
 
 HUB_SHUFFLE_BUFFER = 10_000
+_BLANK = r"(?:\n \n|\n{5})"  # a blank row in the file, and where rows are joined by blank lines
+_HEADING = re.compile(rf"{_BLANK} = (?!=)[^\n]*[^\n= ] = (?={_BLANK})")
 
 
 # ------------------------------------------------------------------------------------------ documents
 
 
-def load_documents(definition: TextSet, *, seed: int | None = None) -> Iterator[str]:
-    """The non-empty documents of a set: in file order, or shuffled by `seed`.
+def load_documents(definition: TextSet, *, seed: int | None = None, as_file: bool = False) -> Iterator[str]:
+    """The non-empty documents of a set: in file order, or shuffled by `seed`. as_file: text files as they are, less a last
+    line end, also where the set's format words them otherwise.
 
     A mix takes the next document from the part that is furthest behind its weight, counted in characters, and
     ends when that part has no more, so the proportions hold over any prefix.
@@ -30,18 +35,18 @@ def load_documents(definition: TextSet, *, seed: int | None = None) -> Iterator[
         MissingExtra: a hub set without the `datasets` package.
     """
     if definition.mix:
-        yield from _mixed(definition, seed)
+        yield from _mixed(definition, seed, as_file)
     elif definition.hub:
         yield from _hub_documents(definition, seed)
     else:
-        texts = (text for file in definition.files for text in _file_documents(file, definition))
+        texts = (text for file in definition.files for text in _file_documents(file, definition, as_file))
         documents = [text for text in texts if text.strip()]
         if seed is not None:
             random.Random(seed).shuffle(documents)
         yield from documents
 
 
-def _file_documents(file: Path, definition: TextSet) -> Iterator[str]:
+def _file_documents(file: Path, definition: TextSet, as_file: bool) -> Iterator[str]:
     kind = definition.format or ("jsonl" if ".jsonl" in file.name else "text")
     if kind == "jsonl":
         for number, row in _json_lines(file):
@@ -54,12 +59,36 @@ def _file_documents(file: Path, definition: TextSet) -> Iterator[str]:
             yield text
         return
     text = _read_text(file)
-    if kind == "wikitext":
+    if as_file:
+        text = text.removesuffix("\n")
+    elif kind == "wikitext":
         # The rows of the hub's "wikitext" set joined by blank lines, the text of most published perplexities:
         # a row is a line with its end, or nothing where the line is blank.
         lines = text.removesuffix("\n").split("\n")
         text = "\n\n".join(f"{line}\n" if line.strip() else "" for line in lines)
     yield text
+
+
+def articles(definition: TextSet, document: str) -> list[int]:
+    """Where the articles of a document begin, in characters, the first at 0: WikiText files hold many, each under a heading
+    ` = Title = ` between blank lines."""
+    if definition.format != "wikitext":
+        return [0]
+    return [0, *(heading.start() for heading in _HEADING.finditer(document) if heading.start() > 0)]
+
+
+def stamp(definition: TextSet) -> tuple[tuple[str, int, int], ...]:
+    """What tells whether the files of a set are still the same: their names, sizes and times of change."""
+    files = [*definition.files, *([definition.path] if definition.path else [])]
+    own = tuple((str(file), found.st_size, found.st_mtime_ns) for file in files if (found := _stat(file)))
+    return sum((stamp(load_definition(_beside(definition, name))) for name in definition.mix), own)
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except OSError:
+        return None
 
 
 def _read_text(file: Path) -> str:
@@ -89,13 +118,13 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _mixed(definition: TextSet, seed: int | None) -> Iterator[str]:
+def _mixed(definition: TextSet, seed: int | None, as_file: bool) -> Iterator[str]:
     parts = {}
     for name in definition.mix:
         part = load_definition(_beside(definition, name))
         if part.mix:
             raise CalibrationError(f"{definition.path}: '{name}' is itself a mix; name its parts instead")
-        parts[name] = load_documents(part, seed=seed)
+        parts[name] = load_documents(part, seed=seed, as_file=as_file)
     taken = dict.fromkeys(parts, 0.0)
     while True:
         behind = min(taken, key=lambda name: taken[name])

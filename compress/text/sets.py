@@ -10,22 +10,34 @@ A set is a YAML file in `calibration/` or `eval/`, found by name, or any file of
     format: text | wikitext | jsonl      # of the files, when the suffix does not tell
     column: text                         # the field of a JSON line that holds the document
 
-Lengths are in tokens of the given tokenizer. Importing this module loads neither torch nor transformers.
+An evaluation suite is a YAML file in `eval/suites/`, or one of the user's own:
+
+    name: standard                       # required
+    description: ...
+    texts:                               # the first one's scores are the ones that tables show
+      wikipedia: {windows: 100}          # evenly spread over the text; without `windows` all there are
+      wikitext2: {windows: 40, protocol: llama-perplexity}       # a name in text/protocol.py
+      late: {text: wikitext2, length: 1024, stride: 256}         # another text than the name says; fields of a `Protocol`
+    tasks: {blimp: 268}
+
+`text`, `windows` and `length` beside `name` are the short form for a single text. Lengths are in tokens of the given
+tokenizer. Importing this module loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from compress.errors import CalibrationError
 from compress.limits import MOST_TARGETS, YAML_BYTES
 from compress.reading import Unreadable, Yaml, dotted, path_problem, read_text, shown, wrong
+from compress.text.protocol import DEFAULT, PROTOCOLS, Bos, Counted, Joiner, Protocol, ProtocolName
 
 DataKind = Literal["recipes", "calibration", "eval", "models"]
 TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
@@ -96,13 +108,21 @@ class TextSet:
 
 
 @dataclass(frozen=True)
+class SuiteText:
+    """One text of a suite: the set, how many of its windows (None: all), and how they are made and counted."""
+
+    text: str
+    windows: int | None = None
+    protocol: Protocol = DEFAULT
+
+
+@dataclass(frozen=True)
 class Suite:
-    """What `compress score --suite` measures: windows of one text, and a number of items of each task."""
+    """What `compress score --suite` measures: windows of one or more texts, by a name of each, and a number of items of
+    each task."""
 
     name: str
-    text: str
-    windows: int
-    length: int
+    texts: Mapping[str, SuiteText]
     tasks: Mapping[str, int] = field(default_factory=dict)
     description: str = ""
 
@@ -133,7 +153,31 @@ def load_suite(name: str) -> Suite:
         CalibrationError: no such suite, unknown or missing keys.
     """
     path = _own(name) or _named(name, data_root("eval") / "suites", "evaluation suite")
-    return Suite(**_read_yaml(path, _Suite).model_dump())
+    raw = _read_yaml(path, _Suite)
+    if (raw.text is None) == (not raw.texts):
+        raise CalibrationError(f"{path}: needs either 'texts', or 'text' with 'windows' and 'length'")
+    texts = raw.texts
+    if raw.text is not None:
+        if raw.windows is None or raw.length is None:
+            missing = ", ".join(key for key in ("length", "windows") if getattr(raw, key) is None)
+            raise CalibrationError(f"{path}: missing {missing}")
+        texts = {raw.text: _SuiteText(windows=raw.windows, length=raw.length)}
+    elif raw.windows is not None or raw.length is not None:
+        raise CalibrationError(f"{path}: 'windows' and 'length' belong to each of 'texts'")
+    return Suite(
+        raw.name, {key: _suite_text(path, key, text) for key, text in texts.items()}, raw.tasks, raw.description
+    )
+
+
+def _suite_text(path: Path, key: str, raw: _SuiteText) -> SuiteText:
+    changed = raw.model_dump(exclude={"text", "windows", "protocol"}, exclude_none=True)
+    protocol = replace(PROTOCOLS[raw.protocol or "default"], **changed)
+    if protocol.stride is not None and protocol.stride > protocol.length:
+        raise CalibrationError(
+            f"{path}: 'texts.{shown(key)}.stride': {protocol.stride} is more than the length of {protocol.length}: "
+            "what lies between two windows would not be scored; set it to at most that, or leave it out"
+        )
+    return SuiteText(raw.text or key, raw.windows, protocol)
 
 
 def _file_name(value: str) -> str:
@@ -163,11 +207,41 @@ class _Definition(_File):
     column: str = "text"
 
 
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Length = Annotated[int, Field(ge=2, le=2**31)]
+
+
+class _SuiteText(BaseModel):
+    """One of a suite's texts; what is left out is the protocol's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
+    text: FileName | None = None
+    windows: Count | None = None
+    protocol: ProtocolName | None = None
+    length: Length | None = None
+    stride: Count | None = None
+    joiner: Joiner | None = None
+    bos: Bos | None = None
+    counted: Counted | None = None
+    as_file: bool | None = None
+
+
+_TextOrDefaults = Annotated[_SuiteText, BeforeValidator(lambda given: {} if given is None else given)]
+
+
 class _Suite(_File):
-    text: FileName
-    windows: int = Field(ge=1, le=2**31)
-    length: int = Field(ge=2, le=2**31)
-    tasks: dict[str, Annotated[int, Field(ge=1, le=2**31)]] = {}
+    texts: Annotated[dict[FileName, _TextOrDefaults], Field(max_length=MOST_TARGETS)] = {}
+    text: FileName | None = None
+    windows: Count | None = None
+    length: Length | None = None
+    tasks: dict[str, Count] = {}
+
+
+def _fault(fault: Any) -> str:
+    if fault["type"] != "extra_forbidden":
+        return wrong(fault)
+    known = _SuiteText.model_fields  # the only mapping inside another whose keys are not free
+    return f"unknown key{_suggest(str(fault['loc'][-1]), known)}; known: {', '.join(sorted(known))}"
 
 
 MOST_TOLD = 5
@@ -193,9 +267,9 @@ def _read_yaml(path: Path, schema: type[AnyFile]) -> AnyFile:
     try:
         found = schema.model_validate({key: value for key, value in read.data.items() if value is not None})
     except ValidationError as error:
-        told = ("missing", "extra_forbidden")
-        faults = (e for e in error.errors(include_url=False) if e["type"] not in told)
-        problems += [f"'{dotted(fault['loc'])}': {wrong(fault)}" for fault in faults]
+        told = ("missing", "extra_forbidden")  # of the whole mapping; deeper ones are not
+        faults = (e for e in error.errors(include_url=False) if e["type"] not in told or len(e["loc"]) > 1)
+        problems += [f"'{dotted(fault['loc'])}': {_fault(fault)}" for fault in faults]
     if problems:
         raise CalibrationError(f"{path}: {'; '.join(problems[:MOST_TOLD])}")
     return found

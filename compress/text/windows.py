@@ -1,4 +1,4 @@
-"""Token windows of calibration and evaluation text."""
+"""Token windows of calibration text, and what all windows are held against; those that are scored are in `evaluation`."""
 
 from __future__ import annotations
 
@@ -39,51 +39,16 @@ def calibration_windows(
         CalibrationError: no such set, no text, too few tokens, windows longer than `max_positions`, a token that the
             embedding has no row for, or mostly text that the tokenizer does not know.
     """
-    _check_sizes(samples, length, max_positions, "samples")
+    check_sizes(samples, length, max_positions, "samples")
     definition = load_definition(find_data("calibration", name))
     documents = load_documents(definition, seed=seed)
     tokens = _tokens(documents, tokenizer, samples * length)
     if len(tokens) == 0:
         raise CalibrationError(f"calibration set '{name}' holds no text")
     if len(tokens) < samples * length:
-        raise CalibrationError(_too_few("calibration set", name, len(tokens), samples, length, "samples"))
+        raise CalibrationError(too_few("calibration set", name, len(tokens), samples, length, "samples"))
     check_ids(tokens, tokenizer, f"calibration set '{name}'")
     return tokens.reshape(samples, length)
-
-
-def eval_windows(
-    name: str,
-    tokenizer: Tokenizer,
-    *,
-    windows: int | None = None,
-    length: int,
-    max_positions: int | None = None,
-) -> np.ndarray:
-    """Token ids of evaluation text, int32 [windows, length]; every full window if `windows` is None.
-
-    Documents come in file order, tokenized and packed as for calibration, and windows do not overlap. Where
-    the tokenizer starts texts with a beginning-of-text token (`prepends_bos`), every window is that token and
-    `length - 1` tokens of text: without it Llama-like models score far worse than in use. Nothing predicts
-    the first token of a window, so the added one is never scored.
-
-    Raises:
-        CalibrationError: as `calibration_windows`.
-    """
-    _check_sizes(1 if windows is None else windows, length, max_positions, "windows")
-    bos = [tokenizer.bos_token_id] if prepends_bos(tokenizer) else []
-    text_length = length - len(bos)
-    documents = load_documents(load_definition(find_data("eval", name)))
-    tokens = _tokens(documents, tokenizer, None if windows is None else windows * text_length)
-    if len(tokens) == 0:
-        raise CalibrationError(f"evaluation set '{name}' holds no text")
-    if len(tokens) < (windows or 1) * text_length:
-        too_few = _too_few("evaluation set", name, len(tokens), windows or 1, text_length, "windows")
-        raise CalibrationError(too_few)
-    check_ids(np.concatenate([np.asarray(bos, dtype=np.int32), tokens]), tokenizer, f"evaluation set '{name}'")
-    count = len(tokens) // text_length if windows is None else windows
-    text = tokens[: count * text_length].reshape(count, text_length)
-    start = np.tile(np.asarray(bos, dtype=np.int32), (count, 1))
-    return np.concatenate([start, text], axis=1) if bos else text
 
 
 def prepends_bos(tokenizer: Tokenizer) -> bool:
@@ -119,7 +84,8 @@ def _tokens(documents: Iterator[str], tokenizer: Tokenizer, wanted: int | None) 
     return np.concatenate(pieces)[:wanted] if pieces else np.empty(0, dtype=np.int32)
 
 
-def _check_sizes(count: int, length: int, max_positions: int | None, what: str) -> None:
+def check_sizes(count: int, length: int, max_positions: int | None, what: str) -> None:
+    """CalibrationError for sizes that make no windows, or longer ones than the model reads."""
     if count < 1 or length < 2:
         raise CalibrationError(f"{what} must be at least 1 and length at least 2, not {count} and {length}")
     if max_positions is not None and length > max_positions:
@@ -127,7 +93,8 @@ def _check_sizes(count: int, length: int, max_positions: int | None, what: str) 
         raise CalibrationError(f"length {length} is more than {limit}; set length to at most {max_positions}")
 
 
-def _too_few(what: str, name: str, tokens: int, count: int, length: int, field_name: str) -> str:
+def too_few(what: str, name: str, tokens: int, count: int, length: int, field_name: str) -> str:
+    """What is missing and what would do, in words."""
     fit = tokens // length
     fix = f"set {field_name} to at most {fit}" if fit else f"set length to at most {tokens}"
     need = f"{count} {field_name if count > 1 else 'window'} of {length} need {count * length:,}"

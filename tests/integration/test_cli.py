@@ -232,7 +232,7 @@ def test_score_alone_is_the_perplexity_of_transformers(compress: Compress, place
     found = score(compress, place, place / "model")
     assert found["base"]["bytes"] is None and found["base"]["scores"] is None
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
-    windows = eval_windows("wikipedia", load_tokenizer(place / "model"), windows=2, length=96)
+    windows = eval_windows("wikipedia", load_tokenizer(place / "model"), windows=2, length=96).tokens
     with torch.inference_mode():
         losses = [float(model(ids[None], labels=ids[None]).loss) for ids in torch.from_numpy(windows).long()]
     scores = found["artifacts"][0]["scores"]

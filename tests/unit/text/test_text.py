@@ -22,7 +22,6 @@ from compress.text import (
     load_documents,
     load_suite,
     load_tokenizer,
-    prepends_bos,
     sets,
     task_documents,
 )
@@ -44,6 +43,9 @@ class Characters:
 
     def encode_batch(self, texts, add_special_tokens=False):
         return [self.encode(text, add_special_tokens) for text in texts]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
 
 DOCUMENTS = ["alpha beta", "gamma", "delta epsilon zeta", "eta", "theta iota"] * 9
@@ -98,39 +100,6 @@ def test_calibration_uses_no_special_tokens_but_the_end(jsonl):
     assert 7 not in windows and 0 in windows
 
 
-@pytest.mark.parametrize("windows", [5, None])
-def test_eval_windows_keep_file_order(jsonl, windows):
-    got = eval_windows(str(jsonl), Characters(), windows=windows, length=16)
-    stream = packed(DOCUMENTS)
-    count = windows or len(stream) // 16
-    assert got.dtype == np.int32
-    assert got.tolist() == [stream[16 * i : 16 * i + 16] for i in range(count)]
-
-
-@pytest.mark.parametrize("windows", [5, None])
-def test_eval_windows_start_with_bos_where_the_tokenizer_does(jsonl, windows):
-    got = eval_windows(str(jsonl), Characters(bos=7), windows=windows, length=16)
-    stream = packed(DOCUMENTS)
-    count = windows or len(stream) // 15
-    assert got.dtype == np.int32
-    assert got.tolist() == [[7, *stream[15 * i : 15 * i + 15]] for i in range(count)]
-
-
-def test_a_bos_token_that_is_not_added_by_default_stays_out(jsonl):
-    tokenizer = Characters(bos=7, adds_bos=False)
-    assert not prepends_bos(tokenizer)
-    assert 7 not in eval_windows(str(jsonl), tokenizer, windows=5, length=16)
-
-
-def test_windows_of_the_demo_tokenizer_decode_to_the_text(demo_tokenizer):
-    assert not prepends_bos(demo_tokenizer)
-    ids = eval_windows("wikipedia", demo_tokenizer, windows=3, length=256).ravel()
-    documents = list(load_documents(load_definition(find_data("eval", "wikipedia"))))
-    joined = "<|endoftext|>".join(documents[:20])
-    decoded = demo_tokenizer.decode(ids).rstrip("\ufffd")  # a window may end inside a character
-    assert len(decoded) > 1000 and joined.startswith(decoded)
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "least"),
     [
@@ -141,7 +110,7 @@ def test_windows_of_the_demo_tokenizer_decode_to_the_text(demo_tokenizer):
 )
 def test_shipped_sets_are_large_enough(demo_tokenizer, kind, name, least):
     if kind == "eval":
-        assert eval_windows(name, demo_tokenizer, length=512).size > least
+        assert eval_windows(name, demo_tokenizer, length=512).tokens.size > least
     else:
         calibration_windows(name, demo_tokenizer, samples=-(-least // 512), length=512, seed=0)
 
@@ -161,7 +130,7 @@ def test_too_few_tokens_says_how_many_there_are_and_what_fits(jsonl):
         eval_windows(str(jsonl), Characters(bos=7), windows=1000, length=16)
     fits = total // 15
     assert f"windows to at most {fits}" in one_line(error)
-    assert len(eval_windows(str(jsonl), Characters(bos=7), windows=fits, length=16)) == fits
+    assert len(eval_windows(str(jsonl), Characters(bos=7), windows=fits, length=16).tokens) == fits
 
     with pytest.raises(CalibrationError, match=f"length to at most {total}"):
         calibration_windows(str(jsonl), Characters(), samples=1, length=total + 1, seed=0)
@@ -172,7 +141,7 @@ def test_windows_longer_than_the_model_allows(jsonl):
         lambda length: calibration_windows(
             str(jsonl), Characters(), samples=1, length=length, seed=0, max_positions=64
         ),
-        lambda length: eval_windows(str(jsonl), Characters(), length=length, max_positions=64),
+        lambda length: eval_windows(str(jsonl), Characters(), length=length, max_positions=64).tokens,
     ):
         assert draw(64).shape[1] == 64
         with pytest.raises(CalibrationError, match="at most 64") as error:
@@ -390,8 +359,9 @@ def test_tasks():
 def test_suites_ask_for_what_is_there(name, demo_tokenizer):
     suite = load_suite(name)
     assert suite.name == name
-    shape = eval_windows(suite.text, demo_tokenizer, windows=suite.windows, length=suite.length).shape
-    assert shape == (suite.windows, suite.length)
+    for text in suite.texts.values():
+        windows = eval_windows(text.text, demo_tokenizer, windows=text.windows, protocol=text.protocol)
+        assert windows.tokens.shape == (text.windows, text.protocol.length)
     for task, limit in suite.tasks.items():
         assert len(task_documents(task, limit)) == limit
 
