@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +21,12 @@ _TRIES, _PAUSE = 100, 0.01  # while another process makes or removes the lock fi
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, fix: str = "choose another --output") -> Iterator[None]:
     """OSErrors (no space, no permission) as one line that names the folder and the fix."""
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --output"
-        ) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or {fix}") from error
 
 
 # -- whole or not at all -----------------------------------------------------------------------------------------------
@@ -60,11 +61,73 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+CACHE = "COMPRESS_CACHE"
+"""The environment's name for the folder of what can be made again."""
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what is kept of a kind lies: in COMPRESS_CACHE, else in the user's cache folder."""
+    named = os.environ.get(CACHE)
+    usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return (Path(named) if named else Path(usual) / "compress") / kind
+
+
+def kept_folder(folder: Path, files: Mapping[str, bytes] | Callable[[], Mapping[str, bytes]]) -> Path:
+    """A cached folder with these files, made in one step where it is not there or is not what was made; their names are
+    relative. Its checksums lie beside them."""
+    if _is_kept(folder):
+        return folder
+    wanted = files() if callable(files) else files
+    with disk_errors(folder.parent, f"name another folder in {CACHE}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}-", dir=folder.parent))
+        try:
+            for name, data in wanted.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_bytes(data)
+            sums = {name: checksum(data) for name, data in wanted.items()}
+            (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
+            temporary.chmod(0o755)
+            _replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+_SUMS = ".sha256.json"
+
+
+def _is_kept(folder: Path) -> bool:
+    """Whether a folder has the files of its checksums and no others."""
+    try:
+        sums = json.loads((folder / _SUMS).read_bytes())
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        return names - {_SUMS} == set(sums) and all(sha256(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Give a folder its name; another process that made the same one in the meantime is as good."""
+    try:
+        os.rename(source, target)
+    except OSError:
+        if _is_kept(target):
+            return
+        shutil.rmtree(target)
+        os.rename(source, target)
+
+
 # -- checksums ---------------------------------------------------------------------------------------------------------
 def sha256(path: Path) -> str:
     """sha256 (hex) of a file, read in pieces; about a second for a gigabyte."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(data: bytes) -> str:
+    """sha256 (hex) of bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_each(paths: Iterable[Path]) -> dict[Path, str]:

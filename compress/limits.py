@@ -26,6 +26,13 @@ MOST_PROBLEMS = 50  # that one error lists
 JSON_BYTES = 16 * 2**20  # config.json and its kin
 INDEX_BYTES = 64 * 2**20  # names of every tensor of the largest mixtures take a sixth of it
 HEADER_BYTES = 64 * 2**20  # of one safetensors file
+GGUF_BYTES = (
+    256 * 2**20
+)  # of the header of a GGUF file, in which the vocabulary is; those of the largest take an eighth of it
+GGUF_FIELDS, GGUF_TENSORS = 2**14, 2**17
+GGUF_VALUES = 2**22  # in all lists together; of the largest vocabularies they are a third
+GGUF_KEY = 2**16 - 1  # bytes of a key, as the format says
+GGUF_ALIGNMENT = 2**20  # of tensors in it
 
 # What a config.json may say. The largest models known have 126 layers, 512 experts and 23,000 experts in all layers.
 LAYERS, EXPERTS, EXPERTS_IN_ALL = 1024, 4096, 2**16

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.containers._gguf_pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from compress.errors import CheckpointError, UnsupportedModel
+from compress.models.gguf.pretokenizers import PRE_TOKENIZERS, pre_tokenizer
 from compress.text.backends import sentencepiece_ends
 from compress.text.files import AddedToken, TokenizerFiles, read_files, steps
 from compress.text.tokenizer import load_tokenizer
@@ -165,7 +165,7 @@ def _bpe_bytes(data: Mapping[str, Any]) -> _Entries:
             raise UnsupportedModel(f"tokenizer normalizer {step['type']!r} has no equivalent in llama.cpp")
     pre = pre_tokenizer(data)
     if pre is None:
-        known = ", ".join(sorted(PRE_TOKENIZERS.values()))
+        known = ", ".join(sorted(pre.name for pre in PRE_TOKENIZERS))
         raise UnsupportedModel(f"this tokenizer's pre-tokenizer is unknown to the GGUF writer (known: {known})")
     pairs = _merges(model)
     if any(" " in part for pair in pairs for part in pair):

@@ -1,26 +1,30 @@
 """GGUF: one file that stock llama.cpp runs.
 
-`write` streams tensors to disk, `read` and `load_dense` go back through the independent reader of the `gguf` package,
-`check_representable` says what llama.cpp would compute differently. Tensor names come from `TensorSpec.gguf`.
+`write` streams tensors to disk through the `gguf` package's writer, `open_dense` goes back through `compress.models.gguf`, which
+reads files of any origin, `check_representable` says what llama.cpp would compute differently. Tensor names come from
+`TensorSpec.gguf`.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
 from compress.containers._gguf_general import FILE_TYPES, add_general
 from compress.containers.base import LLAMA_CPP, Container, Files, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
+from compress.models.gguf.header import read_set, shards
+from compress.models.gguf.keys import architecture_keys
+from compress.models.gguf.tensors import entries_of, piece_shape, unclaimed
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import Piece
 from compress.models.spec import ModelSpec, TensorSpec
+from compress.reading import shown
 
 if TYPE_CHECKING:
     import gguf
@@ -151,14 +155,6 @@ def _entries(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[_Entry]:
     return entries
 
 
-def piece_shape(tensor: TensorSpec, piece: Piece) -> tuple[int, ...]:
-    """Of one GGUF tensor that a checkpoint's becomes, experts not stacked."""
-    if piece.shape is not None:
-        return piece.shape
-    rows, *columns = tensor.shape
-    return (rows if piece.rows is None else len(piece.rows.index(rows)), *columns)
-
-
 def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     """Raise OutputError for a plan the format cannot hold, before anything is computed."""
     _entries(spec, tensors)
@@ -230,26 +226,6 @@ def _converted(values: Tensor, piece: Piece) -> np.ndarray:
     return out.reshape(1, -1).view(torch.uint8).numpy()
 
 
-def _restored(pieces: Sequence[tuple[Piece, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
-    """A checkpoint's tensor from its pieces as the file has them, float32."""
-    import numpy as np
-
-    out = np.empty(shape, dtype=np.float32)
-    for piece, values in pieces:
-        if piece.swapped:
-            values = values.swapaxes(1, 2)
-        if piece.map is not None:
-            values = piece.map.undo(values)
-        rows = np.arange(shape[0]) if piece.rows is None else piece.rows.index(shape[0])
-        values = values.reshape(len(rows), *shape[1:])
-        if piece.columns is not None:
-            columns = np.empty_like(values)
-            columns[:, piece.columns.index(shape[1])] = values
-            values = columns
-        out[rows] = values
-    return out
-
-
 def _stored(entry: _Entry, fetch: Callable[[str], Packed]) -> np.ndarray:
     import numpy as np
 
@@ -307,38 +283,6 @@ def write(request: WriteRequest) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-# Where the first versions of this writer put what sub-layers declare; other keys follow in the order of their declaration.
-_ORDER = (
-    "vocab_size", "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count", "rope.freq_base", "attention.sliding_window", "expert_count", "expert_used_count",
-    "expert_feed_forward_length", "expert_shared_feed_forward_length",
-)  # fmt: skip
-
-
-def architecture_keys(spec: ModelSpec) -> dict[str, Any]:
-    """Metadata of the architecture, without its name in front: the model's, its sub-layers', its family's own."""
-    keys: dict[str, Any] = {}
-    for sublayer in dict.fromkeys(s for block in spec.blocks for s in block):
-        for key, value in sublayer.gguf_keys().items():
-            keys.setdefault(key, value)
-    keys |= {
-        "vocab_size": spec.vocab_size,
-        "block_count": spec.layers,
-        "context_length": spec.max_positions,
-        "embedding_length": spec.hidden_size,
-    }
-    if spec.intermediate_size:
-        keys["feed_forward_length"] = spec.intermediate_size
-    if spec.sliding_window:
-        keys["attention.sliding_window"] = spec.sliding_window
-    if not spec.family.gguf.expert_width:
-        keys.pop("expert_feed_forward_length", None)
-    keys |= spec.family.gguf.keys(spec.read)
-    first = {key: keys[key] for key in _ORDER if key in keys}
-    return {key: value for key, value in (first | keys).items() if value is not None}
-
-
 def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     for name, value in architecture_keys(spec).items():
         key = f"{spec.family.gguf.arch}.{name}"
@@ -379,102 +323,23 @@ def write_vocabulary(path: Path, source: Path, spec: ModelSpec) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def shards(path: Path) -> list[Path]:
-    """All files of the set that `path` (its first shard, or a single file) belongs to, in order."""
-    path = Path(path)
-    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if not match:
-        return [path]
-    count = int(match[2])
-    return [path.with_name(f"{match[1]}-{index + 1:05d}-of-{count:05d}.gguf") for index in range(count)]
-
-
-def _open(path: Path) -> gguf.GGUFReader:
-    import gguf
-
-    if not path.is_file():
-        raise CheckpointError(f"no GGUF file at {path}")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable GGUF file ({error}); write or download it again") from error
-
-
-def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    return tuple(int(size) for size in reversed(tensor.shape.tolist()))
-
-
 def inventory(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """gguf name -> (codec, shape) of every tensor in the set, without decoding."""
-    out: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in shards(path):
-        for tensor in _open(file).tensors:
-            out[tensor.name] = (tensor.tensor_type.name.lower(), _shape(tensor))
-    return out
-
-
-def read(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]]:
-    """Metadata, and lazily (gguf name, codec, shape, float32 values [shape]) of every tensor in the set.
-
-    Goes through gguf.GGUFReader and gguf.dequantize only. CheckpointError for a missing or damaged file.
-    """
-    files = shards(path)
-    fields = {key: field.contents() for key, field in _open(files[0]).fields.items() if not key.startswith("GGUF.")}
-
-    def tensors() -> Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]:
-        for file in files:
-            for tensor in _open(file).tensors:
-                yield tensor.name, tensor.tensor_type.name.lower(), _shape(tensor), _decode(tensor)
-
-    return fields, tensors()
-
-
-def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
-    import gguf
-    import numpy as np
-
-    values = gguf.dequantize(tensor.data, tensor.tensor_type)
-    return np.ascontiguousarray(values, dtype=np.float32).reshape(_shape(tensor))
+    return {name: (tensor.type.lower(), tensor.shape) for name, tensor in read_set(path).tensors.items()}
 
 
 def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     """A function that decodes one tensor by its checkpoint name to float32: experts unstacked, q and k rows back in
     transformers' order.
 
-    `path` is the file, its first shard, or the list `write` returned. Goes through gguf.GGUFReader and gguf.dequantize
-    only. CheckpointError for missing, unknown or misshapen tensors.
+    `path` is the file, its first shard, or the list `write` returned. CheckpointError for missing, unknown or misshapen tensors.
     """
-    import numpy as np
-    import torch
-
     first = Path(path) if isinstance(path, (str, Path)) else next(iter(path))
-    stored = {tensor.name: tensor for file in shards(first) for tensor in _open(file).tensors}
-    parts: dict[str, list[tuple[TensorSpec, Piece]]] = {}
-    for tensor in spec.tensors():
-        for piece in tensor.pieces:
-            parts.setdefault(piece.name, []).append((tensor, piece))
-    if unknown := sorted(set(stored) - set(parts) - {"rope_freqs.weight"}):
-        raise CheckpointError(f"{first} holds {unknown[0]}, which this architecture does not have")
-    if missing := sorted(set(parts) - set(stored)):
-        raise CheckpointError(f"{first} lacks {missing[0]} (and {len(missing) - 1} more tensors)")
-    for name, group in parts.items():
-        lead = (len(group),) if group[0][0].expert is not None else ()
-        expected = (*lead, *piece_shape(*group[0]))
-        if _shape(stored[name]) != expected:
-            raise CheckpointError(f"{name} in {first} has shape {_shape(stored[name])}, expected {expected}")
-
-    def load(name: str) -> Tensor:
-        import gguf
-
-        tensor, pieces = spec.by_name[name], []
-        for piece in tensor.pieces:
-            entry = stored[piece.name]
-            data = entry.data if tensor.expert is None else entry.data[tensor.expert]
-            values = np.array(gguf.dequantize(data, entry.tensor_type), dtype=np.float32)
-            pieces.append((piece, values.reshape(piece_shape(tensor, piece))))
-        return torch.from_numpy(_restored(pieces, tensor.shape))
-
-    return load
+    header = read_set(first)
+    if unknown := sorted(unclaimed(spec, header)):
+        raise CheckpointError(f"{first} holds {shown(unknown[0])}, which this architecture does not have")
+    entries = entries_of(spec, header)
+    return lambda name: entries[name].read(name).float()
 
 
 def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource
 from compress.errors import CheckpointError, UnsupportedModel
 from compress.models.checkpoint import Checkpoint, checkpoint_problems
+from compress.models.gguf.header import is_gguf
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
 from compress.scoring.results import Fallback
@@ -33,7 +34,7 @@ class Tokenizes(Protocol):
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A folder in Hugging Face's layout and how its weights are read."""
+    """A model, its folder in Hugging Face's layout, and how its weights are read."""
 
     name: str
     folder: Path
@@ -41,6 +42,8 @@ class OpenedModel:
     container: Container
     load: Callable[[str], Tensor]
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+    """What to say of it, e.g. that it was quantized before."""
 
     @property
     def parameters(self) -> int:
@@ -53,11 +56,11 @@ class OpenedModel:
 
 
 def open_model(name: str) -> OpenedModel:
-    """A folder of any container, hub id or bundled model; a dense one holds every weight in the shape config.json
-    implies."""
+    """A folder of any container, GGUF file, hub id, bundled or packaged model; a dense one holds every weight in the shape
+    config.json implies. A GGUF file is the model that its weights decode to."""
     location = model_location(name)
     folder = Path(location)
-    if folder.is_file():
+    if folder.is_file() and not is_gguf(folder):
         known = " nor ".join(f"a {_label(container)} file" for container in _single_files())
         raise CheckpointError(f"{name} is neither {known} nor a Hugging Face folder; give one of these or a hub id")
     for container in _single_files() if folder.is_dir() and not (folder / "config.json").is_file() else ():
@@ -79,7 +82,7 @@ def open_model(name: str) -> OpenedModel:
         )
     if problems := checkpoint_problems(spec, checkpoint):
         raise CheckpointError(f"{problems[0]}; fetch the model again")
-    return OpenedModel(name, checkpoint.folder, spec, original_layout(), checkpoint.load, files)
+    return OpenedModel(name, checkpoint.folder, spec, original_layout(), checkpoint.load, files, checkpoint.notes)
 
 
 # -- containers that are one file --------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError, UnsupportedModel
+from compress.models.gguf.header import is_gguf
+from compress.models.gguf.source import open_source
 from compress.models.identity import hub_id
-from compress.models.index import INDEX, SINGLE, Entry, read_header, read_index
-from compress.models.layers.base import Slice
+from compress.models.index import FLOAT_CODEC, INDEX, SINGLE, Entry, read_header, read_index
 from compress.models.spec import load_spec
 from compress.reading import read_json, shown
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.models.spec import ModelSpec
-
-FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
-"""torch's and safetensors' names of the float types a checkpoint may have -> codecs."""
 
 
 def same_bytes(one: Entry, other: Entry) -> bool:
@@ -42,23 +40,30 @@ def same_bytes(one: Entry, other: Entry) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose tensors are read one at a time.
+    """A model whose tensors are read one at a time.
 
-    `entries` is empty when the folder holds a config.json only (enough to plan, not to run).
+    folder: with config.json and the tokenizer; `entries` is empty when it holds a config.json only (enough to plan, not to
+    run). place: what `open` opens again, the folder or a GGUF file; notes: what to say of it.
     """
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
+    place: Path
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, model: str | Path, *, weights: bool = True) -> Checkpoint:
-        """Open a local folder or, when no such folder exists, a hub id (downloaded into the hub's own cache).
+        """Open a local folder, a GGUF file or, when there is neither, a hub id (downloaded into the hub's own cache).
 
         weights=False reads config.json and, if there, the tensor index; it never downloads weights.
-        Raises CheckpointError when the model, its config or its shards are missing or damaged.
+        Raises CheckpointError when the model, its config or its shards are missing or damaged, UnsupportedModel for a GGUF
+        of another kind than those that are read.
         """
         folder = Path(model)
+        if is_gguf(folder):
+            source = open_source(folder)
+            return cls(source.folder, read_json(source.folder / "config.json"), source.entries, folder, source.notes)
         if not folder.is_dir():
             folder = _download(str(model), weights)
         config = read_json(folder / "config.json")
@@ -81,7 +86,7 @@ class Checkpoint:
                 "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
             )
             raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
-        return cls(folder, config, entries | _parts(config, entries))
+        return cls(folder, config, entries | _parts(config, entries), folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -89,14 +94,14 @@ class Checkpoint:
     def load(self, name: str) -> Tensor:
         """One tensor in its own dtype. Raises CheckpointError if missing, unreadable or not finite."""
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         if name not in self.entries:
             raise CheckpointError(f"{self.folder} has no tensor {name}; the checkpoint does not fit its config.json")
         try:
             entry = self.entries[name]
-            with safe_open(entry.file, "pt") as file:
-                tensor = file.get_tensor(name) if entry.part is None else _part(file, entry.part)
+            with entry.opened() as file:
+                tensor = entry.read(name, file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {self.entries[name].file}: {error}") from None
         if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
@@ -127,16 +132,6 @@ def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str,
     return found
 
 
-def _part(file: Any, part: Slice) -> Tensor:
-    """Some rows of one entry of a stacked tensor, without reading the others."""
-    stored = file.get_slice(part.name)
-    rows = slice(part.start, part.stop)
-    if part.index is None:
-        return stored[:, rows].T.contiguous() if part.transposed else stored[rows]
-    entry = stored[part.index : part.index + 1]
-    return (entry[0][:, rows].T if part.transposed else entry[0][rows]).contiguous()
-
-
 def _download(model: str, weights: bool) -> Path:
     """Fetch a hub snapshot, of a revision where one is given: safetensors and text files only."""
     name, revision = hub_id(model)
@@ -163,8 +158,8 @@ def own_codec(spec: ModelSpec, checkpoint: Checkpoint) -> str:
     counted: Counter[str] = Counter()
     for tensor in spec.tensors() if checkpoint.entries else ():
         entry = checkpoint.entries.get(tensor.name)
-        if entry is not None and entry.dtype in FLOAT_CODEC:
-            counted[FLOAT_CODEC[entry.dtype]] += tensor.parameters
+        if entry is not None and entry.codec is not None:
+            counted[entry.codec] += tensor.parameters
     if counted:
         return counted.most_common(1)[0][0]
     return named_codec(checkpoint.config) or "bf16"
@@ -179,7 +174,7 @@ def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
             raise CheckpointError(
                 f"{checkpoint.folder} has no tensor {tensor.name}; the checkpoint does not fit its config.json"
             )
-        if entry.dtype not in FLOAT_CODEC:
+        if entry.codec is None:
             problems.append(
                 f"{tensor.name} is stored as {shown(entry.dtype)}; give the original checkpoint in F32, F16 or BF16"
             )

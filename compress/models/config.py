@@ -102,7 +102,23 @@ class QuantizationKeys(Keys):
 
 
 class Config(Keys):
-    """The keys of every family: a decoder with grouped-query attention."""
+    """The keys of every family: a decoder with grouped-query attention.
+
+    GGUF: keys of GGUF's metadata, without the architecture's name, that say the same as those of config.json, "" for a key of a
+    base that does not; GGUF_HAS: names of GGUF's tensors whose presence says it.
+    """
+
+    GGUF: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "embedding_length",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "intermediate_size": "feed_forward_length",
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "rope_theta": "rope.freq_base",
+    }
+    GGUF_HAS: ClassVar[Mapping[str, str]] = {}
 
     model_type: str
     architectures: list[str] | None = None
@@ -298,6 +314,10 @@ class Routed(Config):
     norm_topk_prob: bool = False
 
     COUNTS: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts", "n_routed_experts")
+    GGUF: ClassVar[Mapping[str, str]] = {
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+    }
 
     @property
     def experts(self) -> int:
@@ -328,6 +348,8 @@ class Routed(Config):
 
 class Sparse(Routed):
     """Which layers have experts, by the keys that Qwen's configs say it with."""
+
+    GGUF: ClassVar[Mapping[str, str]] = {"num_experts": "expert_count"}
 
     mlp_only_layers: list[Layers] | None = None
     decoder_sparse_step: Annotated[int, Field(ge=1, le=LAYERS)] = 1

@@ -7,12 +7,13 @@ Formats: model.safetensors.index.json as transformers writes it; 8-byte little-e
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -20,6 +21,9 @@ from compress.errors import CheckpointError
 from compress.limits import HEADER_BYTES, INDEX_BYTES, TENSOR_LENGTH
 from compress.models.layers.base import Slice
 from compress.reading import Unreadable, dotted, in_words, parse_json, path_problem, read_json, size_of, wrong
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -29,10 +33,13 @@ BITS = {
 }  # fmt: skip
 """Of a number of each type, as far as safetensors has named them; sizes of others are not checked."""
 
+FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f32", "F16": "f16", "BF16": "bf16"}
+"""torch's and safetensors' names of the float types a checkpoint may have -> codecs."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: file, dtype name and shape as the safetensors header gives them.
+    """Where one tensor lies, and how it is read: file, dtype name and shape as the safetensors header gives them.
 
     part: of another tensor that holds several, by its full name; span: its bytes in the file, from and to.
     """
@@ -46,6 +53,44 @@ class Entry:
     @property
     def bytes(self) -> int:
         return self.span[1] - self.span[0]
+
+    @property
+    def codec(self) -> str | None:
+        """The float codec of its numbers, None where they are no floats that a checkpoint may have."""
+        return FLOAT_CODEC.get(self.dtype)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its numbers were rounded to a coarser type before they came into the file."""
+        return False
+
+    def opened(self) -> AbstractContextManager[Any]:
+        """Its file, for `read` and `matrices` of all entries of it."""
+        from safetensors import safe_open
+
+        return safe_open(self.file, "pt")
+
+    def read(self, name: str, opened: Any) -> Tensor:
+        """The tensor, whose name this is. Raises SafetensorError, OSError or CheckpointError."""
+        return opened.get_tensor(name) if self.part is None else _part(opened, self.part)
+
+    def matrices(self, name: str, opened: Any) -> Iterator[Tensor]:
+        """The stored tensor of this name, or the matrices of a stack, one in memory at a time."""
+        if len(self.shape) < 3:
+            yield opened.get_tensor(name)
+            return
+        stack = opened.get_slice(name)
+        yield from (stack[n] for n in range(self.shape[0]))
+
+
+def _part(file: Any, part: Slice) -> Tensor:
+    """Some rows of one entry of a stacked tensor, without reading the others."""
+    stored = file.get_slice(part.name)
+    rows = slice(part.start, part.stop)
+    if part.index is None:
+        return stored[:, rows].T.contiguous() if part.transposed else stored[rows]
+    entry = stored[part.index : part.index + 1]
+    return (entry[0][:, rows].T if part.transposed else entry[0][rows]).contiguous()
 
 
 # ------------------------------------------------------------------------------------------ the index

@@ -74,7 +74,8 @@ class Gguf:
     dense_layers: layers without experts may stand beside those with; heads_fill_width: heads x head_dim must be the hidden
     size; tied: the head may be the embeddings; biases: of which tensors, None for any; llama3: reads that rope scaling;
     expert_width: experts' width has a key of its own; keys: more metadata, from the config; problems: what else of a config
-    it cannot say.
+    it cannot say. The other way round, with the metadata of a file (`compress.models.gguf.keys`): claims: whether it is this
+    family's, of those of one architecture; read: keys of config.json beyond those that the schema has tables for.
     """
 
     arch: str
@@ -87,6 +88,8 @@ class Gguf:
     expert_width: bool = True
     keys: Callable[[Any], Mapping[str, Any]] = lambda config: {}
     problems: Callable[[Any], list[str]] = lambda config: []
+    claims: Callable[[Any], bool] = lambda metadata: True
+    read: Callable[[Any], Mapping[str, Any]] = lambda metadata: {}
 
 
 @dataclass(frozen=True)

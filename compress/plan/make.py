@@ -60,7 +60,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     savings += shrinking(tensors, recipe.containers, own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
     warnings += _warnings(recipe, spec, original, tensors, own) + [str(line) for line in savings if line.nothing]
-    warnings += narrow_calibration(recipe) + doubts + _folder_notes(checkpoint, own)
+    warnings += narrow_calibration(recipe) + doubts + [*checkpoint.notes, *_folder_notes(checkpoint, own)]
     files = [(file.name, file.stat()) for file in {entry.file for entry in checkpoint.entries.values()}]
     return Plan(
         recipe=recipe,
@@ -76,6 +76,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         doubts=tuple(doubts),
         savings=savings,
         shapes=shapes,
+        place=checkpoint.place,
     )
 
 

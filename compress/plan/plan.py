@@ -48,6 +48,8 @@ class Plan:
     """What steps that make the model smaller save, in every container."""
     shapes: tuple[Reduction, ...] = ()
     """Where steps change the model's shape: those that a survey may choose, all of about the same size."""
+    place: Path = Path()
+    """Where the weights are read: `source`, or the GGUF file whose metadata `source` was written from."""
 
     @property
     def turned(self) -> ModelSpec:

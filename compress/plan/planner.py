@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.containers import Container
-from compress.models.checkpoint import FLOAT_CODEC, Checkpoint
+from compress.models.checkpoint import Checkpoint
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.plan.checks import tensor_problems
 from compress.plan.tensor import PlannedTensor, Rules, in_pieces, packed_bytes, planned_tensor, precise_float
@@ -152,6 +152,6 @@ class _Decisions:
     def _unmatched(self, tensor: TensorSpec) -> str:
         """No rule: the checkpoint's own float type, float32 for what engines want in float32."""
         entry, own = self.planner.checkpoint.entries.get(tensor.name), self.planner.own
-        codec = FLOAT_CODEC.get(entry.dtype, own) if entry else own
+        codec = (entry.codec if entry else None) or own
         precise = precise_float(self.planner.containers) if tensor.role in FLOAT_ROLES else None
         return precise or codec

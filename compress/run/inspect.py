@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ def inspect_weights(plan: Plan, checkpoint: Checkpoint, progress: Callable[[floa
 
     Raises CheckpointError for values that are not finite.
     """
-    from safetensors import safe_open
-
     entries = checkpoint.entries
     parts = ((t.name, entries[t.name].part) for t in plan.original.tensors())
     wanted = sorted({name if part is None else part.name for name, part in parts}, key=lambda name: entries[name].span)
@@ -29,9 +26,10 @@ def inspect_weights(plan: Plan, checkpoint: Checkpoint, progress: Callable[[floa
     constant: dict[str, list[str]] = {}
     done = 0
     for file in sorted({entries[name].file for name in wanted}):
-        with safe_open(file, "pt") as stored:
-            for name in (n for n in wanted if entries[n].file == file):
-                low, high = _extremes(_matrices(stored, name, entries[name].shape))
+        names = [name for name in wanted if entries[name].file == file]
+        with entries[names[0]].opened() as stored:
+            for name in names:
+                low, high = _extremes(entries[name].matrices(name, stored))
                 if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
                     checkpoint.load(name)  # says how many are not
                 if len(entries[name].shape) > 1 and (same := low == high).any():
@@ -41,15 +39,6 @@ def inspect_weights(plan: Plan, checkpoint: Checkpoint, progress: Callable[[floa
     return [
         f"the original may be damaged or unfinished: all {what} in {some_of(names)}" for what, names in constant.items()
     ]
-
-
-def _matrices(stored: Any, name: str, shape: Sequence[int]) -> Iterator[Tensor]:
-    """A tensor, or the matrices of a stack, one in memory at a time."""
-    if len(shape) < 3:
-        yield stored.get_tensor(name)
-        return
-    stack = stored.get_slice(name)
-    yield from (stack[n] for n in range(shape[0]))
 
 
 def _extremes(matrices: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

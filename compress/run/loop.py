@@ -16,7 +16,7 @@ from compress.decode import decode
 from compress.errors import CheckpointError, CompressError, GateFailed
 from compress.export.deliver import Delivery, deliver, require_texts
 from compress.export.text import plan_tokenizer
-from compress.files import locked, write_synced
+from compress.files import checksum, locked, write_synced
 from compress.models.checkpoint import Checkpoint
 from compress.plan.make import make_plan
 from compress.plan.plan import Plan
@@ -38,7 +38,7 @@ from compress.run.surveys import settle
 from compress.solve.files import save_outcomes
 from compress.solve.tensor import Outcome, as_stored, solve_tensor
 from compress.streaming.activations import Activations
-from compress.streaming.journal import LOCK, Journal, checksum, discard
+from compress.streaming.journal import LOCK, Journal, discard
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
 from compress.text import calibration_windows
@@ -108,7 +108,7 @@ def _carry_out(
         done = sum(unit in journal for unit in units)
         reporter.say(f"continuing: {done} of {len(units)} units are already done")
     try:
-        checkpoint = Checkpoint.open(plan.source)
+        checkpoint = Checkpoint.open(plan.place)
         result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
         _inspect(plan, checkpoint, journal, reporter, strict)
         with torch.inference_mode():

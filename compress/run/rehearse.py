@@ -107,7 +107,7 @@ class _Block:
 def rehearse(plan: Plan, device: str | None = None) -> Rehearsal:
     """Estimate a run by doing a little of it in a temporary folder. Raises what a run raises."""
     placement = Placement.choose(device)
-    checkpoint = Checkpoint.open(plan.source)
+    checkpoint = Checkpoint.open(plan.place)
     try:
         with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, torch.inference_mode():
             return _rehearse(plan, checkpoint, Journal.open(Path(folder), plan.digest), placement)

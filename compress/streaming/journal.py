@@ -8,7 +8,6 @@ succeeds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ResumeError
-from compress.files import disk_errors, sha256_each, sync, write_synced
+from compress.files import checksum, disk_errors, sha256_each, sync, write_synced
 from compress.weights import Packed
 
 if TYPE_CHECKING:
@@ -169,11 +168,6 @@ def discard(folder: Path) -> None:
     for path in left:
         with suppress(OSError):  # in use, on a network disk: without a journal it does no harm
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def checksum(data: bytes) -> str:
-    """sha256 (hex), as the journal keeps it."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

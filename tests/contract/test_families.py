@@ -20,9 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from compress.containers.gguf import _restored, _rows, piece_shape
+from compress.containers.gguf import _rows
 from compress.models import load_spec
 from compress.models.forward import Routing, Taps, forward_branch
+from compress.models.gguf.tensors import piece_shape, restored
 from compress.models.layers.moe import MoE
 from compress.models.spec import TensorSpec
 from compress.transforms.base import apply, folds
@@ -283,7 +284,7 @@ def test_pieces_hold_every_row_once_and_give_the_tensor_back(families: Families,
         packed = Packed("f32", t.shape, {"values": values})
         stored = [(p, _rows(packed, t, "f32", p).reshape(-1).view(np.float32)) for p in t.pieces]
         shaped = [(p, bits.reshape(piece_shape(t, p))) for p, bits in stored]
-        torch.testing.assert_close(torch.from_numpy(_restored(shaped, t.shape)), values, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(restored(shaped, t.shape)), values, rtol=1e-5, atol=1e-6)
 
 
 # -- from config.json alone

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,3 +81,20 @@ def uniform_packed(codec: str, shape: tuple[int, ...], seed: int) -> Packed:
         zeros[:2, 0] = torch.tensor([0, levels - 1])
     scales = (0.5 + torch.rand(rows, groups, generator=random)) * (7 / levels / columns**0.5)
     return Packed(codec, shape, {"codes": codes, "scales": scales.half(), "zeros": zeros})
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]]:
+    """Metadata, and lazily (gguf name, codec, shape, float32 values) of every tensor, through gguf's own reader: an oracle of
+    ours."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+
+    def tensors() -> Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]:
+        for tensor in reader.tensors:
+            shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            yield tensor.name, tensor.tensor_type.name.lower(), shape, np.asarray(values, np.float32).reshape(shape)
+
+    return fields, tensors()

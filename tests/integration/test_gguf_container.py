@@ -18,17 +18,18 @@ import numpy as np
 import pytest
 import torch
 
-from compress.containers import _gguf_pretokenizers as pre_tokenizers
 from compress.containers import gguf as container
 from compress.containers.base import Options, WriteRequest
 from compress.errors import CheckpointError, OutputError, UnsupportedModel
 from compress.models import load_spec
+from compress.models.gguf import pretokenizers as pre_tokenizers
 from compress.text.probes import TEXTS
 from compress.weights import Packed
 from tests.integration.containers import (
     Planned,
     fetcher,
     plan,
+    read_gguf,
     reference_logits,
     spec_of,
     token_ids,
@@ -175,7 +176,7 @@ def test_read_back_is_what_was_written(family: str, codec: str, tmp_path: Path) 
     assert list(dense) != [] and set(dense) == set(weights)
     for line in lines:
         assert torch.equal(dense[line.spec.name], fetch(line.spec.name).parts["values"].float()), line.spec.name
-    fields, tensors = container.read(files[0])
+    fields, tensors = read_gguf(files[0])
     seen = {name: (kind, shape) for name, kind, shape, values in tensors if values.shape == shape}
     assert seen == container.inventory(files[0])
     assert {kind for kind, _ in seen.values()} == {"f32", codec}
@@ -206,7 +207,7 @@ def test_quantized_rows_move_with_their_heads(tmp_path: Path) -> None:
     for name, data in blocks.items():
         np.testing.assert_array_equal(dense[name].numpy(), gguf.dequantize(data, kind))
     name = "model.layers.0.self_attn.q_proj.weight"
-    raw = {n: values for n, _, _, values in container.read(file)[1]}["blk.0.attn_q.weight"]
+    raw = {n: values for n, _, _, values in read_gguf(file)[1]}["blk.0.attn_q.weight"]
     assert not np.array_equal(raw, dense[name].numpy())
 
 
@@ -224,7 +225,7 @@ def test_split_set_loads_in_llama_cpp(moe: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(llama_logits(whole[0], ids), llama_logits(parts[0], ids))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f.name for f in [*whole, *parts])
     parts[-1].unlink()
-    with pytest.raises(CheckpointError, match="no GGUF file"):
+    with pytest.raises(CheckpointError, match="is missing; all 3 files"):
         container.inventory(parts[0])
 
 
@@ -402,7 +403,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(pre: str, tmp_path: Path) -
 
 
 def test_demo_tokenizer_and_metadata(tmp_path: Path) -> None:
-    fields, _ = container.read(write(demo_model(), tmp_path / "demo.gguf", tokenizer=True)[0])
+    fields, _ = read_gguf(write(demo_model(), tmp_path / "demo.gguf", tokenizer=True)[0])
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "qwen2"
     assert fields["tokenizer.ggml.tokens"][4093:] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert fields["tokenizer.ggml.token_type"][4092:] == [1, 3, 3, 3]
@@ -419,7 +420,7 @@ def test_every_chat_template_of_the_folder_goes_along(tmp_path: Path) -> None:
     (model / "chat_template.jinja").write_text("main")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
-    fields, _ = container.read(write(model, tmp_path / "m.gguf", tokenizer=True)[0])
+    fields, _ = read_gguf(write(model, tmp_path / "m.gguf", tokenizer=True)[0])
     assert fields["tokenizer.chat_template"] == "main" and fields["tokenizer.chat_template.tool_use"] == "tools"
     assert fields["tokenizer.chat_templates"] == ["tool_use"]
 

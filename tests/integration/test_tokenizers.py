@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress.containers import _gguf_pretokenizers as pre_tokenizers
 from compress.containers._gguf_tokenizer import read_vocabulary
 from compress.containers.gguf import write_vocabulary
 from compress.errors import CompressError, UnsupportedModel
 from compress.export.text import engine_limits, prove_tokenizer
 from compress.models import load_spec
+from compress.models.gguf import pretokenizers as pre_tokenizers
 from compress.plan import make_plan
 from compress.recipe import load_recipe
 from compress.report.progress import Reporter
@@ -79,7 +80,7 @@ def test_a_pre_tokenizer_that_llama_cpp_takes_otherwise_stops_the_run(
 ) -> None:
     """The table says it is another one than it is: found by reading text, before anything is computed."""
     pytest.importorskip("llama_cpp")
-    wrong = {key: "gpt-2" if name == "qwen2" else name for key, name in pre_tokenizers.PRE_TOKENIZERS.items()}
+    wrong = [replace(pre, name="gpt-2") if pre.name == "qwen2" else pre for pre in pre_tokenizers.PRE_TOKENIZERS]
     monkeypatch.setattr(pre_tokenizers, "PRE_TOKENIZERS", wrong)
     with pytest.raises(UnsupportedModel, match=r"llama\.cpp would read text otherwise than .* instead of") as error:
         prove_tokenizer(make_plan(recipe(model, "gguf"), weights=True))

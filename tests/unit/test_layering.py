@@ -71,7 +71,7 @@ SAME_FORMAT = {
 
 CONTAINERS_MAY_IMPORT = (
     "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "models.identity",
-    "models.companions", "decode", "errors", "files", "text", "weights",
+    "models.companions", "models.gguf", "decode", "errors", "files", "reading", "text", "weights",
 )  # fmt: skip
 
 ORDER = (

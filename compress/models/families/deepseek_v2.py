@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.limits import EXPERTS
 from compress.models.config import Experts, Layers, Positive, Routed, Width
+from compress.models.gguf.keys import Metadata
 from compress.models.layers.base import Sublayer
 from compress.models.layers.compose import MIXER, mlp, moe
-from compress.models.layers.latent_attention import LatentAttention
+from compress.models.layers.latent_attention import LatentAttention, latent_scaling_of
 from compress.models.layers.moe import Router, SharedExpert
 from compress.models.spec import Block, Family, Gguf
 
@@ -40,6 +41,19 @@ class LatentConfig(Routed):
     n_group: Groups = 1
     topk_group: Groups = 1
     routed_scaling_factor: Positive = 1.0
+
+    GGUF: ClassVar[Mapping[str, str]] = {
+        "num_key_value_heads": "",
+        "head_dim": "",
+        "n_routed_experts": "expert_count",
+        "n_shared_experts": "expert_shared_count",
+        "routed_scaling_factor": "expert_weights_scale",
+        "first_k_dense_replace": "leading_dense_block_count",
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "qk_rope_head_dim": "rope.dimension_count",
+        "v_head_dim": "attention.value_length_mla",
+    }
+    GGUF_HAS: ClassVar[Mapping[str, str]] = {"attention_bias": "attn_output.bias"}
 
     @property
     def grouped(self) -> bool:
@@ -129,6 +143,24 @@ def gguf_keys(c: LatentConfig, *, sigmoid: bool = False) -> Mapping[str, Any]:
     return keys
 
 
+def read_gguf(m: Metadata) -> dict[str, Any]:
+    """Latent queries, heads, how experts are chosen, and rope scaling, which is said otherwise than elsewhere."""
+    groups, best = m.number("expert_group_count", 1), m.number("expert_group_used_count", 1)
+    return {
+        "q_lora_rank": m.number("attention.q_lora_rank", 0) or None,
+        "num_key_value_heads": m.number("attention.head_count"),
+        "qk_nope_head_dim": m.number("attention.key_length_mla") - m.number("rope.dimension_count"),
+        "n_group": groups,
+        "topk_group": best,
+        **latent_scaling_of(m),
+    }
+
+
+def is_sigmoid(m: Metadata) -> bool:
+    """llama.cpp calls DeepSeek-V2 and V3 alike."""
+    return m.number("expert_gating_func", 1) == 2
+
+
 def gguf_problems(c: LatentConfig) -> list[str]:
     """What llama.cpp's deepseek2 computes otherwise or refuses."""
     problems = []
@@ -149,7 +181,7 @@ FAMILY = Family(
     model_types=("deepseek_v2",),
     hf_architecture="DeepseekV2ForCausalLM",
     config=DeepseekV2Config,
-    gguf=Gguf("deepseek2", keys=gguf_keys, problems=gguf_problems),
+    gguf=Gguf("deepseek2", keys=gguf_keys, problems=gguf_problems, claims=lambda m: not is_sigmoid(m), read=read_gguf),
     block=block,
     fixed_heads=HEADS,
     fixed_channels=CHANNELS,

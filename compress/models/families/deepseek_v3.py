@@ -12,7 +12,9 @@ from compress.models.families.deepseek_v2 import (
     feed_forward,
     gguf_keys,
     gguf_problems,
+    is_sigmoid,
     mixer,
+    read_gguf,
 )
 from compress.models.layers.moe import Router
 from compress.models.spec import Block, Family, Gguf
@@ -52,7 +54,14 @@ FAMILY = Family(
     model_types=("deepseek_v3",),
     hf_architecture="DeepseekV3ForCausalLM",
     config=DeepseekV3Config,
-    gguf=Gguf("deepseek2", biases=("exp_probs_b",), keys=lambda c: gguf_keys(c, sigmoid=True), problems=gguf_problems),
+    gguf=Gguf(
+        "deepseek2",
+        biases=("exp_probs_b",),
+        keys=lambda c: gguf_keys(c, sigmoid=True),
+        problems=gguf_problems,
+        claims=is_sigmoid,
+        read=lambda m: {**read_gguf(m), "norm_topk_prob": bool(m.get("expert_weights_norm"))},
+    ),
     block=block,
     fixed_heads=HEADS,
     fixed_channels=CHANNELS,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from compress.models.config import EvenHeads
+from compress.models.gguf.keys import Metadata
 from compress.models.layers.compose import attention, mlp
 from compress.models.spec import Block, Family, Gguf
 
@@ -10,6 +14,15 @@ from compress.models.spec import Block, Family, Gguf
 class LlamaConfig(EvenHeads):
     attention_bias: bool = False
     mlp_bias: bool = False
+
+    GGUF_HAS: ClassVar[Mapping[str, str]] = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"}
+
+
+def is_mistral(m: Metadata) -> bool:
+    """llama.cpp calls Llama what has a sliding window, or heads that transformers' Llama refuses."""
+    return (
+        bool(m.get("attention.sliding_window")) or m.number("embedding_length") % m.number("attention.head_count") != 0
+    )
 
 
 def block(c: LlamaConfig, layer: int) -> Block:
@@ -20,7 +33,14 @@ FAMILY = Family(
     model_types=("llama",),
     hf_architecture="LlamaForCausalLM",
     config=LlamaConfig,
-    gguf=Gguf("llama", normalises=True, biases=None, llama3=True, expert_width=False),
+    gguf=Gguf(
+        "llama",
+        normalises=True,
+        biases=None,
+        llama3=True,
+        expert_width=False,
+        claims=lambda m: not m.number("expert_count", 0) and not is_mistral(m),
+    ),
     block=block,
     heads_divide_width=True,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compress.models.config import Channels, EvenHeads, Windows
+from compress.models.families.llama import is_mistral
 from compress.models.layers.compose import attention, mlp
 from compress.models.spec import Block, Family, Gguf
 
@@ -19,6 +20,14 @@ FAMILY = Family(
     model_types=("mistral",),
     hf_architecture="MistralForCausalLM",
     config=MistralConfig,
-    gguf=Gguf("llama", normalises=True, biases=None, llama3=True, expert_width=False),
+    gguf=Gguf(
+        "llama",
+        normalises=True,
+        biases=None,
+        llama3=True,
+        expert_width=False,
+        claims=lambda m: not m.number("expert_count", 0) and is_mistral(m),
+        read=lambda m: {"sliding_window": m.get("attention.sliding_window")},
+    ),
     block=block,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from compress.models.config import Chosen, EvenHeads, Experts, Sparse, Width, Windows
 from compress.models.layers.compose import attention, mlp, moe
 from compress.models.layers.moe import SharedExpert
@@ -15,6 +18,9 @@ class Qwen2MoeConfig(Sparse, Windows, EvenHeads):
     num_experts_per_tok: Chosen = 4
     moe_intermediate_size: Width = 1408
     shared_expert_intermediate_size: Width = 5632
+
+    GGUF: ClassVar[Mapping[str, str]] = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+    GGUF_HAS: ClassVar[Mapping[str, str]] = {"qkv_bias": "attn_q.bias"}
 
 
 def block(c: Qwen2MoeConfig, layer: int) -> Block:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from compress.models.config import Width, Windows
 from compress.models.layers.compose import attention, mlp
 from compress.models.spec import Block, Family, Gguf
@@ -11,6 +14,8 @@ class Qwen3Config(Windows):
     use_sliding_window: bool = False
     head_dim: Width = 128
     attention_bias: bool = False
+
+    GGUF_HAS: ClassVar[Mapping[str, str]] = {"attention_bias": "attn_q.bias"}
 
 
 def block(c: Qwen3Config, layer: int) -> Block:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.models.families.qwen3_5_moe import gguf_keys
+from compress.models.families.qwen3_5_moe import gguf_keys, read_gguf
 from compress.models.families.qwen3_next import BIASES, FEED_FORWARD, HEADS, DeltaConfig, gguf_problems, mixer
 from compress.models.layers.compose import mlp
 from compress.models.spec import Block, Family, Gguf
@@ -18,7 +18,7 @@ FAMILY = Family(
     model_types=("qwen3_5_text",),
     hf_architecture="Qwen3_5ForCausalLM",
     config=DeltaConfig,
-    gguf=Gguf("qwen35", biases=BIASES, keys=gguf_keys, problems=gguf_problems),
+    gguf=Gguf("qwen35", biases=BIASES, keys=gguf_keys, problems=gguf_problems, read=read_gguf),
     block=block,
     final_shift=1.0,
     fixed_heads=HEADS,

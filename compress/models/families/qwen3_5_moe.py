@@ -16,6 +16,8 @@ from compress.models.families.qwen3_next import (
     mixer,
 )
 from compress.models.families.qwen3_next import gguf_keys as next_keys
+from compress.models.families.qwen3_next import read_gguf as next_read
+from compress.models.gguf.keys import Metadata
 from compress.models.spec import Block, Family, Gguf
 
 MODULE = "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet"
@@ -36,11 +38,28 @@ def gguf_keys(c: DeltaConfig) -> Mapping[str, Any]:
     return {**next_keys(c), "rope.dimension_sections": tuple(sections[:4])}
 
 
+def read_gguf(m: Metadata) -> dict[str, Any]:
+    """As Qwen3-Next's, and the sections."""
+    said, sections = next_read(m), m.fields.get(f"{m.arch}.rope.dimension_sections")
+    if not isinstance(sections, list):
+        return said
+    rope = {"rope_type": "default", "rope_theta": m.get("rope.freq_base"), "mrope_section": sections[:3]}
+    return {**said, "rope_parameters": {**rope, "partial_rotary_factor": said["partial_rotary_factor"]}}
+
+
 FAMILY = Family(
     model_types=("qwen3_5_moe_text",),
     hf_architecture="Qwen3_5MoeForCausalLM",
     config=Qwen35MoeConfig,
-    gguf=Gguf("qwen35moe", normalises=True, dense_layers=False, biases=BIASES, keys=gguf_keys, problems=gguf_problems),
+    gguf=Gguf(
+        "qwen35moe",
+        normalises=True,
+        dense_layers=False,
+        biases=BIASES,
+        keys=gguf_keys,
+        problems=gguf_problems,
+        read=read_gguf,
+    ),
     block=block,
     final_shift=1.0,
     fixed_heads=HEADS,

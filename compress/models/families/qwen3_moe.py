@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from compress.models.config import Chosen, EvenHeads, Experts, Sparse, Width, Windows
 from compress.models.layers.compose import attention, mlp, moe
 from compress.models.spec import Block, Family, Gguf
@@ -10,6 +13,8 @@ from compress.models.spec import Block, Family, Gguf
 class Qwen3MoeConfig(Sparse, Windows, EvenHeads):
     use_sliding_window: bool = False
     attention_bias: bool = False
+
+    GGUF_HAS: ClassVar[Mapping[str, str]] = {"attention_bias": "attn_q.bias"}
     num_experts: Experts = 128
     num_experts_per_tok: Chosen = 8
     moe_intermediate_size: Width = 768

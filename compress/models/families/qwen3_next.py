@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from compress.models.config import (
     Width,
     one_a_layer,
 )
+from compress.models.gguf.keys import Metadata
 from compress.models.layers.base import Sublayer
 from compress.models.layers.compose import MIXER, attention, moe
 from compress.models.layers.gated_delta_net import GatedDeltaNet
@@ -42,6 +43,16 @@ class DeltaConfig(Config):
     linear_conv_kernel_dim: Annotated[int, Field(ge=1, le=1024)] = 4
     full_attention_interval: Annotated[int, Field(ge=1, le=LAYERS)] = 4
     layer_types: list[Literal["full_attention", "linear_attention"]] | None = None
+
+    GGUF: ClassVar[Mapping[str, str]] = {
+        "linear_num_key_heads": "ssm.group_count",
+        "linear_num_value_heads": "ssm.time_step_rank",
+        "linear_key_head_dim": "ssm.state_size",
+        "linear_value_head_dim": "ssm.state_size",
+        "linear_conv_kernel_dim": "ssm.conv_kernel",
+        "full_attention_interval": "full_attention_interval",
+    }
+    GGUF_HAS: ClassVar[Mapping[str, str]] = {"attention_bias": "attn_output.bias"}
 
     @property
     def linear_layers(self) -> tuple[bool, ...]:
@@ -67,6 +78,8 @@ class DeltaMoeConfig(DeltaConfig, Sparse):
     moe_intermediate_size: Width = 512
     shared_expert_intermediate_size: Width = 512
     norm_topk_prob: bool = True
+
+    GGUF: ClassVar[Mapping[str, str]] = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
 
 
 def mixer(c: DeltaConfig, layer: int, module: str, *, joined: bool = False) -> Sublayer:
@@ -108,6 +121,15 @@ def gguf_keys(c: DeltaConfig) -> Mapping[str, Any]:
     }
 
 
+def read_gguf(m: Metadata) -> dict[str, Any]:
+    """Which layers are linear, and the share of a head that turns."""
+    kinds = {True: "linear_attention", False: "full_attention"}
+    return {
+        "layer_types": [kinds[f"blk.{layer}.ssm_conv1d.weight" in m.names] for layer in m.layers],
+        "partial_rotary_factor": m.number("rope.dimension_count") / max(m.number("attention.key_length"), 1),
+    }
+
+
 def gguf_problems(c: DeltaConfig) -> list[str]:
     """What llama.cpp's DeltaNet cannot compute."""
     problems = []
@@ -126,7 +148,15 @@ FAMILY = Family(
     model_types=("qwen3_next",),
     hf_architecture="Qwen3NextForCausalLM",
     config=DeltaMoeConfig,
-    gguf=Gguf("qwen3next", normalises=True, dense_layers=False, biases=BIASES, keys=gguf_keys, problems=gguf_problems),
+    gguf=Gguf(
+        "qwen3next",
+        normalises=True,
+        dense_layers=False,
+        biases=BIASES,
+        keys=gguf_keys,
+        problems=gguf_problems,
+        read=read_gguf,
+    ),
     block=block,
     final_shift=1.0,
     fixed_heads=HEADS,

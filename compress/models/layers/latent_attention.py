@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.models.layers.base import GgufValue, Input, Weight, linear
 from compress.models.layers.hosted import Hosted
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import Gathered, Piece
+
+if TYPE_CHECKING:
+    from compress.models.gguf.keys import Metadata
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,22 @@ class LatentAttention(Hosted):
             return {**keys, "rope.scaling.attn_factor": float(turned / mscale(1))}
         keys["rope.scaling.yarn_log_multiplier"] = float(multiplier)
         return keys if turned == 1 else {**keys, "rope.scaling.attn_factor": float(turned)}
+
+
+def latent_scaling_of(metadata: Metadata) -> dict[str, Any]:
+    """Keys of config.json for what a file says of scaled positions: `LatentAttention._scaling_keys` backwards."""
+    kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
+    multiplier, attention = (metadata.get(f"rope.scaling.{key}") for key in ("yarn_log_multiplier", "attn_factor"))
+    if kind != "yarn" or not factor or factor == 1:
+        return {}
+    log = math.log(factor)
+    turned = (attention or 1.0) * (1.0 if multiplier is not None else 0.1 * log + 1.0)
+    everywhere = ((1 + (multiplier or 0.0) * log) * turned - 1) / (0.1 * log)
+    scaling = {
+        "rope_type": kind,
+        "factor": float(factor),
+        "original_max_position_embeddings": metadata.get("rope.scaling.original_context_length"),
+        "attention_factor": float(f"{turned:.7g}"),
+        "mscale_all_dim": float(f"{everywhere:.6g}") if abs(everywhere) > 1e-5 else None,
+    }
+    return {"rope_scaling": {key: value for key, value in scaling.items() if value is not None}}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import UnsupportedModel
+from compress.reading import in_words
+
 if TYPE_CHECKING:
     import numpy as np
+
+    from compress.models.gguf.keys import Metadata
 
 TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -94,3 +99,61 @@ class Rope:
         middle = 1.0 / ((1.0 - smooth) / factor + smooth)
         out = np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, middle))
         return out.astype(np.float32)
+
+
+# -- from GGUF, the other way round ------------------------------------------------------------------------------------
+def scaling_of(metadata: Metadata, factors: Sequence[float] | None = None) -> dict[str, Any]:
+    """Keys of config.json for what a file says of scaled positions; factors: its rope_freqs.weight.
+
+    Raises UnsupportedModel for another scaling than `gguf_keys` and `llama3_factors` write.
+    """
+    kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
+    kind = kind or ("linear" if factor else "none")
+    if factors is not None and any(value != 1 for value in factors):
+        if kind != "none":
+            raise UnsupportedModel(f"{metadata.path} scales rotary positions twice: {kind}, and by rope_freqs.weight")
+        return {"rope_scaling": _llama3(metadata, factors)}
+    if kind == "none":
+        return {}
+    if kind not in ("linear", "yarn") or not isinstance(factor, int | float) or factor <= 0:
+        raise UnsupportedModel(
+            f"{metadata.path}: rope scaling {in_words(kind)} by {in_words(factor)} is not read from GGUF"
+        )
+    scaling = {"rope_type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        if original := metadata.get("rope.scaling.original_context_length"):
+            scaling["original_max_position_embeddings"] = original
+        attention = metadata.get("rope.scaling.attn_factor")
+        if attention not in (None, 1, 1.0):
+            scaling["attention_factor"] = float(f"{attention * (1.0 + 0.1 * math.log(factor)):.7g}")
+    return {"rope_scaling": scaling}
+
+
+def _llama3(metadata: Metadata, factors: Sequence[float]) -> dict[str, Any]:
+    """Llama 3's parameters of given divisors: common ones where they fit, else those of the straight line between the
+    frequencies that stay and those that are divided, whose unit is free."""
+    theta, factor, dim = metadata.get("rope.freq_base") or 10000.0, max(factors), 2 * len(factors)
+    waves = [2 * math.pi * theta ** (2 * i / dim) for i in range(len(factors))]
+    smooth = [(1 / f - 1 / factor) / (1 - 1 / factor) for f in factors]
+    middle = [(1 / w, s) for w, s in zip(waves, smooth, strict=True) if 1e-6 < s < 1 - 1e-6]
+    tried: list[tuple[float, float, float]] = [(1.0, 4.0, 8192.0)]
+    if middle:
+        x, s = middle[0]
+        tried.append((1.0, 4.0, (3 * s + 1) / x))
+    else:
+        tried.append((1.0, 4.0, 4 * max((w for w, s in zip(waves, smooth, strict=True) if s > 0.5), default=1.0) + 1))
+    if len(middle) > 1 and middle[0][1] != middle[-1][1]:
+        (x1, s1), (x2, s2) = middle[0], middle[-1]
+        slope = (s1 - s2) / (x1 - x2)
+        if (start := slope * x1 - s1) > 0:
+            tried.append((1.0, float(f"{1 + 1 / start:.4g}"), slope / start))
+    for low, high, original in tried:
+        scaling = {"rope_type": "llama3", "factor": float(f"{factor:.6g}"), "low_freq_factor": low,
+                   "high_freq_factor": high, "original_max_position_embeddings": max(round(original), 1)}  # fmt: skip
+        ours = Rope(dim, theta, 0, json.dumps(scaling)).llama3_factors()
+        assert ours is not None
+        if len(ours) == len(factors) and all(abs(a - b) <= 1e-4 * b for a, b in zip(ours, factors, strict=True)):
+            return scaling
+    raise UnsupportedModel(
+        f"{metadata.path}: the divisors of rotary frequencies in rope_freqs.weight are not those of a llama3 rope scaling"
+    )

@@ -108,6 +108,11 @@ class Piece:
         """Whether the file's bytes are the checkpoint's, at most in another order of rows."""
         return self.map is None and not self.swapped
 
+    @property
+    def plain(self) -> bool:
+        """Whether they are, in the same order."""
+        return self.exact and self.rows is None and self.columns is None
+
     def of_rows(self) -> Piece:
         """The same for the bias of a linear."""
         return replace(self, name=self.name.removesuffix("weight") + "bias", columns=None)

@@ -1,8 +1,9 @@
-"""Which of llama.cpp's pre-tokenizers splits text as tokenizer.json does: by structure and patterns, never by a name."""
+"""llama.cpp's pre-tokenizers and the same in tokenizer.json: known by structure and patterns, never by a model's name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from compress.text.files import steps
@@ -47,32 +48,71 @@ DEEPSEEK_LLM = (
 )
 
 
-def _splits(*patterns: str) -> str:
-    return " ".join(f"split:{pattern}" for pattern in patterns)
+@dataclass(frozen=True)
+class PreTokenizer:
+    """One of llama.cpp's: how text is cut before tokens are merged.
+
+    steps: "split:" and a pattern, "digits" (one by one), "bytes", "bytes+regex" (with GPT-2's pattern), in their order;
+    ignores_merges: pieces that are tokens are taken whole; aliases: other names that llama.cpp knows it by; adds_bos: it puts
+    the beginning-of-text token before a text where a file does not say.
+    """
+
+    name: str
+    steps: tuple[str, ...]
+    ignores_merges: bool = False
+    aliases: tuple[str, ...] = ()
+    adds_bos: bool = False
 
 
-# (structure of the pre-tokenizer, merges ignored for whole-word tokens) -> tokenizer.ggml.pre
-PRE_TOKENIZERS: Mapping[tuple[str, bool], str] = {
-    (f"{_splits(QWEN2)} bytes", False): "qwen2",
-    (f"{_splits(QWEN35)} bytes", False): "qwen35",
-    (f"{_splits(LLAMA3)} bytes", True): "llama-bpe",
-    (f"{_splits(LLAMA3)} bytes", False): "smaug-bpe",
-    (f"{_splits(TEKKEN)} bytes", True): "tekken",
-    (f"{_splits(*DEEPSEEK_V3)} bytes", False): "deepseek-v3",
-    (f"{_splits(*DEEPSEEK_LLM)} digits bytes", False): "deepseek-llm",
-    ("bytes+regex", False): "gpt-2",
-    ("digits bytes+regex", False): "smollm",
-}
+def _splits(*patterns: str) -> tuple[str, ...]:
+    return tuple(f"split:{pattern}" for pattern in patterns)
+
+
+PRE_TOKENIZERS = (
+    PreTokenizer("qwen2", (*_splits(QWEN2), "bytes"), aliases=("deepseek-r1-qwen", "kormo", "megrez", "stablelm2")),
+    PreTokenizer("qwen35", (*_splits(QWEN35), "bytes")),
+    PreTokenizer(
+        "llama-bpe", (*_splits(LLAMA3), "bytes"), True,
+        ("llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"), adds_bos=True,
+    ),
+    PreTokenizer("smaug-bpe", (*_splits(LLAMA3), "bytes")),
+    PreTokenizer("tekken", (*_splits(TEKKEN), "bytes"), True, adds_bos=True),
+    PreTokenizer("deepseek-v3", (*_splits(*DEEPSEEK_V3), "bytes")),
+    PreTokenizer("deepseek-llm", (*_splits(*DEEPSEEK_LLM), "digits", "bytes")),
+    PreTokenizer("gpt-2", ("bytes+regex",), aliases=("phi-2", "gigachat", "mellum")),
+    PreTokenizer("smollm", ("digits", "bytes+regex")),
+)  # fmt: skip
+"""Those that both directions know: a tokenizer.json's structure -> tokenizer.ggml.pre, and back."""
+
+
+def named(pre: str) -> PreTokenizer | None:
+    """By the name that a file gives, None for one that is not known here."""
+    return next((known for known in PRE_TOKENIZERS if pre in (known.name, *known.aliases)), None)
+
+
+def components(pre: PreTokenizer) -> list[dict[str, Any]]:
+    """Its steps as tokenizer.json has them."""
+    return [_component(step) for step in pre.steps]
+
+
+def _component(step: str) -> dict[str, Any]:
+    if step.startswith("split:"):
+        pattern = {"Regex": step.removeprefix("split:")}
+        return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    if step == "digits":
+        return {"type": "Digits", "individual_digits": True}
+    regex = step == "bytes+regex"
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
 
 
 def pre_tokenizer(data: Mapping[str, Any]) -> str | None:
     """llama.cpp's name of the pre-tokenizer of a byte-level tokenizer.json, or None where it has no such one."""
-    structure = " ".join(_step(step) for step in steps(data.get("pre_tokenizer"), "pretokenizers"))
+    structure = tuple(_step(step) for step in steps(data.get("pre_tokenizer"), "pretokenizers"))
     ignores = bool(data["model"].get("ignore_merges"))
-    found = PRE_TOKENIZERS.get((structure, ignores))
-    if found is None and (other := PRE_TOKENIZERS.get((structure, not ignores))) and _merges_reach_all(data["model"]):
-        return other  # the flag changes nothing
-    return found
+    alike = {known.ignores_merges: known.name for known in PRE_TOKENIZERS if known.steps == structure}
+    if ignores not in alike and alike and _merges_reach_all(data["model"]):
+        return alike[not ignores]  # the flag changes nothing
+    return alike.get(ignores)
 
 
 def _step(step: Mapping[str, Any]) -> str:
