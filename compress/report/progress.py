@@ -21,8 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from compress.report.numbers import human_seconds
 from compress.report.scorecard import Stage
-from compress.report.table import human_seconds
 
 LINE_SECONDS = 60.0  # in a log, a long stage says at least this often how far it is
 

@@ -154,6 +154,15 @@ class Scorecard(Value):
         """sha256 of every file of every artifact, by its path relative to the scorecard."""
         return {name: found for artifact in self.artifacts for name, found in artifact.files.items()}
 
+    @property
+    def fallback_kinds(self) -> list[tuple[Fallback, int]]:
+        """Fallbacks that differ in their subject only as one, with how many there are: a row length that does not divide
+        befalls every layer alike."""
+        kinds: dict[tuple[str, str, str], list[Fallback]] = {}
+        for fallback in self.fallbacks:
+            kinds.setdefault((fallback.wanted, fallback.used, fallback.reason), []).append(fallback)
+        return [(alike[0], len(alike)) for alike in kinds.values()]
+
     def to_json(self) -> str:
         """Indented JSON; absent scores are left out, numbers that are not finite become null."""
         return json.dumps(_plain(self.model_dump(mode="python")), indent=2, allow_nan=False) + "\n"

@@ -15,9 +15,8 @@ from compress.recipe.schema import Recipe
 from compress.report import scorecard as scorecards
 from compress.report.checksums import OK, sentence, statuses
 from compress.report.scorecard import Scorecard
-from compress.streaming.journal import JOURNAL
+from compress.streaming.journal import JOURNAL, WORK
 
-WORK = ".work"
 TEXT = "calibration text"  # as the journal calls the windows that units are made from
 
 

@@ -38,6 +38,29 @@ class TaskScore(Value):
     flips: Flips | None = None
     group: str = ""
 
+    @property
+    def is_share(self) -> bool:
+        """Whether the value is a share of documents, 0 to 1."""
+        return not self.metric.endswith("perplexity")
+
+    @property
+    def change(self) -> Interval | None:
+        """`difference` as an estimate; None without an original."""
+        if not self.difference or self.difference.get("value") is None:
+            return None
+        return Interval(self.difference["value"], self.difference.get("low"), self.difference.get("high"))
+
+
+def headline(task: str) -> bool:
+    """Per-phenomenon rows ("blimp.island_effects") stay in scorecard.json; tables have the totals."""
+    return "." not in task or task.endswith(".perplexity")
+
+
+def task_title(task: str) -> tuple[str, str]:
+    """A task's name as it is written, and the metric of a row of its own or ""."""
+    name, _, metric = task.partition(".")
+    return {"blimp": "BLiMP", "lambada": "LAMBADA"}.get(name, name), metric
+
 
 class Spread(Value):
     """Median of repeated measurements, with the least and the greatest of them."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 SEPARATOR = "|"  # between tensor and part in a unit's file; no checkpoint uses it in names
+WORK = ".work"  # the work folder, in the output folder
 JOURNAL, LOCK = "journal.json", "lock"  # of the files in a work folder
 
 

@@ -108,7 +108,7 @@ SAY_NAMES = {
 """Files outside `models` that say part of a tensor's or a module's name, each with its reason."""
 
 DOTTED = {
-    "report/table.py": "tasks with a metric of their own",
+    "scoring/results.py": "tasks with a metric of their own",
     "structured/restructure.py": "keys of its own state",
 }
 """Files outside `models` that take something apart at dots, and what."""

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from compress.errors import CompressError, OutputError
+from compress.report.numbers import human_bytes, human_seconds
 from compress.report.scorecard import (
     Artifact,
     Base,
@@ -24,14 +25,7 @@ from compress.report.scorecard import (
     read,
     write,
 )
-from compress.report.table import (
-    compare_markdown,
-    compare_rows,
-    compare_table,
-    human_bytes,
-    human_seconds,
-    scorecard_table,
-)
+from compress.report.table import scorecard_table
 from compress.scoring.divergence import Divergence, Interval, Scores
 
 
@@ -185,39 +179,6 @@ def test_deep_models_and_many_fallbacks_stay_short():
 def test_failed_gate_is_loud():
     shown = text(scorecard_table(card("x", 1, 0.1, passed=False)))
     assert "Integrity gate: FAILED (0 of 1 checks)" in shown and "FAIL reload: 1e-6 of 1e-4" in shown
-
-
-def test_comparison_marks_the_pareto_front():
-    cards = [
-        card("large-good", 9, 0.01),
-        card("small-bad", 3, 0.50),
-        card("middle", 5, 0.10),
-        card("dominated", 6, 0.20),
-        card("unscored", 1, None),
-        card("broken", 2, 0.001, passed=False),  # neither on the front nor a rival
-    ]
-    rows = compare_rows(cards)
-    assert [row.scorecard.recipe for row in rows] == [
-        "unscored", "broken", "small-bad", "middle", "dominated", "large-good",
-    ]  # fmt: skip
-    assert [row.scorecard.recipe for row in rows if row.on_front] == ["small-bad", "middle", "large-good"]
-    shown = text(compare_table(cards))
-    assert max(map(len, shown.splitlines())) <= 100
-    assert "0.100 [0.090, 0.110]" in shown
-
-
-def test_rows_on_other_texts_are_no_rivals():
-    other = Artifact(container="gguf", path="o", bytes=1, bits_per_weight=1, scores=scores(1, 0.001, "f" * 16))
-    cards = [card("a", 5, 0.1), card("b", 1, 0.1, artifacts=(other,))]
-    assert all(row.on_front for row in compare_rows(cards))
-    assert "compare only rows of one model and one text" in compare_markdown(cards)
-
-
-def test_markdown_is_a_well_formed_table():
-    lines = compare_markdown([card("a|b", 5, 0.1), card("c", 7, 0.01)]).splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 5 and {line.replace("\\|", "").count("|") for line in table} == {11}
-    assert table[2].startswith("| \\* | a\\|b | gguf | 5 B |")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,362 @@
+"""Plots of a comparison, drawn by matplotlib: SVG for a page that is light or dark, or a picture on its own.
+
+An SVG keeps its text as text, and its colours are the page's: each is drawn in a stand-in that becomes a CSS variable.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, MissingExtra
+from compress.report.advice import NO_SMALLER
+from compress.report.compare import Comparison, Row, accuracies, accuracy_change
+from compress.report.labels import Box, place
+from compress.report.numbers import human_bytes
+from compress.scoring.divergence import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZE = (4.6, 3.3)  # inches; at 72 points each, as wide as a phone, so that text there is nearly as large as around it
+HEAT_WIDTH = 3.9
+FONT = 8.5
+LOG_FROM = 3.0  # from this ratio of largest to smallest on, sizes are shown on a logarithmic axis
+DPI = 220  # of pictures and heat maps
+TICK_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours: text and front; what stands back; the points; grid lines; what is behind."""
+
+    ink: str
+    muted: str
+    accent: str
+    grid: str
+    paper: str
+
+
+PRINTED = Theme("#1d2230", "#6b7280", "#2563c9", "#e3e6eb", "#ffffff")
+STAND_INS = Theme("#010203", "#020304", "#030405", "#040506", "#050607")  # of a page's --ink, --muted, ...
+HEAT = (0.145, 0.388, 0.788)  # one hue whose opacity says how much: it reads on white and on black
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What stands on the upright axis: its name, its value for a row, where the original lies, whether more is better."""
+
+    heading: str
+    value: Callable[[Row], Interval | None]
+    original: float | None = None
+    more_is_better: bool = False
+    logarithmic: bool = False
+
+
+def measures(comparison: Comparison) -> list[Measure]:
+    """Those that two variants or more were measured by."""
+    tasks = accuracies(comparison)
+    which = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else "one task"
+    found = [
+        Measure("KL divergence, nats per token", lambda row: row.kld, logarithmic=True),
+        Measure(f"accuracy, change in points ({which})", lambda row: _points(row, tasks), 0.0, True),
+        Measure("tokens/s over the original's", lambda row: row.generation, 1.0, True),
+    ]
+    return [m for m in found if sum(m.value(row) is not None for row in smaller(comparison)) > 1]
+
+
+def _points(row: Row, tasks: Sequence[str]) -> Interval | None:
+    change = accuracy_change(row, tasks)
+    if change is None:
+        return None
+    low, high = (None if end is None else 100 * end for end in (change.low, change.high))
+    return Interval(100 * change.value, low, high)
+
+
+# ---------------------------------------------------------------- size against something
+
+
+def smaller(comparison: Comparison) -> list[Row]:
+    """Variants that are smaller than their original: the others stretch the axes and are nothing to choose."""
+    return [row for row in comparison.comparable if row.share is None or row.share < NO_SMALLER]
+
+
+def size_plot(comparison: Comparison, measure: Measure) -> str:
+    """SVG for a page: every variant by its size and a measure, error bars, labels, the front."""
+    with _matplotlib("--html"):
+        figure, told = _size_figure(comparison, measure, STAND_INS), f"{measure.heading} against size"
+        figure.axes[0].set_ylabel("")  # the page says it above
+        return _svg(figure, told)
+
+
+def picture(comparison: Comparison, target: str) -> bytes:
+    """The plot of size and divergence as a file of its own, .png or .svg by its name. Raises CompressError for others, and
+    where fewer than two variants have a divergence."""
+    kind = Path(target).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise CompressError(f"cannot draw {target}; give --picture a name that ends in .png or .svg")
+    found = next((m for m in measures(comparison) if m.logarithmic), None)
+    if found is None:
+        raise CompressError("there is nothing to draw: fewer than two variants have a KL divergence from one original")
+    out = io.BytesIO()
+    with _matplotlib("--picture"):
+        figure = _size_figure(comparison, found, PRINTED)
+        figure.savefig(
+            out, format=kind, dpi=DPI, facecolor=PRINTED.paper, metadata={"Date": None} if kind == "svg" else None
+        )
+    return out.getvalue()
+
+
+def _size_figure(comparison: Comparison, measure: Measure, theme: Theme) -> Figure:
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = _axes(theme)
+    points = [(row, value) for row in smaller(comparison) if (value := measure.value(row)) is not None]
+    points.sort(key=lambda point: (point[0].bytes, point[0].name))
+    front = _front(points, measure)
+    if measure.logarithmic:
+        axes.set_yscale("log")
+        floor = min((value.value for _, value in points if value.value > 0), default=1e-6) / 10
+        points = [(row, _above(value, floor)) for row, value in points]
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    sizes = [*(row.bytes for row, _ in points), *(row.bytes for row in comparison.originals if not row.mark)]
+    _size_axis(axes, min(sizes), max(sizes))
+    for row, value in points:
+        best = row.name in front
+        low, high = (value.value if end is None else end for end in (value.low, value.high))
+        axes.plot([row.bytes] * 2, [low, high], color=theme.accent if best else theme.muted, linewidth=1.1, zorder=3)
+        axes.plot(
+            [row.bytes], [value.value], "o", markersize=5, zorder=4, markeredgewidth=1.2,
+            color=theme.accent if best else theme.paper, markeredgecolor=theme.accent if best else theme.muted,
+        )  # fmt: skip
+    ends = [(row.bytes, value.value) for row, value in points if row.name in front]
+    axes.step([x for x, _ in ends], [y for _, y in ends], where="post", color=theme.accent, linewidth=0.8, alpha=0.45)
+    if measure.original is not None:
+        axes.axhline(measure.original, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    for original in comparison.originals:
+        if not original.mark:
+            axes.axvline(original.bytes, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_ylabel(measure.heading, color=theme.muted)
+    axes.set_xlabel("size of all files", color=theme.muted)
+    axes.margins(y=0.12)
+    _label(figure, axes, points, front, theme)
+    return figure
+
+
+def _above(value: Interval, floor: float) -> Interval:
+    """On a logarithmic axis nothing is at zero or below."""
+    low, high = (None if end is None else max(end, floor) for end in (value.low, value.high))
+    return Interval(max(value.value, floor), low, high)
+
+
+def _front(points: Sequence[tuple[Row, Interval]], measure: Measure) -> set[str]:
+    """Names of those that no other beats in size and measure; points by size."""
+    sign = -1 if measure.more_is_better else 1
+    best, names = float("inf"), set()
+    for row, value in sorted(points, key=lambda point: (point[0].bytes, sign * point[1].value)):
+        if sign * value.value < best:
+            best = sign * value.value
+            names.add(row.name)
+    return names
+
+
+def _size_axis(axes: Axes, least: int, most: int) -> None:
+    """Sizes in their binary units, with a few round ticks."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if most / max(least, 1) >= LOG_FROM:
+        axes.set_xscale("log")
+        axes.set_xlim(least / 1.18, most * 1.18)
+    else:
+        margin = 0.12 * (most - least) or 0.1 * most
+        axes.set_xlim(max(least - margin, 0), most + margin)
+    low, high = axes.get_xlim()
+    ticks = [step * 10.0**tens * 1024.0**unit for unit in range(5) for tens in range(3) for step in TICK_STEPS]
+    inside = sorted({tick for tick in ticks if low <= tick <= high})
+    while len(inside) > 7:
+        inside = inside[::2]
+    if len(inside) < 3:
+        inside = [low + (high - low) * part / 4 for part in range(1, 4)]
+    axes.xaxis.set_major_locator(FixedLocator(inside))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+
+
+def _tick(size: float) -> str:
+    number, unit = human_bytes(size).split(" ")
+    return f"{float(number):g} {unit}"
+
+
+def _label(figure: Figure, axes: Axes, points: Sequence[tuple[Row, Interval]], front: set[str], theme: Theme) -> None:
+    """Names beside their points, where they cover neither each other nor a point; further off with a thin line to it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent(renderer)
+    scale = figure.dpi / 72
+    at, taken, sizes = [], [], []
+    for row, value in points:
+        x, y = axes.transData.transform((row.bytes, value.value))
+        low, high = (
+            axes.transData.transform((row.bytes, y0 if y0 is not None else value.value))[1]
+            for y0 in (value.low, value.high)
+        )
+        at.append((float(x), float(y)))
+        taken.append(Box(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale))
+        taken.append(Box(x - scale, low, x + scale, high))
+        text = axes.text(0, 0, row.name, fontsize=FONT, parse_math=False)
+        extent = text.get_window_extent(renderer)
+        sizes.append((extent.width, extent.height))
+        text.remove()
+    ends = [spot for (row, _), spot in zip(points, at, strict=True) if row.name in front]
+    for (x, y), (right, below) in pairwise(ends):
+        taken += [Box(x, y - scale, right, y + scale), Box(right - scale, min(y, below), right + scale, max(y, below))]
+    placed = place(at, sizes, taken, Box(inside.x0, inside.y0, inside.x1, inside.y1), scale)
+    for (row, value), spot in zip(points, placed, strict=True):
+        best = row.name in front
+        axes.annotate(
+            row.name, (row.bytes, value.value), (spot.dx / scale, spot.dy / scale), textcoords="offset points",
+            fontsize=FONT, ha=spot.horizontal, va=spot.vertical, color=theme.ink if best else theme.muted, parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4} if spot.far else None,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- heat maps
+
+
+def error_scale(rows: Sequence[Row]) -> tuple[float, float]:
+    """Least and greatest error of any layer, for one colour scale over all variants."""
+    found = [error.error for row in rows for error in row.card.errors if error.error > 0 and error.layer is not None]
+    return (min(found), max(found)) if found else (1e-6, 1.0)
+
+
+def error_map(row: Row, scale: tuple[float, float]) -> str:
+    """SVG: roles down, layers across, opacity by the logarithm of the relative output error."""
+    errors = [error for error in row.card.errors if error.layer is not None]
+    roles = list(dict.fromkeys(error.role for error in errors))
+    layers = sorted({error.layer for error in errors if error.layer is not None})
+    values = {(error.role, error.layer): error.error for error in errors}
+    grid = [[values.get((role, layer)) for layer in layers] for role in roles]
+    worst = max(errors, key=lambda error: error.error)
+    told = f"{row.name}: largest {worst.error:.2g} in {role_name(worst.role)} of layer {worst.layer}"
+    return _heat(grid, scale, [role_name(role) for role in roles], [str(layer) for layer in layers], "layer", told)
+
+
+def role_name(role: str) -> str:
+    """routed_experts.gate -> "routed experts gate"."""
+    return re.sub(r"[_.]", " ", role)
+
+
+def expert_map(row: Row) -> str:
+    """SVG: layers down, experts across, opacity by the logarithm of the tokens; a cross where an expert is cold."""
+    layers = row.card.experts
+    most = max((count for layer in layers for count in layer.tokens), default=1)
+    grid = [[float(count) if count else None for count in layer.tokens] for layer in layers]
+    crosses = [(expert, number) for number, layer in enumerate(layers) for expert in layer.cold]
+    width = max(len(layer.tokens) for layer in layers)
+    told = f"{row.name}: tokens per expert, {len(crosses)} of {sum(map(len, grid))} experts cold"
+    names = [f"layer {layer.layer}" for layer in layers]
+    return _heat(grid, (1.0, float(max(most, 2))), names, [str(e) for e in range(width)], "expert", told, crosses)
+
+
+def _heat(
+    grid: Sequence[Sequence[float | None]],
+    scale: tuple[float, float],
+    down: Sequence[str],
+    across: Sequence[str],
+    axis: str,
+    told: str,
+    crosses: Sequence[tuple[int, int]] = (),
+) -> str:
+    """grid: [down, across]; None: nothing there. crosses: (across, down)."""
+    import numpy as np
+
+    low, high = scale
+    cells = np.zeros((len(down), len(across), 4))
+    cells[..., :3] = HEAT
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            if value is not None:
+                part = np.log(max(value, low) / low) / max(np.log(high / low), 1e-9)
+                cells[y, x, 3] = 0.08 + 0.92 * min(float(part), 1.0)
+    with _matplotlib("--html"):
+        theme = STAND_INS
+        height = 0.5 + 0.2 * min(len(down), 16) + 0.02 * max(len(down) - 16, 0)
+        figure, axes = _axes(theme, (HEAT_WIDTH, height))
+        axes.imshow(cells, aspect="auto", interpolation="nearest")
+        axes.plot(
+            [x for x, _ in crosses], [y for _, y in crosses], "x", color=theme.ink, markersize=3.4, markeredgewidth=0.9
+        )
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        for set_ticks, names, most in ((axes.set_xticks, across, 16), (axes.set_yticks, down, 24)):
+            step = -(-len(names) // most)
+            set_ticks(range(0, len(names), step), names[::step])
+        axes.set_xlabel(axis, color=theme.muted)
+        return _svg(figure, told)
+
+
+# ---------------------------------------------------------------- figures
+
+
+@contextmanager
+def _matplotlib(purpose: str) -> Iterator[None]:
+    """matplotlib with our settings and none of its warnings, as of letters that its own font lacks."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "report", f"compare {purpose}") from error
+    settings: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": "compress", "font.size": FONT, "axes.labelsize": FONT, "text.parse_math": False,
+        "xtick.labelsize": FONT, "ytick.labelsize": FONT, "font.family": ["DejaVu Sans"],
+    }  # fmt: skip
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _axes(theme: Theme, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.grid)
+    axes.tick_params(which="both", colors=theme.muted, length=3, width=0.6)
+    axes.grid(which="major", color=theme.grid, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+_serial = re.compile(r'(\bid="|url\(#|href="#)')
+
+
+def _svg(figure: Figure, told: str) -> str:
+    """The figure as an element of a page: no size of its own, the page's font and colours, names of its own."""
+    from hashlib import sha256
+    from html import escape
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, dpi=DPI, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index(">") + 1 :], flags=re.DOTALL)
+    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
+    for role, stand_in in vars(STAND_INS).items():
+        body = body.replace(stand_in, f"var(--{role})")
+    prefix = sha256(f"{told}{body}".encode()).hexdigest()[:8]
+    body = _serial.sub(rf"\g<1>{prefix}-", body)
+    return f'<svg {box[0]} role="img" aria-label="{escape(told)}">{body}'
