@@ -48,7 +48,7 @@ def advise(comparison: Comparison, memory: int | None = None) -> Advice:
     if len(rows) == 1:
         return Advice(f"Only one variant to choose: {_facts(rows[0])}.", picks=(rows[0].name,))
     picked, why = _default(rows)
-    headline = f"Without a limit to keep, take {picked.name}: {why}; {_figures(picked)}."
+    headline = f"Take {picked.name}: {why} ({_figures(picked)})."
     return Advice(headline, tuple(_by_size(comparison, rows)), dominated, (picked.name,))
 
 
@@ -129,7 +129,9 @@ def _dominated(rows: Sequence[Row]) -> Iterator[str]:
             names = _listed([f"{row.name} ({_more(row, winner)})" for row in group])
             verb = "is" if len(group) == 1 else "are"
             what = "further from the original" if certain else "no closer to it, as far as the intervals tell"
-            yield f"Not worth taking beside {name}: {names} {verb} no smaller and {what}."
+            other = dict.fromkeys(row.container for row in group if row.container != winner.container)
+            unless = f", unless an engine asks for their container ({', '.join(other)})" if other else ""
+            yield f"Not worth taking beside {name}: {names} {verb} no smaller and {what}{unless}."
 
 
 def _take(row: Row, alike: Row | None, verb: str = "take ") -> str:

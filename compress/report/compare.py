@@ -116,8 +116,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
             warnings.append(_warning(mark, group, main))
         original = _original(group, len(groups) > 1)
         rows += [replace(row, mark=mark) for row in [*([original] if original else []), *_with_front(group.rows)]]
-    ordered = sorted(rows, key=lambda row: (not row.original, 0 if row.original else -row.bytes, row.name))
-    return Comparison(model_name(main.card.model), tuple(ordered), tuple(warnings))
+    originals = [row for row in rows if row.original]
+    variants = sorted((row for row in rows if not row.original), key=lambda row: (-row.bytes, row.name))
+    return Comparison(model_name(main.card.model), (*originals, *variants), tuple(warnings))
 
 
 # ---------------------------------------------------------------- what compares with what

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 DISTANCES = (6.0, 14.0, 26.0, 40.0)  # from the point, in points of type
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 SWEEPS = 4
-OUTSIDE, COVERED, FAR = (
-    50.0,
-    10.0,
-    0.02,
-)  # what a square pixel outside, one that covers something, a pixel of distance cost
+OUTSIDE, COVERED, CROSSED, FAR = 50.0, 10.0, 20.0, 0.02
+"""What a square pixel costs outside, over something, or where a line and a text meet; and a pixel of distance."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,15 @@ class Spot:
     far: bool
     box: Box
 
+    def line(self) -> list[Box]:
+        """The line to the point, as a row of small boxes; none for a spot that needs no line."""
+        if not self.far:
+            return []
+        x = {"left": self.box.x0, "center": (self.box.x0 + self.box.x1) / 2, "right": self.box.x1}[self.horizontal]
+        y = {"bottom": self.box.y0, "center": (self.box.y0 + self.box.y1) / 2, "top": self.box.y1}[self.vertical]
+        steps = [part / 8 for part in range(1, 8)]
+        return [Box(x - self.dx * t - 1, y - self.dy * t - 1, x - self.dx * t + 1, y - self.dy * t + 1) for t in steps]
+
 
 def place(
     points: Sequence[tuple[float, float]],
@@ -61,8 +67,8 @@ def place(
     for _ in range(SWEEPS):
         before = list(chosen)
         for number, spots in enumerate(options):
-            others = [*taken, *(spot.box for at, spot in enumerate(chosen) if at != number)]
-            costs = [_cost(spot, order, others, inside) for order, spot in enumerate(spots)]
+            others = [spot for at, spot in enumerate(chosen) if at != number]
+            costs = [_cost(spot, order, others, taken, inside) for order, spot in enumerate(spots)]
             chosen[number] = spots[costs.index(min(costs))]
         if chosen == before:
             break
@@ -85,7 +91,12 @@ def _options(point: tuple[float, float], size: tuple[float, float], scale: float
     return found
 
 
-def _cost(spot: Spot, order: int, others: Sequence[Box], inside: Box) -> float:
+def _cost(spot: Spot, order: int, others: Sequence[Spot], taken: Sequence[Box], inside: Box) -> float:
     outside = spot.box.area - spot.box.common(inside)
-    covered = sum(spot.box.common(other) for other in others)
-    return OUTSIDE * outside + COVERED * covered + FAR * (abs(spot.dx) + abs(spot.dy)) + 0.01 * order
+    lines = [box for other in others for box in other.line()]
+    covered = sum(spot.box.common(box) for box in (*taken, *(other.box for other in others)))
+    crossed = sum(spot.box.common(box) for box in lines)
+    crossed += sum(box.common(other.box) for box in spot.line() for other in others)
+    return (
+        OUTSIDE * outside + COVERED * covered + CROSSED * crossed + FAR * (abs(spot.dx) + abs(spot.dy)) + 0.01 * order
+    )

@@ -369,6 +369,43 @@ def test_compare_takes_scores_of_a_lone_model(compress: Compress, place: Path, t
     assert code == 0 and "safetensors" in out
 
 
+def test_compare_writes_what_it_is_asked_for(compress: Compress, place: Path, tmp_path: Path) -> None:
+    runs = (f"Four bits={place / 'gguf'}", place / "gptq")
+    code, out, err = compress(
+        "compare", *runs, "--md", tmp_path / "t.md", "--csv", tmp_path / "t.csv", "--memory", "1GB"
+    )
+    assert code == 0 and "Four bits" in out and "Within 954 MiB" in out
+    assert err.splitlines() == [f"wrote {tmp_path / 't.md'}", f"wrote {tmp_path / 't.csv'}"]
+    assert compress("compare", *runs, "--memory", "1GB", "--md", "-") == (0, (tmp_path / "t.md").read_text(), "")
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 1 + 3
+    code, out, err = compress("compare", *runs, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["rows"][0]["name"] == "original"
+
+
+def test_compare_skips_runs_that_are_not_finished(compress: Compress, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "begun" / ".work").mkdir(parents=True)
+    code, out, err = compress("compare", place / "gguf", tmp_path / "begun")
+    assert code == 0 and "gguf" in out
+    assert err == f"skipped: {tmp_path / 'begun'} holds an unfinished run\n"
+    code, out, err = compress("compare", tmp_path / "begun")
+    assert (code, out) == (1, "") and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--memory", "much"], 2, "expected a size like 4GB"),
+        (["--memory", "0GB"], 2, "expected a size like 4GB"),
+        (["--json", "--csv", "-"], 2, "only one"),
+        (["--picture", "-"], 1, "ends in .png or .svg"),
+        (["--md", "no/such/folder/t.md"], 1, "cannot write"),
+    ],
+)
+def test_compare_refuses_options(compress: Compress, place: Path, arguments: list[str], code: int, line: str) -> None:
+    found, _, err = compress("compare", place / "gguf", place / "gptq", *arguments)
+    assert found == code and line in err
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"model": 1}', '{"format": 99}'])
 def test_compare_refuses(compress: Compress, tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -2,68 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from compress.errors import CompressError, OutputError
 from compress.report.numbers import human_bytes, human_seconds
 from compress.report.scorecard import (
     Artifact,
-    Base,
-    Check,
     Experts,
     Fallback,
-    Gate,
-    Scorecard,
-    Stage,
     TaskScore,
     read,
     write,
 )
 from compress.report.table import scorecard_table
-from compress.scoring.divergence import Divergence, Interval, Scores
-
-
-def scores(perplexity: float, kld: float, digest: str = "0123456789abcdef") -> Scores:
-    return Scores(
-        perplexity=Interval(perplexity, perplexity - 1, perplexity + 1),
-        base_perplexity=Interval(36.6, 34.0, 39.4),
-        perplexity_ratio=Interval(perplexity / 36.6, perplexity / 36.6 - 0.01, perplexity / 36.6 + 0.01),
-        kld=Divergence(kld, kld * 0.9, kld * 1.1, kld / 2, kld * 8, kld * 20, kld * 50),
-        top1_agreement=Interval(0.91, 0.90, 0.92),
-        tokens=20440, windows=40, window_length=512, stride=512,
-        engine="llama.cpp", tokenizer="tiny", text_digest=digest,
-    )  # fmt: skip
-
-
-def card(name: str, size: int, kld: float | None, *, passed: bool = True, **changes) -> Scorecard:
-    scored = None if kld is None else scores(37.4, kld)
-    artifact = Artifact(container="gguf", path=f"{name}.gguf", bytes=size, bits_per_weight=3.12, scores=scored)
-    values = {
-        "model": "models/tiny",
-        "recipe": name,
-        "artifacts": (artifact,),
-        "base": Base(bytes=22_000_000, bits_per_weight=16, scores=scores(36.6, 0).of_reference()),
-        "gate": Gate(passed=passed, checks=(Check(name="reload", passed=passed, detail="1e-6 of 1e-4"),)),
-        "stages": (
-            Stage(name="blocks", seconds=61.5, peak_bytes=900_000_000),
-            Stage(name="score", seconds=3),
-        ),
-        "experts": (Experts(layer=0, tokens=(5, 100, 300), cold=(0,), borrowed=(0.9, 0.0, 0.0)),),
-        "fallbacks": (Fallback(subject="a.weight", wanted="q2_k", used="q4_0", reason="row of 96"),),
-    }
-    return Scorecard(**{**values, **changes})
-
-
-def text(renderable) -> str:
-    console = Console(record=True, width=100, file=io.StringIO())
-    console.print(renderable)
-    return console.export_text()
+from compress.scoring.divergence import Interval
+from tests.cards import card, scores, text
 
 
 def test_minimum_shape(tmp_path):
