@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__, plugins
+from compress.models.companions import LAYOUT, LEGAL, companions
 from compress.models.identity import Identity
 from compress.models.spec import ModelSpec
 from compress.plan import resources as footprint
@@ -184,6 +185,12 @@ class Plan:
         if not self.needs_calibration:
             return 0
         return self.recipe.calibration.samples * self.recipe.calibration.length * self.spec.hidden_size * 4
+
+    @cached_property
+    def artifact_bytes(self) -> Mapping[str, int]:
+        """About all files that are needed to run each container: what a scorecard calls its bytes."""
+        beside = sum((self.source / name).stat().st_size for name in companions(self.source, LEGAL + LAYOUT))
+        return {c.name: self.file_bytes[c.name] + (0 if c.suffix else beside) for c in self.recipe.containers}
 
     @cached_property
     def file_bytes(self) -> Mapping[str, int]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from compress.codecs.names import codec_info
 from compress.containers import CONTAINERS
-from compress.report.numbers import human_bytes, human_seconds
+from compress.report.numbers import human_bytes, human_seconds, percent
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan
@@ -125,7 +125,6 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    share = plan.bytes / plan.source_bytes
     original = (
         f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.original_parameters:.2f} bits a weight"
     )
@@ -134,16 +133,18 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
         "compressed",
         Text(
             f"{human_bytes(plan.bytes)} at {plan.bits_per_weight:.2f} bits a weight"
-            f"{' of the original' if plan.structural else ''}: "
-            f"{100 * share:.1f}% of the original (1/{1 / share:.1f})",
+            f"{' of the original' if plan.structural else ''}",
             style="bold",
         ),
     )
     table.add_row("steps", ", ".join(step.kind for step in plan.recipe.steps) or "none: a conversion")
     for export in plan.recipe.export:
         container = CONTAINERS[export.container]
-        size = human_bytes(plan.file_bytes[container.name])
-        table.add_row("artifact", f"{container.name}, {size}, in {plan.recipe.output}; runs in {container.engines}")
+        size = plan.artifact_bytes[container.name]
+        share = size / plan.source_bytes
+        told = f"{human_bytes(size)}, {percent(share)} of the original (1/{1 / share:.1f})"
+        where = f", in {plan.recipe.output}; runs in {container.engines}"
+        table.add_row("artifact", Text.assemble(f"{container.name}, ", (told, "bold"), where))
     if plan.needs_calibration:
         c = plan.recipe.calibration
         table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.dataset}")
