@@ -222,7 +222,7 @@ def compare(
     for line in skipped:
         typer.echo(f"skipped: {line}", err=True)
     comparison = compare_runs(found)
-    advice = advise(comparison, limit)
+    advice = advise(comparison, limit, (memory or "").strip())
     wanted: list[tuple[str | None, Any]] = [
         ("-" if markdown else None, lambda: compare_markdown(comparison, advice)),
         (md, lambda: compare_markdown(comparison, advice)),

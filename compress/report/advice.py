@@ -36,14 +36,14 @@ class Advice:
         return (self.headline, *self.steps, *self.dominated)
 
 
-def advise(comparison: Comparison, memory: int | None = None) -> Advice:
-    """memory: bytes that the model may take."""
+def advise(comparison: Comparison, memory: int | None = None, said: str = "") -> Advice:
+    """memory: bytes that the model may take, and how its owner put that."""
     rows = sorted(comparison.comparable, key=lambda row: row.bytes)
     if not rows:
         return Advice("No recommendation: no variant that passed its gate was scored against its original.")
     dominated = tuple(_dominated(rows))
     if memory is not None:
-        return _within(rows, memory, dominated)
+        return _within(rows, memory, said or human_bytes(memory), dominated)
     rows = [row for row in rows if row.share is None or row.share < NO_SMALLER] or rows
     if len(rows) == 1:
         return Advice(f"Only one variant to choose: {_facts(rows[0])}.", picks=(rows[0].name,))
@@ -70,9 +70,9 @@ def best(rows: Sequence[Row]) -> tuple[Row, Row | None]:
 # ---------------------------------------------------------------- sentences
 
 
-def _within(rows: Sequence[Row], memory: int, dominated: tuple[str, ...]) -> Advice:
+def _within(rows: Sequence[Row], memory: int, said: str, dominated: tuple[str, ...]) -> Advice:
     fitting = [row for row in rows if row.bytes <= memory]
-    limit = f"Within {human_bytes(memory)}"
+    limit = f"Within {said}"
     hint = "an engine takes memory for its context on top of that"
     if not fitting:
         return Advice(f"{limit}: nothing here fits; the smallest is {_facts(rows[0])}.", dominated=dominated)
@@ -131,7 +131,7 @@ def _dominated(rows: Sequence[Row]) -> Iterator[str]:
             what = "further from the original" if certain else "no closer to it, as far as the intervals tell"
             other = dict.fromkeys(row.container for row in group if row.container != winner.container)
             unless = f", unless an engine asks for their container ({', '.join(other)})" if other else ""
-            yield f"Not worth taking beside {name}: {names} {verb} no smaller and {what}{unless}."
+            yield f"Not worth taking beside {name}: {names} {verb} no smaller, and {what}{unless}."
 
 
 def _take(row: Row, alike: Row | None, verb: str = "take ") -> str:

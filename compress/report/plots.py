@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 SIZE = (4.6, 3.3)  # inches; at 72 points each, as wide as a phone, so that text there is nearly as large as around it
 HEAT_WIDTH = 3.9
+DECADES = 1000  # from the least error that is told from none to the greatest
+GRID_CELLS = 1200  # lines between cells, up to so many
 FONT = 8.5
 LOG_FROM = 3.0  # from this ratio of largest to smallest on, sizes are shown on a logarithmic axis
 DPI = 220  # of pictures and heat maps
@@ -60,6 +63,12 @@ class Measure:
     more_is_better: bool = False
     logarithmic: bool = False
 
+    def of(self, row: Row) -> Interval | None:
+        """The value where it can be drawn."""
+        found = self.value(row)
+        ends = () if found is None else (found.value, found.low, found.high)
+        return found if all(end is None or isfinite(end) for end in ends) else None
+
 
 def measures(comparison: Comparison) -> list[Measure]:
     """Those that two variants or more were measured by."""
@@ -70,7 +79,7 @@ def measures(comparison: Comparison) -> list[Measure]:
         Measure(f"accuracy, change in points ({which})", lambda row: _points(row, tasks), 0.0, True),
         Measure("tokens/s over the original's", lambda row: row.generation, 1.0, True),
     ]
-    return [m for m in found if sum(m.value(row) is not None for row in smaller(comparison)) > 1]
+    return [m for m in found if sum(m.of(row) is not None for row in smaller(comparison)) > 1]
 
 
 def _points(row: Row, tasks: Sequence[str]) -> Interval | None:
@@ -119,7 +128,7 @@ def _size_figure(comparison: Comparison, measure: Measure, theme: Theme) -> Figu
     from matplotlib.ticker import FuncFormatter
 
     figure, axes = _axes(theme)
-    points = [(row, value) for row in smaller(comparison) if (value := measure.value(row)) is not None]
+    points = [(row, value) for row in smaller(comparison) if (value := measure.of(row)) is not None]
     points.sort(key=lambda point: (point[0].bytes, point[0].name))
     front = _front(points, measure)
     if measure.logarithmic:
@@ -127,7 +136,8 @@ def _size_figure(comparison: Comparison, measure: Measure, theme: Theme) -> Figu
         floor = min((value.value for _, value in points if value.value > 0), default=1e-6) / 10
         points = [(row, _above(value, floor)) for row, value in points]
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    sizes = [*(row.bytes for row, _ in points), *(row.bytes for row in comparison.originals if not row.mark)]
+    originals = [row.bytes for row in comparison.originals if not row.mark]
+    sizes = [*(row.bytes for row, _ in points), *originals]
     _size_axis(axes, min(sizes), max(sizes))
     for row, value in points:
         best = row.name in front
@@ -139,15 +149,15 @@ def _size_figure(comparison: Comparison, measure: Measure, theme: Theme) -> Figu
         )  # fmt: skip
     ends = [(row.bytes, value.value) for row, value in points if row.name in front]
     axes.step([x for x, _ in ends], [y for _, y in ends], where="post", color=theme.accent, linewidth=0.8, alpha=0.45)
+    dashed: Any = {"color": theme.muted, "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
+    for size in originals:
+        axes.axvline(size, **dashed)
     if measure.original is not None:
-        axes.axhline(measure.original, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    for original in comparison.originals:
-        if not original.mark:
-            axes.axvline(original.bytes, color=theme.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(measure.original, **dashed)
     axes.set_ylabel(measure.heading, color=theme.muted)
     axes.set_xlabel("size of all files", color=theme.muted)
     axes.margins(y=0.12)
-    _label(figure, axes, points, front, theme)
+    _label(figure, axes, points, front, measure.original, theme)
     return figure
 
 
@@ -174,7 +184,7 @@ def _size_axis(axes: Axes, least: int, most: int) -> None:
 
     if most / max(least, 1) >= LOG_FROM:
         axes.set_xscale("log")
-        axes.set_xlim(least / 1.18, most * 1.18)
+        axes.set_xlim(least / 1.3, most * 1.15)
     else:
         margin = 0.12 * (most - least) or 0.1 * most
         axes.set_xlim(max(least - margin, 0), most + margin)
@@ -195,39 +205,54 @@ def _tick(size: float) -> str:
     return f"{float(number):g} {unit}"
 
 
-def _label(figure: Figure, axes: Axes, points: Sequence[tuple[Row, Interval]], front: set[str], theme: Theme) -> None:
-    """Names beside their points, where they cover neither each other nor a point; further off with a thin line to it."""
+def _label(
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[tuple[Row, Interval]],
+    front: set[str],
+    level: float | None,
+    theme: Theme,
+) -> None:
+    """Names beside their points, where they cover neither each other nor what is drawn; further off with a thin line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    inside = axes.get_window_extent(renderer)
-    scale = figure.dpi / 72
-    at, taken, sizes = [], [], []
-    for row, value in points:
-        x, y = axes.transData.transform((row.bytes, value.value))
-        low, high = (
-            axes.transData.transform((row.bytes, y0 if y0 is not None else value.value))[1]
-            for y0 in (value.low, value.high)
-        )
-        at.append((float(x), float(y)))
-        taken.append(Box(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale))
-        taken.append(Box(x - scale, low, x + scale, high))
-        text = axes.text(0, 0, row.name, fontsize=FONT, parse_math=False)
-        extent = text.get_window_extent(renderer)
-        sizes.append((extent.width, extent.height))
-        text.remove()
+    frame = axes.get_window_extent(renderer)
+    inside, scale = Box(frame.x0, frame.y0, frame.x1, frame.y1), figure.dpi / 72
+    at = [_pixels(axes, row.bytes, value.value) for row, value in points]
+    taken = [box for row, value in points for box in _covered(axes, row, value, scale)]
     ends = [spot for (row, _), spot in zip(points, at, strict=True) if row.name in front]
     for (x, y), (right, below) in pairwise(ends):
         taken += [Box(x, y - scale, right, y + scale), Box(right - scale, min(y, below), right + scale, max(y, below))]
-    placed = place(at, sizes, taken, Box(inside.x0, inside.y0, inside.x1, inside.y1), scale)
-    for (row, value), spot in zip(points, placed, strict=True):
-        best = row.name in front
+    if level is not None:
+        y = _pixels(axes, 1.0, level)[1]
+        taken.append(Box(inside.x0, y - scale, inside.x1, y + scale))
+    sizes = []
+    for row, _ in points:
+        text = axes.text(0, 0, row.name, fontsize=FONT)
+        extent = text.get_window_extent(renderer)
+        sizes.append((extent.width, extent.height))
+        text.remove()
+    line: Any = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4}
+    for (row, value), spot in zip(points, place(at, sizes, taken, inside, scale), strict=True):
         axes.annotate(
-            row.name, (row.bytes, value.value), (spot.dx / scale, spot.dy / scale), textcoords="offset points",
-            fontsize=FONT, ha=spot.horizontal, va=spot.vertical, color=theme.ink if best else theme.muted, parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4} if spot.far else None,
+            row.name, (row.bytes, value.value), (spot.dx / scale, spot.dy / scale), textcoords="offset points", fontsize=FONT,
+            ha=spot.horizontal, va=spot.vertical, color=theme.ink if row.name in front else theme.muted,
+            arrowprops=line if spot.far else None,
         )  # fmt: skip
+
+
+def _pixels(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    found = axes.transData.transform((x, y))
+    return float(found[0]), float(found[1])
+
+
+def _covered(axes: Axes, row: Row, value: Interval, scale: float) -> list[Box]:
+    """A point and its error bar."""
+    x, y = _pixels(axes, row.bytes, value.value)
+    low, high = (_pixels(axes, row.bytes, value.value if end is None else end)[1] for end in (value.low, value.high))
+    return [Box(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale), Box(x - scale, low, x + scale, high)]
 
 
 # ---------------------------------------------------------------- heat maps
@@ -236,7 +261,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[tuple[Row, Interval]], f
 def error_scale(rows: Sequence[Row]) -> tuple[float, float]:
     """Least and greatest error of any layer, for one colour scale over all variants."""
     found = [error.error for row in rows for error in row.card.errors if error.error > 0 and error.layer is not None]
-    return (min(found), max(found)) if found else (1e-6, 1.0)
+    return (max(min(found), max(found) / DECADES), max(found)) if found else (1e-6, 1.0)
 
 
 def error_map(row: Row, scale: tuple[float, float]) -> str:
@@ -298,7 +323,12 @@ def _heat(
         )
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        if len(down) * len(across) <= GRID_CELLS:
+            axes.set_xticks([x - 0.5 for x in range(1, len(across))], minor=True)
+            axes.set_yticks([y - 0.5 for y in range(1, len(down))], minor=True)
+            axes.grid(which="minor", color=theme.paper, linewidth=1)
+            axes.set_axisbelow(False)
+        axes.tick_params(which="both", length=0)
         for set_ticks, names, most in ((axes.set_xticks, across, 16), (axes.set_yticks, down, 24)):
             step = -(-len(names) // most)
             set_ticks(range(0, len(names), step), names[::step])

@@ -69,8 +69,8 @@ def test_without_a_limit_the_smallest_that_keeps_perplexity() -> None:
 def test_dominated_variants_are_named() -> None:
     told = advice(("A", 8, 0.02), ("Z", 9, 0.05), ("Y", 8.5, 0.021), ("C", 5, 0.2))
     assert told.dominated == (
-        "Not worth taking beside A: Z (1.00 MiB more, KL 0.050 [0.045, 0.055]) is no smaller and further from the original.",
-        "Not worth taking beside A: Y (512 KiB more, KL 0.0210 [0.0189, 0.0231]) is no smaller and no closer to it, as far as "
+        "Not worth taking beside A: Z (1.00 MiB more, KL 0.050 [0.045, 0.055]) is no smaller, and further from the original.",
+        "Not worth taking beside A: Y (512 KiB more, KL 0.0210 [0.0189, 0.0231]) is no smaller, and no closer to it, as far as "
         "the intervals tell.",
     )
 
