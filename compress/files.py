@@ -217,14 +217,3 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
-
-
-# -- between runs ------------------------------------------------------------------------------------------------------
-def cache_folder(room: str) -> Path | None:
-    """Where things are kept that can be had again: a folder of $COMPRESS_CACHE, else of $XDG_CACHE_HOME/compress, else of
-    ~/.cache/compress, made when first written to. None where COMPRESS_CACHE is "off"."""
-    wanted = os.environ.get("COMPRESS_CACHE", "")
-    if wanted == "off":
-        return None
-    base = Path(wanted) if wanted else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compress"
-    return base / room

@@ -28,13 +28,11 @@ class KeptWindows:
     """What was kept of the windows of one text. key: sha256 (hex) of all that decides it: model, windows, tokens kept."""
 
     def __init__(self, key: str):
-        root = cache_folder(ROOM)
-        self.folder = None if root is None else root / key
+        self.folder = cache_folder(ROOM) / key
+        self._refused = False
 
     def read(self, number: int) -> Kept | None:
         """What was kept of a window, None where there is nothing or it is damaged."""
-        if self.folder is None:
-            return None
         try:
             with self._path(number).open("rb") as file, np.load(file, allow_pickle=False) as parts:
                 return Kept(**{name: parts[name] for name in parts.files})
@@ -43,7 +41,7 @@ class KeptWindows:
 
     def write(self, number: int, kept: Kept) -> None:
         """Keep a window; a disk that refuses costs the next score a pass, not this one."""
-        if self.folder is None:
+        if self._refused:
             return
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **asdict(kept))
@@ -53,15 +51,14 @@ class KeptWindows:
                 self.folder.mkdir(parents=True, exist_ok=True)
             write_synced(self._path(number), buffer.getvalue())
         except (OSError, OutputError):
-            self.folder = None
+            self._refused = True
 
     def touch(self) -> None:
         """Mark it as used now."""
-        if self.folder is not None and self.folder.is_dir():
+        if self.folder.is_dir():
             os.utime(self.folder)
 
     def _path(self, number: int) -> Path:
-        assert self.folder is not None
         return self.folder / f"window-{number:05d}.npz"
 
 

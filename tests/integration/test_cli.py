@@ -73,12 +73,15 @@ def test_version(compress: Compress) -> None:
     assert re.fullmatch(r"compress \d+\.\d+\S*\n", compress("--version")[1])
 
 
-def test_unforeseen_operating_system_errors_are_one_line(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unforeseen_operating_system_errors_are_one_line(
+    compress: Compress, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/somewhere")
 
     monkeypatch.setattr("compress.report.scorecard.read", refuse)
-    assert compress("compare", "x") == (1, "", "error: /somewhere: Permission denied; check the path, its permissions "
+    (tmp_path / "scorecard.json").write_text("{}")
+    assert compress("compare", str(tmp_path)) == (1, "", "error: /somewhere: Permission denied; check the path, its permissions "
                                                "and the free space\n")  # fmt: skip
 
 
