@@ -1,5 +1,4 @@
-"""What is kept of the original between scores: its next-token distributions and its answers, so that the tenth variant costs
-one pass.
+"""The original's next-token distributions on disk, so that the tenth variant costs one pass.
 
 One folder for a model on one text: `window-00012.npz` for each window, whose members zip itself has checksums of. What is
 damaged counts as not there. Folders that were used least recently go where all together grow over `LIMIT_BYTES`.
@@ -7,21 +6,92 @@ damaged counts as not there. Folders that were used least recently go where all 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
 import zipfile
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from compress.errors import OutputError
 from compress.files import cache_folder, write_synced
-from compress.scoring.kept import Kept
+from compress.scoring.divergence import TokenStats, WindowReference, counted_rows
+from compress.scoring.kept import Kept, compare, keep, kept_tokens
+from compress.scoring.source import LogitSource
+from compress.text import EvalWindows
 
 LIMIT_BYTES = 4 << 30
+TEXT_BYTES = 512 << 20
+"""Of what is kept of one text."""
+VERSION = 1
+"""Of how it is kept."""
 ROOM = "logits"
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A Reference that computes what is not on disk yet, and keeps it there. fingerprint: of the model that `source` runs."""
+
+    source: LogitSource
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source.vocab_size
+
+    def kept(self, windows: EvalWindows) -> int | None:
+        """Tokens that are kept of every position, None where all are."""
+        k = kept_tokens(int(windows.counts.sum()), self.vocab_size, TEXT_BYTES)
+        return None if k == self.vocab_size else k
+
+    def windows(self, windows: EvalWindows) -> Iterator[WindowReference]:
+        """See Reference.windows."""
+        k = self.kept(windows) or self.vocab_size
+        store = KeptWindows(_key(self.fingerprint, windows, k, self.vocab_size))
+        numbers = range(len(windows.tokens))
+        missing = [number for number in numbers if not store.has(number)]
+        rows = counted_rows(self.source, _some(windows, missing))
+        for number in numbers:
+            targets = windows.tokens[number, windows.first[number] :]
+            kept = None if number in missing else store.read(number)
+            if kept is None:
+                row = next(rows if number in missing else counted_rows(self.source, _some(windows, [number])))
+                kept = keep(row, targets, k, seed=number)
+                store.write(number, kept)
+            yield _Window(kept)
+        store.touch()
+
+
+@dataclass(frozen=True)
+class _Window:
+    kept: Kept
+
+    def compare(self, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
+        return compare(self.kept, logits, targets)
+
+
+def _some(windows: EvalWindows, numbers: Sequence[int]) -> EvalWindows:
+    """Of windows those with these numbers, without what is known of their text."""
+    chosen = list(numbers)
+    return replace(
+        windows, tokens=windows.tokens[chosen], first=windows.first[chosen], documents=windows.documents[chosen],
+        words=None, bytes=None,
+    )  # fmt: skip
+
+
+def _key(fingerprint: str, windows: EvalWindows, k: int, vocabulary: int) -> str:
+    digest = hashlib.sha256(f"{VERSION} {fingerprint} {k} {vocabulary} {windows.tokens.shape}".encode())
+    digest.update(np.ascontiguousarray(windows.tokens, "<i8").tobytes())
+    digest.update(np.ascontiguousarray(windows.first, "<i8").tobytes())
+    return digest.hexdigest()
 
 
 class KeptWindows:
@@ -52,6 +122,10 @@ class KeptWindows:
             write_synced(self._path(number), buffer.getvalue())
         except (OSError, OutputError):
             self._refused = True
+
+    def has(self, number: int) -> bool:
+        """Whether there is something of a window."""
+        return self._path(number).is_file()
 
     def touch(self) -> None:
         """Mark it as used now."""

@@ -80,6 +80,7 @@ class Scores:
     documents                     independent units behind every interval
     word_perplexity               exp of the total negative log-likelihood per whitespace-separated word
     byte_perplexity               the same per UTF-8 byte; base_...: the reference's. None where the text is not known
+    kept_tokens                   of the reference at every place, see compress.scoring.kept; None: all
     """
 
     perplexity: Interval
@@ -101,6 +102,7 @@ class Scores:
     byte_perplexity: Interval | None = None
     base_word_perplexity: Interval | None = None
     base_byte_perplexity: Interval | None = None
+    kept_tokens: int | None = None
 
     def of_reference(self, engine: str = "original") -> Scores:
         """The reference's own scores on the same windows (perplexity only); ValueError if there was none."""
@@ -109,7 +111,7 @@ class Scores:
         return replace(
             self, perplexity=self.base_perplexity, engine=engine, base_perplexity=None, perplexity_ratio=None,
             kld=None, top1_agreement=None, word_perplexity=self.base_word_perplexity,
-            byte_perplexity=self.base_byte_perplexity, base_word_perplexity=None, base_byte_perplexity=None,
+            byte_perplexity=self.base_byte_perplexity, base_word_perplexity=None, base_byte_perplexity=None, kept_tokens=None,
         )  # fmt: skip
 
 
@@ -202,6 +204,10 @@ class Reference(Protocol):
         """Of each window in order, lazily: the places that count."""
         ...
 
+    def kept(self, windows: EvalWindows) -> int | None:
+        """Tokens of every place that it knows the probability of, None where of all."""
+        ...
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -229,6 +235,9 @@ class Computed:
 
     def windows(self, windows: EvalWindows) -> Iterator[WindowReference]:
         return map(Logits, counted_rows(self.source, windows))
+
+    def kept(self, windows: EvalWindows) -> int | None:
+        return None
 
 
 def counted_rows(source: LogitSource, windows: EvalWindows) -> Iterator[np.ndarray]:
@@ -285,10 +294,11 @@ def score_many(
             found.append(token_nll(rows, targets) if before is None else before.compare(rows, targets))
         if progress is not None:
             progress(number + 1, count)
-    return [
-        summary(found, windows, engine=candidate.name, tokenizer=tokenizer)
-        for candidate, found in zip(candidates, tokens, strict=True)
-    ]
+    results = []
+    for candidate, found in zip(candidates, tokens, strict=True):
+        scores, stats = summary(found, windows, engine=candidate.name, tokenizer=tokenizer)
+        results.append((scores if original is None else replace(scores, kept_tokens=original.kept(windows)), stats))
+    return results
 
 
 def summary(

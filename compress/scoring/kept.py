@@ -46,30 +46,28 @@ def keep(logits: np.ndarray, targets: np.ndarray, k: int, seed: int = 0) -> Kept
     """What is kept of logits float32 [T, V], row t predicting targets[t]; 0 < k <= V. In float64; seed: of the draw."""
     rows, vocabulary = logits.shape
     start = np.random.default_rng(seed).random((rows,))
+    kind = _ids(vocabulary)
     parts = []
     for part in _slices(rows, vocabulary):
         log_all = _log_softmax(logits[part])
-        if k == vocabulary:
-            top = np.broadcast_to(np.arange(vocabulary), log_all.shape)
-            drawn, rest = np.zeros((len(top), DRAWN), np.int64), np.zeros(len(top))
-        else:
-            order = np.argpartition(log_all, vocabulary - k, axis=1)
-            top, others = np.sort(order[:, vocabulary - k :], axis=1), order[:, : vocabulary - k]
-            drawn, rest = _draw(log_all, np.sort(others, axis=1), start[part])
+        top = np.argpartition(logits[part], vocabulary - k, axis=1)[:, vocabulary - k :] if k < vocabulary else None
+        top = np.sort(top, axis=1) if top is not None else np.broadcast_to(np.arange(vocabulary), log_all.shape)
+        drawn, rest = _draw(log_all, top, start[part])
         log_p, log_drawn = (np.take_along_axis(log_all, ids, axis=1).astype(np.float32) for ids in (top, drawn))
-        kind, nll = _ids(vocabulary), -log_all[np.arange(len(top)), targets[part]]
-        first = logits[part].argmax(axis=1)
-        parts.append((top.astype(kind), log_p, drawn.astype(kind), log_drawn, rest, first, nll))
+        nll = -log_all[np.arange(len(top)), targets[part]]
+        parts.append((top.astype(kind), log_p, drawn.astype(kind), log_drawn, rest, logits[part].argmax(axis=1), nll))
     return Kept(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _draw(log_all: np.ndarray, others: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """DRAWN of the tokens `others` [T, V - k], by their probability, systematically from start [T] in [0, 1); their mass."""
-    mass = np.exp(np.take_along_axis(log_all, others, axis=1)).cumsum(axis=1)
-    rest = mass[:, -1]
+def _draw(log_all: np.ndarray, top: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DRAWN of the tokens outside `top` [T, k], by their probability, systematically from start [T] in [0, 1); their mass."""
+    mass = np.exp(log_all)
+    np.put_along_axis(mass, top, 0.0, axis=1)
+    mass = mass.cumsum(axis=1)
+    rest = mass[:, -1].copy()
     points = (np.arange(DRAWN) + start[:, None]) / DRAWN * rest[:, None]
-    found = np.stack([np.searchsorted(row, at, side="right") for row, at in zip(mass, points, strict=True)])
-    return np.take_along_axis(others, found.clip(max=others.shape[1] - 1), axis=1), rest
+    drawn = np.stack([np.searchsorted(row, at, side="right") for row, at in zip(mass, points, strict=True)])
+    return drawn.clip(max=mass.shape[1] - 1), rest
 
 
 def compare(kept: Kept, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
