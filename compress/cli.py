@@ -149,28 +149,56 @@ def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def score(
-    target: Annotated[str, typer.Argument(help="A GGUF file, a Hugging Face folder or a hub id.")],
-    against: Annotated[str | None, typer.Option("--against", help="The original: folder or hub id.")] = None,
-    suite: Annotated[str, typer.Option("--suite", help="quick, full, or a suite file.")] = "quick",
+    targets: Annotated[list[str], typer.Argument(help="GGUF files, Hugging Face folders, hub ids, folders of runs.")],
+    against: Annotated[str | None, typer.Option("--against", help="The original: folder, file or hub id.")] = None,
+    suite: Annotated[str, typer.Option("--suite", help="quick, standard, full, safety, or a suite file.")] = "quick",
+    speed: Annotated[bool, typer.Option("--speed", help="Time each in its engine, too, in turns.")] = False,
+    output: Annotated[
+        str | None, typer.Option("--output", help="A folder for a scorecard of each, for compress compare.")
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither keep what the original predicts nor use what was kept.")
+    ] = False,
     plugin: PluginOption = None,
     as_json: JsonOption = False,
     strict: StrictOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Perplexity, KL divergence and task accuracy of a file or folder against the original."""
+    """Perplexity, KL divergence and task accuracy of files and folders against the original."""
     from compress.report.progress import Reporter
-    from compress.report.table import scorecard_table
-    from compress.run.score import score_target
+    from compress.report.scorecard import write_each
+    from compress.run.score import Settings, score_targets
 
     _load_plugins(plugin)
-    card = score_target(target, against, suite, Reporter(0 if quiet or as_json else 1), device, strict=strict)
+    settings = Settings(suite, device, strict=strict, speed=speed, remember=not no_cache)
+    cards = score_targets(targets, against, settings, Reporter(0 if quiet or as_json else 1))
+    written = [] if output is None else write_each(cards, output)
     if as_json:
-        typer.echo(card.to_json())
+        texts = [card.to_json().rstrip() for card in cards]
+        typer.echo(texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]")
     else:
-        _print(scorecard_table(card))
-    if not card.gate.passed:
+        _show(cards)
+    for path in written:
+        typer.echo(f"wrote {path}", err=True)
+    if not all(card.gate.passed for card in cards):
         raise typer.Exit(GateFailed.exit_code)
+
+
+def _show(cards: list[Any]) -> None:
+    """One scorecard, or several side by side."""
+    from compress.report.table import scorecard_table
+
+    if len(cards) == 1:
+        _print(scorecard_table(cards[0]))
+        return
+    from compress.report.advice import advise
+    from compress.report.compare import Run
+    from compress.report.compare import compare as compare_runs
+    from compress.report.compare_table import CompareTable
+
+    comparison = compare_runs([Run(card) for card in cards])
+    _print(CompareTable(comparison, advise(comparison)))
 
 
 @app.command()

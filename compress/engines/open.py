@@ -68,7 +68,7 @@ def open_model(name: str) -> OpenedModel:
             raise CheckpointError(f"{name} is a folder with a {_label(container)} in it; give the file: {found[0]}")
     checkpoint = Checkpoint.open(location)
     spec = load_spec(checkpoint.config)
-    files = tuple(sorted({entry.file for entry in checkpoint.entries.values()}))
+    files = checkpoint.weight_files
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     methods = {container.quant_method: container for container in CONTAINERS.values() if container.quant_method}
     if method in methods:
@@ -128,7 +128,7 @@ def artifact_source(
     if engine is None:
         yield StreamedSource(spec, container.open_dense(files, spec), "decoded weights")
         return
-    if (reason := _why_not(engine, parameters)) is None:
+    if (reason := why_not(engine, parameters)) is None:
         with ENGINES[engine.name](files) as source:
             yield source
         return
@@ -143,7 +143,7 @@ def artifact_source(
     yield StreamedSource(spec, container.open_dense(files, spec), "decoded weights")
 
 
-def _why_not(engine: Engine, parameters: int) -> str | None:
+def why_not(engine: Engine, parameters: int) -> str | None:
     """Why an engine does not run a model here, or None."""
     if find_spec(engine.package) is None:
         return f"{engine.distribution} is not installed: pip install 'compress-llm[{engine.extra}]'"

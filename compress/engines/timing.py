@@ -1,49 +1,95 @@
-"""Throughput of an engine: prompt and generated tokens a second, time to first token, load time, peak memory.
+"""Throughput of engines: prompt and generated tokens a second, time to first token, load time, peak memory.
 
-Every measurement is a process of its own (`python -m compress.engines.timing`, a `_Request` as JSON on its standard input), so
-that loading and memory are this model's alone, and models take turns, so that a busy machine slows all of them alike.
-Engines run as they do for people: llama.cpp with its own defaults, transformers in the folder's float type.
+Every measurement is a process of its own (`timed_process`), so that loading and memory are one model's alone, and models take
+turns, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-
-from compress.engines.llama_api import default_threads, llama_api, log
-from compress.errors import CheckpointError, CompressError
-from compress.report.progress import peak_memory_bytes
-from compress.scoring.speed import Timing
+from compress.containers import TRANSFORMERS, Container
+from compress.engines.llama_api import default_threads
+from compress.engines.open import why_not
+from compress.engines.timed_process import Request
+from compress.errors import CompressError
+from compress.scoring.results import Fallback, Speed
+from compress.scoring.speed import Timing, summarise
+from compress.text import Suite, Tokenizer, eval_windows
 
 Progress = Callable[[int, int], None]
+PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 256, 32, 5
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model to be timed. engine: a key of `RUNNERS`; files: its weight files, the first one first."""
+    """A model to be timed. engine: a key of `RUNNERS`; files: its weight files, the first one first; why_not: why it is
+    not run here, or None."""
 
     engine: str
     files: tuple[Path, ...]
+    why_not: str | None = None
+
+    @classmethod
+    def of(cls, container: Container, files: Sequence[Path], parameters: int) -> Job:
+        """An artifact in the engine that people run it with: its container's, else transformers."""
+        engine = container.engine or TRANSFORMERS
+        return cls(engine.name, tuple(files), why_not(engine, parameters))
 
 
 @dataclass(frozen=True)
-class _Request:
-    engine: str
-    files: list[str]
-    prompt: list[int]
-    generated: int
-    threads: int
-    repack: bool
+class Timed:
+    """Throughput of several models and of their original by one measurement; fallbacks: what was not timed."""
+
+    speeds: Mapping[str, Speed]
+    original: Speed | None
+    fallbacks: tuple[Fallback, ...]
+
+
+def speed_prompt(suite: Suite, tokenizer: Tokenizer, max_positions: int) -> list[int]:
+    """The first tokens of a suite's first text, as many as all models read."""
+    text = next(iter(suite.texts.values()))
+    windows = eval_windows(text.text, tokenizer, windows=text.windows, protocol=text.protocol)
+    room = max_positions - GENERATED_TOKENS
+    return [int(index) for index in windows.tokens.reshape(-1)[: max(1, min(PROMPT_TOKENS, room))]]
+
+
+def time_models(
+    jobs: Mapping[str, Job],
+    original: Job | None,
+    prompt: Sequence[int],
+    *,
+    repetitions: int = REPETITIONS,
+    progress: Progress = lambda done, total: None,
+) -> Timed:
+    """Throughput of every job, and of the original, which takes its turn with them. prompt: token ids that all read."""
+    wanted = {**({"original": original} if original is not None else {}), **jobs}
+    lost = {name: job.why_not for name, job in wanted.items() if job.why_not is not None}
+    possible = {name: job for name, job in wanted.items() if name not in lost}
+    timings, failed = time_in_turns(
+        possible, prompt, generated=GENERATED_TOKENS, repetitions=repetitions, progress=progress
+    )
+    lost |= failed
+    facts = {"threads": default_threads(), "prompt": len(prompt), "generated": GENERATED_TOKENS}
+    before = timings.get("original", [])
+    speeds = {
+        name: summarise(found, before if name != "original" else (), engine=possible[name].engine, **facts)
+        for name, found in timings.items()
+    }
+    return Timed(
+        {name: speed for name, speed in speeds.items() if name in jobs},
+        speeds.get("original") if original is not None else None,
+        tuple(
+            Fallback(subject=Path(name).name, wanted=f"timed in {wanted[name].engine}", used="not timed", reason=reason)
+            for name, reason in lost.items()
+        ),
+    )
 
 
 def time_in_turns(
@@ -53,24 +99,30 @@ def time_in_turns(
     generated: int,
     repetitions: int,
     progress: Progress = lambda done, total: None,
-) -> dict[str, list[Timing]]:
-    """Timings of every job, `repetitions` each, in turns. prompt: token ids that every model reads; generated: tokens that
-    each then adds, greedily, whatever they are. CompressError where an engine fails."""
+) -> tuple[dict[str, list[Timing]], dict[str, str]]:
+    """Timings of every job, `repetitions` each, in turns, and why an engine failed on one. prompt: token ids that every
+    model reads; generated: tokens that each then adds, greedily, whatever they are."""
     threads = default_threads()
     found: dict[str, list[Timing]] = {name: [] for name in jobs}
+    failed: dict[str, str] = {}
     for turn in range(repetitions):
         for number, (name, job) in enumerate(jobs.items()):
-            request = _Request(job.engine, [str(file) for file in job.files], list(prompt), generated, threads, True)
-            found[name].append(_in_own_process(request))
+            request = Request(job.engine, [str(file) for file in job.files], list(prompt), generated, threads, True)
+            try:
+                if name in found:
+                    found[name].append(_in_own_process(request))
+            except CompressError as error:
+                del found[name]
+                failed[name] = str(error)
             progress(turn * len(jobs) + number + 1, repetitions * len(jobs))
-    return found
+    return found, failed
 
 
-def _in_own_process(request: _Request) -> Timing:
+def _in_own_process(request: Request) -> Timing:
     # The AMX repacking of some builds of llama.cpp crashes on virtual machines: then once more without.
-    for asked in (request, _Request(**{**asdict(request), "repack": False})):
+    for asked in (request, replace(request, repack=False)):
         done = subprocess.run(
-            [sys.executable, "-m", "compress.engines.timing"],
+            [sys.executable, "-m", "compress.engines.timed_process"],
             input=json.dumps(asdict(asked)), capture_output=True, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(request.threads)},
         )  # fmt: skip
@@ -80,117 +132,3 @@ def _in_own_process(request: _Request) -> Timing:
         reason = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
         raise CompressError(f"{request.engine} could not be timed on {Path(request.files[0]).name}: {reason}")
     return Timing(**json.loads(done.stdout.splitlines()[-1]))
-
-
-# ------------------------------------------------------------------------------- within that process
-
-
-class _Runner(Protocol):
-    def feed(self, tokens: Sequence[int]) -> int:
-        """Read tokens behind those read before; the most probable next one."""
-        ...
-
-    def forget(self) -> None:
-        """Start from an empty context."""
-        ...
-
-
-class _LlamaCpp:
-    def __init__(self, request: _Request):
-        self.api = api = llama_api()
-        params = api.llama_model_default_params()
-        params.n_gpu_layers = 0
-        params.use_extra_bufts = request.repack
-        self.model = api.llama_model_load_from_file(os.fsencode(request.files[0]), params)
-        if not self.model:
-            raise CheckpointError(f"llama.cpp cannot load it: {log.reason()}")
-        self.vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
-        settings = api.llama_context_default_params()
-        settings.n_ctx = len(request.prompt) + request.generated + 1
-        settings.n_threads = settings.n_threads_batch = request.threads
-        settings.no_perf = True
-        self.batch = settings.n_batch
-        self.context = api.llama_init_from_model(self.model, settings)
-        if not self.context:
-            raise CompressError(f"llama.cpp cannot open a context of {settings.n_ctx} tokens: {log.reason()}")
-
-    def feed(self, tokens: Sequence[int]) -> int:
-        for start in range(0, len(tokens), self.batch):
-            part = tokens[start : start + self.batch]
-            ids = (self.api.llama_token * len(part))(*part)  # the batch points into it
-            code = self.api.llama_decode(self.context, self.api.llama_batch_get_one(ids, len(part)))
-            if code != 0:
-                raise CompressError(f"llama.cpp failed to decode (code {code}): {log.reason()}")
-        row = self.api.llama_get_logits_ith(self.context, -1)
-        logits = ctypes.cast(row, ctypes.POINTER(ctypes.c_float * self.vocabulary)).contents
-        return int(np.frombuffer(logits, np.float32).argmax())
-
-    def forget(self) -> None:
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-
-
-class _Transformers:
-    def __init__(self, request: _Request):
-        import torch
-        import transformers
-
-        torch.set_num_threads(request.threads)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        folder = Path(request.files[0]).parent
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        self.torch, self.model = torch, loaded.eval()
-        self.cache: Any = None
-
-    def feed(self, tokens: Sequence[int]) -> int:
-        with self.torch.inference_mode():
-            out = self.model(
-                input_ids=self.torch.tensor([list(tokens)]),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self.cache = out.past_key_values
-        return int(out.logits[0, -1].argmax())
-
-    def forget(self) -> None:
-        self.cache = None
-
-
-RUNNERS: Mapping[str, Callable[[_Request], _Runner]] = {"llama.cpp": _LlamaCpp, "transformers": _Transformers}
-"""By the name that a container's engine has."""
-
-
-def _timed(request: _Request) -> Timing:
-    started = time.perf_counter()
-    runner = RUNNERS[request.engine](request)
-    loaded = time.perf_counter()
-    token = runner.feed(request.prompt)
-    first = time.perf_counter()
-    runner.forget()  # the first prompt also brought the weights into memory
-    again = time.perf_counter()
-    token = runner.feed(request.prompt)
-    read = time.perf_counter()
-    for _ in range(request.generated):
-        token = runner.feed([token])
-    ended = time.perf_counter()
-    return Timing(
-        load=loaded - started,
-        first_token=first - loaded,
-        prompt=len(request.prompt) / (read - again),
-        generation=request.generated / (ended - read),
-        peak_bytes=peak_memory_bytes(),
-    )
-
-
-def main() -> None:
-    """Time what standard input asks for, and print the timing as JSON."""
-    try:
-        timing = _timed(_Request(**json.load(sys.stdin)))
-    except CompressError as error:
-        sys.exit(str(error))
-    sys.stdout.write(json.dumps(asdict(timing)) + "\n")
-
-
-if __name__ == "__main__":
-    main()

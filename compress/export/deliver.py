@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress.containers import CONTAINERS
+from compress.containers import CONTAINERS, original_layout
 from compress.decode import decode
-from compress.engines.open import artifact_source
+from compress.engines.open import artifact_source, file_container
 from compress.engines.streamed import StreamedSource
+from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
 from compress.export.gate import limits, measured
-from compress.export.text import prove_tokenizer, require_suite
+from compress.export.text import plan_tokenizer, prove_tokenizer, require_suite
 from compress.export.verify import check, check_windows
 from compress.export.write import write
+from compress.files import fingerprint
 from compress.models.checkpoint import Checkpoint
 from compress.models.companions import LEGAL, copy_companions
 from compress.plan.plan import Plan
@@ -28,11 +30,13 @@ from compress.report import scorecard as scorecards
 from compress.report.checksums import checksums, combined
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Check
-from compress.scoring.divergence import Scores
-from compress.scoring.results import Fallback, TaskScore
+from compress.scoring.cache import Remembered
+from compress.scoring.divergence import Reference, Scores
+from compress.scoring.results import Fallback, Speed, TaskScore
 from compress.scoring.source import LogitSource
 from compress.streaming.journal import Journal
 from compress.streaming.placement import CPU, Placement
+from compress.text import load_suite
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Delivery:
     fallbacks: list[Fallback] = field(default_factory=list)
     base_scores: Scores | None = None
     base_tasks: dict[str, TaskScore] = field(default_factory=dict)
+    base_texts: dict[str, Scores] = field(default_factory=dict)
+    base_speed: Speed | None = None
     doubts: list[str] = field(default_factory=list)
     """What speaks against the original."""
     strict: bool = False
@@ -106,11 +112,16 @@ def deliver(
                 if CONTAINERS[export.container].suffix:
                     roots += copy_companions(plan.source, staging, LEGAL)
                 written.append(_Written(export, files, roots, checksums(roots, staging)))
-        original = StreamedSource(plan.original, checkpoint.load, "original", placement)
+        original = Remembered(
+            StreamedSource(plan.original, checkpoint.load, "original", placement),
+            f"{fingerprint(checkpoint.files)} {placement.device}",
+        )
         solved = lambda name: decode(journal.fetch(name))  # noqa: E731
         memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
         for one in written:
             result.artifacts.append(_proved(plan, one, journal, original, memory, result, reporter))
+        if plan.recipe.score is not None and plan.recipe.score.speed and result.passed:
+            _time(plan, checkpoint, written, result, reporter)
         result.checks += [
             Check(name="original", passed=False, detail=doubt) for doubt in result.doubts if result.strict
         ]
@@ -124,7 +135,7 @@ def _proved(
     plan: Plan,
     written: _Written,
     journal: Journal,
-    original: LogitSource,
+    original: Reference,
     memory: LogitSource,
     result: Delivery,
     reporter: Reporter,
@@ -142,15 +153,40 @@ def _proved(
                     found = measured(plan, source, original, progress)
                 result.base_scores = result.base_scores or found.base_scores
                 result.base_tasks = result.base_tasks or found.base_tasks
+                result.base_texts = result.base_texts or found.base_texts
                 result.fallbacks += found.fallbacks
                 result.doubts = result.doubts or found.doubts
-                artifact = artifact.model_copy(update={"scores": found.scores, "tasks": found.tasks})
+                artifact = artifact.model_copy(
+                    update={"scores": found.scores, "tasks": found.tasks, "texts": found.texts}
+                )
                 result.checks += limits(plan, artifact)
     except (CalibrationError, MissingExtra, OutputError):
         raise  # nothing the artifact can help
     except CompressError as error:  # the engine refuses the file, or its logits are not finite
         result.checks.append(Check(name=f"{container.name} in its engine", passed=False, detail=str(error)))
     return artifact
+
+
+def _time(
+    plan: Plan, checkpoint: Checkpoint, written: Sequence[_Written], result: Delivery, reporter: Reporter
+) -> None:
+    """Add the throughput of every artifact, in turns with each other and the original, to `result`."""
+    assert plan.recipe.score is not None
+    jobs = {
+        f"{number} {one.export.container}": Job.of(CONTAINERS[one.export.container], one.files, plan.parameters)
+        for number, one in enumerate(written)
+    }
+    layout = file_container(str(checkpoint.place)) or original_layout()
+    original = Job.of(layout, checkpoint.weight_files, plan.original_parameters)
+    prompt = speed_prompt(load_suite(plan.recipe.score.suite), plan_tokenizer(plan), plan.spec.max_positions)
+    with reporter.stage("speed") as progress:
+        timed = time_models(jobs, original, prompt, progress=lambda done, total: progress(done / total))
+    result.artifacts = [
+        artifact.model_copy(update={"speed": timed.speeds.get(name)})
+        for artifact, name in zip(result.artifacts, jobs, strict=True)
+    ]
+    result.base_speed = timed.original
+    result.fallbacks += timed.fallbacks
 
 
 def described(plan: Plan, written: _Written) -> Artifact:

@@ -91,6 +91,16 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Those that hold tensors, in order."""
+        return tuple(sorted({entry.file for entry in self.entries.values()}))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that decides what the model computes: weights and config.json."""
+        return (*self.weight_files, self.folder / "config.json")
+
     def load(self, name: str) -> Tensor:
         """One tensor in its own dtype. Raises CheckpointError if missing, unreadable or not finite."""
         import torch

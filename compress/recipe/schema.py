@@ -260,9 +260,10 @@ class Export(Section):
 
 
 class Score(Section):
-    """What is measured when the artifacts are written."""
+    """What is measured when the artifacts are written: a suite and, if asked for, how fast engines run them."""
 
     suite: Location = "quick"
+    speed: bool = False
 
 
 class Gate(Section):

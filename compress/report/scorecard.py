@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -179,6 +180,17 @@ def write(scorecard: Scorecard, path: str | Path) -> Path:
         target = target / FILE_NAME
     write_synced(target, scorecard.to_json().encode())
     return target
+
+
+def write_each(scorecards: Sequence[Scorecard], folder: str | Path) -> list[Path]:
+    """Write every scorecard into a folder, as a file called after what it is of; two of one name get numbers."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for card in scorecards:
+        stem = Path(card.recipe).stem or "scorecard"
+        number = sum(path.stem.rpartition("~")[0] == stem or path.stem == stem for path in paths)
+        paths.append(write(card, Path(folder) / (f"{stem}~{number + 1}.json" if number else f"{stem}.json")))
+    return paths
 
 
 def read(path: str | Path) -> Scorecard:

@@ -1,27 +1,30 @@
-"""What runs an artifact, and `compress score`: any GGUF file or Hugging Face folder, alone or against its original."""
+"""`compress score`: files and folders, alone or against their original, on a suite."""
 
 from __future__ import annotations
 
 import datetime
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 from compress import __version__
-from compress.containers import Container
-from compress.engines.open import OpenedModel, artifact_source, file_container, file_set, open_model
+from compress.engines.open import OpenedModel, file_container
 from compress.engines.streamed import StreamedSource
-from compress.errors import CheckpointError, CompressError
+from compress.engines.timing import Job, speed_prompt, time_models
+from compress.errors import CompressError
 from compress.export.text import source_lines, tokenizer_lines
+from compress.files import fingerprint
 from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
+from compress.run.targets import Target, expanded, open_target, source_of
+from compress.scoring.cache import Remembered
+from compress.scoring.divergence import Computed, Reference
 from compress.scoring.measure import Measured, measure
 from compress.scoring.results import Fallback
-from compress.scoring.source import LogitSource
 from compress.streaming.placement import Placement
-from compress.text import load_suite, load_tokenizer
+from compress.text import Suite, load_suite, load_tokenizer
 
 # Below both, a target is not its original compressed: 2-bit weights keep a cosine of .9; scaled ones most of it; rotated
 # ones none, but they agree with their original on most tokens.
@@ -29,73 +32,69 @@ ALIKE_AGREEMENT, ALIKE_COSINE = 0.5, 0.2
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is scored. opened: None for a single file, which is run as a model like `model`, the original."""
+class Settings:
+    """How targets are scored.
 
-    name: str
-    container: Container
-    files: tuple[Path, ...]
-    opened: OpenedModel | None
-    model: OpenedModel
-    original: OpenedModel | None
+    strict: what speaks against the original, or for its being another model's, fails the gate; speed: engines are timed,
+    too; remember: what the original predicts is kept on disk, and taken from there.
+    """
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
-
-    @property
-    def bytes(self) -> int:
-        """With all that lies beside the weights in a folder."""
-        if self.opened is None:
-            return self.weight_bytes
-        return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
+    suite: str = "quick"
+    device: str | None = None
+    strict: bool = False
+    speed: bool = False
+    remember: bool = True
 
 
-def score(target: str, against: str | None = None, *, suite: str = "quick", device: str | None = None) -> Scorecard:
+def score(
+    target: str, against: str | None = None, *, suite: str = "quick", device: str | None = None, speed: bool = False
+) -> Scorecard:
     """Perplexity, KL divergence and task accuracy of a GGUF file or folder, against its original where that is named.
 
-    Arguments and errors as of `score_target`; device as of `compress.run`.
-    """
-    return score_target(target, against, suite, Reporter(0), device)
-
-
-def score_target(
-    target: str,
-    against: str | None,
-    suite: str,
-    reporter: Reporter,
-    device: str | None = None,
-    *,
-    strict: bool = False,
-) -> Scorecard:
-    """Score `target` on a suite and, when `against` names the original, say how far the two are apart.
-
     target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model.
-    against: a dense folder, hub id or bundled model; a GGUF needs it for its tokenizer. Without it, perplexity and task
-    accuracy only. The gate passes when the scores are finite and, if strict, nothing speaks against the
-    original or for its being another model's.
+    against: a dense folder, GGUF file, hub id or bundled model; without it, perplexity and task accuracy only. speed: time its
+    engine, too. Errors as of `score_targets`; device as of `compress.run`.
+    """
+    return score_targets([target], against, Settings(suite, device, speed=speed), Reporter(0))[0]
+
+
+def score_targets(
+    targets: Sequence[str], against: str | None, settings: Settings, reporter: Reporter
+) -> list[Scorecard]:
+    """Score every target on a suite and, when `against` names the original, say how far the two are apart: a scorecard
+    each, in order. Of a run's folder all artifacts are scored.
+
+    Every target must open before any is scored. The gate of each passes when the scores are finite and, if strict, nothing
+    speaks against the original or for its being another model's.
 
     Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary, or other bytes than the
-    scorecard beside it has the checksums of), UnsupportedModel,
-    CalibrationError (no such suite) and NumericalError (logits that are not finite).
+    scorecard beside it has the checksums of), UnsupportedModel, CalibrationError (no such suite) and NumericalError
+    (logits that are not finite).
     """
-    placement = Placement.choose(device)
-    chosen = load_suite(suite)
+    placement, suite = Placement.choose(settings.device), load_suite(settings.suite)
     with reporter.stage("open"):
-        found = _open(target, against)
-        note = require_unchanged(target)
-        tokenizer = load_tokenizer(found.model.folder, found.model.spec.vocab_size)
-        lines = tokenizer_lines(tokenizer)
-        if found.opened is None:
-            file_set(found.container, Path(target))
+        opened = [open_target(target, against) for target in expanded(targets)]
+        notes = [require_unchanged(found.name) for found in opened]
+    cards = []
+    for found, note in zip(opened, notes, strict=True):
+        before = len(reporter.stages)
+        card = _score_one(found, suite, settings, placement, reporter, f"score {Path(found.name).name}")
+        told = (*(() if note is None else (note,)), *card.notes)
+        cards.append(card.model_copy(update={"notes": told, "stages": tuple(reporter.stages[before:])}))
+    return _timed(cards, opened, suite, reporter) if settings.speed else cards
+
+
+def _score_one(
+    found: Target, suite: Suite, settings: Settings, placement: Placement, reporter: Reporter, stage: str
+) -> Scorecard:
+    tokenizer = load_tokenizer(found.model.folder, found.model.spec.vocab_size)
+    lines = tokenizer_lines(tokenizer)
     fallbacks: list[Fallback] = []
-    with _source(found, fallbacks, placement) as source, reporter.stage("score") as progress:
-        original = found.original
-        reference = None if original is None else StreamedSource(original.spec, original.load, "original", placement)
+    with source_of(found, fallbacks, placement) as source, reporter.stage(stage) as progress:
         measured = measure(
             source,
-            reference,
-            chosen,
+            _reference(found, settings, placement),
+            suite,
             tokenizer,
             label=Path(found.model.name).name,
             max_positions=found.model.spec.max_positions,
@@ -103,28 +102,47 @@ def score_target(
         )
         lines += source_lines(tokenizer, source)
     doubts = (*measured.doubts, *_unrelated(found, measured))
-    card = _scorecard(found, measured, (*lines, *fallbacks, *measured.fallbacks), reporter)
-    checks = (*card.gate.checks, *(Check(name="original", passed=False, detail=doubt) for doubt in doubts if strict))
+    card = _scorecard(found, measured, (*lines, *fallbacks, *measured.fallbacks))
+    failed = [Check(name="original", passed=False, detail=doubt) for doubt in doubts if settings.strict]
+    checks = (*card.gate.checks, *failed)
     gate = Gate(passed=all(check.passed for check in checks), checks=checks)
-    notes = doubts if note is None else (note, *doubts)
-    return card.model_copy(update={"notes": notes, "gate": gate, "suite": chosen.name})
+    return card.model_copy(update={"notes": tuple(doubts), "gate": gate, "suite": suite.name})
 
 
-def _open(target: str, against: str | None) -> Target:
-    """The target and its original. Raises CheckpointError where one is missing or not what it should be."""
-    container = file_container(target)
-    if container is not None and against is None:
-        raise CheckpointError(
-            f"scoring {target} needs the original's tokenizer; add --against ORIGINAL (its folder or hub id)"
-        )
-    original = None if against is None else open_model(against)
-    if original is not None and not original.container.original:
-        raise CheckpointError(f"{against} is itself quantized; give the original to --against")
-    if container is None:
-        opened = open_model(target)
-        return Target(target, opened.container, opened.files, opened, original or opened, original)
-    assert original is not None
-    return Target(target, container, tuple(container.files(Path(target))), None, original, original)
+def _reference(found: Target, settings: Settings, placement: Placement) -> Reference | None:
+    """What the original predicts."""
+    original = found.original
+    if original is None:
+        return None
+    source = StreamedSource(original.spec, original.load, "original", placement)
+    if not settings.remember:
+        return Computed(source)
+    files = (*original.files, original.folder / "config.json")
+    return Remembered(source, f"{fingerprint(files)} {placement.device}")
+
+
+def _timed(cards: Sequence[Scorecard], opened: Sequence[Target], suite: Suite, reporter: Reporter) -> list[Scorecard]:
+    """The scorecards with the throughput of every target, and of the original beside them, all in turns."""
+    model, original = opened[0].model, opened[0].original
+    jobs = {found.name: Job.of(found.container, found.files, found.model.parameters) for found in opened}
+    before = None
+    if original is not None:
+        layout = file_container(str(original.files[0])) or original.container
+        before = Job.of(layout, original.files, original.parameters)
+    prompt = speed_prompt(suite, load_tokenizer(model.folder, model.spec.vocab_size), model.spec.max_positions)
+    with reporter.stage("speed") as progress:
+        timed = time_models(jobs, before, prompt, progress=lambda done, total: progress(done / total))
+    told = []
+    for card, found in zip(cards, opened, strict=True):
+        (artifact,) = card.artifacts
+        update = {
+            "artifacts": (artifact.model_copy(update={"speed": timed.speeds.get(found.name)}),),
+            "base": card.base.model_copy(update={"speed": timed.original}),
+            "fallbacks": (*card.fallbacks, *timed.fallbacks),
+            "stages": (*card.stages, reporter.stages[-1]),
+        }
+        told.append(card.model_copy(update=update))
+    return told
 
 
 def _unrelated(found: Target, measured: Measured) -> list[str]:
@@ -152,7 +170,7 @@ def _cosine(found: Target, original: OpenedModel) -> float | None:
     return float(one @ other / (one.norm() * other.norm()).clamp_min(1e-30)) if one.shape == other.shape else None
 
 
-def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...], reporter: Reporter) -> Scorecard:
+def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...]) -> Scorecard:
     original = found.original
     perplexity = measured.scores.perplexity.value
     finite = Check(name="perplexity", passed=isfinite(perplexity), detail=f"{perplexity:.4g}")
@@ -164,6 +182,7 @@ def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...
             parameters=original.parameters,
             scores=measured.base_scores,
             tasks=measured.base_tasks,
+            texts=measured.base_texts,
         )
     artifact = Artifact(
         container=found.container.name,
@@ -173,6 +192,7 @@ def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...
         ratio=None if original is None else found.bytes / original.bytes,
         scores=measured.scores,
         tasks=measured.tasks,
+        texts=measured.texts,
     )
     return Scorecard(
         model=found.model.name,
@@ -181,17 +201,6 @@ def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...
         base=base,
         fallbacks=fallbacks,
         gate=Gate(passed=finite.passed, checks=(finite,)),
-        stages=tuple(reporter.stages),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={"compress": __version__},
     )
-
-
-def _source(found: Target, fallbacks: list[Fallback], placement: Placement) -> AbstractContextManager[LogitSource]:
-    """What runs the target."""
-    opened = found.opened
-    if opened is None:
-        return artifact_source(found.container, [Path(found.name)], found.model.spec, found.model.parameters, fallbacks)
-    if opened.container.original:
-        return nullcontext(StreamedSource(opened.spec, opened.load, "streamed weights", placement))
-    return artifact_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)

@@ -70,6 +70,8 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         parameters=plan.original_parameters,
         scores=results.base_scores,
         tasks=results.base_tasks,
+        texts=results.base_texts,
+        speed=results.base_speed,
     )
     return Scorecard(
         model=plan.identity.version,

@@ -27,6 +27,8 @@ from compress.text import EvalWindows
 LIMIT_BYTES = 4 << 30
 TEXT_BYTES = 512 << 20
 """Of what is kept of one text."""
+SPARE_BYTES = 2 << 30
+"""Of the disk: where less would be left, nothing is kept."""
 VERSION = 1
 """Of how it is kept."""
 ROOM = "logits"
@@ -119,6 +121,9 @@ class KeptWindows:
             if not self.folder.is_dir():
                 make_room(self.folder.parent, LIMIT_BYTES)
                 self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < SPARE_BYTES:
+                self._refused = True
+                return
             write_synced(self._path(number), buffer.getvalue())
         except (OSError, OutputError):
             self._refused = True

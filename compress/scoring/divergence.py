@@ -195,10 +195,16 @@ class WindowReference(Protocol):
 
 
 class Reference(Protocol):
-    """An original to compare with, window by window. name, vocab_size: as of LogitSource."""
+    """An original to compare with, window by window. source: what computes its logits; name, vocab_size: as of that."""
 
-    name: str
-    vocab_size: int
+    @property
+    def source(self) -> LogitSource: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def windows(self, windows: EvalWindows) -> Iterator[WindowReference]:
         """Of each window in order, lazily: the places that count."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
-from compress.scoring.divergence import Progress, Scores, frequency_perplexity, score_many
+from compress.scoring.divergence import Progress, Reference, Scores, frequency_perplexity, score_many
 from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
 from compress.text import EvalWindows, Suite, Tokenizer, eval_windows
@@ -44,7 +44,7 @@ class Measured:
 
 def measure(
     source: LogitSource,
-    original: LogitSource | None,
+    original: Reference | None,
     suite: Suite,
     tokenizer: Tokenizer,
     *,
@@ -78,7 +78,7 @@ def measure(
 
     from compress.scoring.tasks import Outcomes, compare, summarise, task_outcomes
 
-    engines = [source] if original is None else [original, source]
+    engines = [source] if original is None else [original.source, source]
     share = (1 - _TEXT_SHARE) / len(engines)
     outcomes: list[dict[str, Outcomes]] = []
     for engine in engines:
@@ -95,7 +95,7 @@ def measure(
 
 
 def _on_texts(
-    source: LogitSource, original: LogitSource | None, texts: Mapping[str, EvalWindows], label: str, progress: Progress
+    source: LogitSource, original: Reference | None, texts: Mapping[str, EvalWindows], label: str, progress: Progress
 ) -> Measured:
     """Scores on every text; progress counts their tokens."""
     total, done = sum(windows.tokens.size for windows in texts.values()), 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from compress.containers import CONTAINERS
 from compress.errors import CheckpointError
 from compress.report.progress import Reporter
-from compress.run.score import score_target
+from compress.run.score import Settings, score_targets
 from tests.integration.containers import spec_of
 from tests.tiny import demo_model, tiny_model
 
@@ -84,4 +84,4 @@ def test_a_bitsandbytes_weight_without_its_state_is_refused(model: Path) -> None
 def test_a_quantized_folder_is_no_original(model: Path, method: str) -> None:
     marked(model, quant_method=method)
     with pytest.raises(CheckpointError, match="is itself quantized; give the original"):
-        score_target(str(demo_model()), str(model), "quick", Reporter(0))
+        score_targets([str(demo_model())], str(model), Settings("quick"), Reporter(0))[0]

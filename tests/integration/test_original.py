@@ -15,7 +15,7 @@ from compress.recipe import load_recipe
 from compress.recipe.schema import Recipe
 from compress.report.progress import Reporter
 from compress.run import run
-from compress.run.score import score_target
+from compress.run.score import Settings, score_targets
 from compress.scoring.divergence import frequency_perplexity
 from tests.integration.runs import demo_blocks, final_names, text_file
 from tests.tiny import demo_model, tiny_model
@@ -93,7 +93,7 @@ def test_a_model_that_knows_no_language_is_told_from_one_that_does(tmp_path: Pat
     with pytest.raises(GateFailed, match="cannot predict"):
         run(_recipe(random, tmp_path / "strict", suite), strict=True)
     assert final_names(tmp_path / "strict" / "out") == {"rejected", "scorecard.json", "recipe.json"}
-    good = score_target(str(demo_model()), str(demo_model()), str(suite), Reporter(0), strict=True)
+    good = score_targets([str(demo_model())], str(demo_model()), Settings(str(suite), strict=True), Reporter(0))[0]
     assert good.gate.passed and not good.notes
 
 
@@ -101,12 +101,15 @@ def test_an_unrelated_original_is_told(tmp_path: Path) -> None:
     """Four tokens in ten are no kinship: weights decide, unless predictions agree."""
     suite = _suite(tmp_path)
     other = tiny_model("qwen3_moe", tmp_path / "other", **json.loads((demo_model() / "config.json").read_text()))
-    card = score_target(str(demo_model()), str(other), str(suite), Reporter(0))
+    card = score_targets([str(demo_model())], str(other), Settings(str(suite)), Reporter(0))[0]
     assert any("little in common" in note for note in card.notes) and card.gate.passed
-    assert not score_target(str(demo_model()), str(other), str(suite), Reporter(0), strict=True).gate.passed
+    assert not score_targets([str(demo_model())], str(other), Settings(str(suite), strict=True), Reporter(0))[
+        0
+    ].gate.passed
     cut = demo_blocks(tmp_path / "cut", 1)  # the same weights, other predictions
     assert not any(
-        "little in common" in n for n in score_target(str(cut), str(demo_model()), str(suite), Reporter(0)).notes
+        "little in common" in n
+        for n in score_targets([str(cut)], str(demo_model()), Settings(str(suite)), Reporter(0))[0].notes
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from compress.engines import timing
-from compress.engines.timing import Job, time_in_turns
+from compress.engines.timing import Job, time_in_turns, time_models
 from compress.errors import CompressError
 from compress.scoring.speed import Timing, summarise
 
@@ -26,20 +27,37 @@ def test_medians_spreads_and_paired_ratios():
     assert summarise(variant, engine="e", threads=2, prompt=8, generated=4).ratio == {}
 
 
-def test_models_take_turns(monkeypatch):
+def test_models_take_turns_and_one_that_fails_drops_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        timing, "_in_own_process", lambda request: seen.append(request.files[0]) or Timing(1, 1, 1, 1, 1)
-    )
-    jobs = {name: Job("llama.cpp", (Path(name),)) for name in ("a", "b")}
-    found = time_in_turns(jobs, [1, 2], generated=1, repetitions=2)
-    assert seen == ["a", "b", "a", "b"] and {name: len(timings) for name, timings in found.items()} == {"a": 2, "b": 2}
+
+    def once(request):
+        seen.append(request.files[0])
+        if request.files[0] == "c":
+            raise CompressError("c does not run")
+        return Timing(1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(timing, "_in_own_process", once)
+    jobs = {name: Job("llama.cpp", (Path(name),)) for name in ("a", "b", "c")}
+    found, failed = time_in_turns(jobs, [1, 2], generated=1, repetitions=2)
+    assert seen == ["a", "b", "c", "a", "b"] and failed == {"c": "c does not run"}
+    assert {name: len(timings) for name, timings in found.items()} == {"a": 2, "b": 2}
+
+
+def test_ratios_are_to_the_original_of_the_same_turns(monkeypatch):
+    rates = {"original": 10, "variant": 30}
+    monkeypatch.setattr(timing, "_in_own_process", lambda request: Timing(1, 1, rates[request.files[0]], 5, 9))
+    jobs = {"variant": Job("llama.cpp", (Path("variant"),)), "lost": Job("llama.cpp", (Path("lost"),), "not installed")}
+    timed = time_models(jobs, Job("transformers", (Path("original"),)), [1, 2], repetitions=2)
+    assert list(timed.speeds) == ["variant"] and timed.speeds["variant"].ratio["prompt"].median == 3
+    assert timed.original.ratio == {} and timed.original.engine == "transformers"
+    (line,) = timed.fallbacks
+    assert (line.subject, line.used, line.reason) == ("lost", "not timed", "not installed")
 
 
 def test_a_real_engine_is_timed_in_a_process_of_its_own():
     """Rates are those of the counts of tokens: a prompt takes its tokens over its rate."""
     job = Job("transformers", (DEMO / "model.safetensors",))
-    (found,) = time_in_turns({"demo": job}, list(range(1, 9)), generated=2, repetitions=1)["demo"]
+    (found,) = time_in_turns({"demo": job}, list(range(1, 9)), generated=2, repetitions=1)[0]["demo"]
     assert found.load > 0 and found.first_token > 0 and found.prompt > 0 and found.generation > 0
     assert found.peak_bytes > 20 << 20
 
@@ -47,5 +65,5 @@ def test_a_real_engine_is_timed_in_a_process_of_its_own():
 def test_an_engine_that_refuses_says_why(tmp_path):
     pytest.importorskip("llama_cpp")
     (file := tmp_path / "broken.gguf").write_bytes(b"GGUF nothing")
-    with pytest.raises(CompressError, match=r"llama.cpp could not be timed on broken.gguf: .*cannot load"):
-        time_in_turns({"broken": Job("llama.cpp", (file,))}, [1], generated=1, repetitions=1)
+    _, failed = time_in_turns({"broken": Job("llama.cpp", (file,))}, [1], generated=1, repetitions=1)
+    assert re.match(r"llama.cpp could not be timed on broken.gguf: .*cannot load", failed["broken"])

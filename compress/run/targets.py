@@ -1,0 +1,83 @@
+"""What can be scored: any GGUF file or Hugging Face folder, the artifacts of a run's folder; and what runs each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.containers import TRANSFORMERS, Container, Engine
+from compress.engines.open import OpenedModel, artifact_source, file_container, file_set, open_model
+from compress.engines.streamed import StreamedSource
+from compress.errors import CheckpointError
+from compress.report import scorecard as scorecards
+from compress.scoring.results import Fallback
+from compress.scoring.source import LogitSource
+from compress.streaming.placement import Placement
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is scored. opened: None for a single file, which is run as a model like `model`, the original or the model that
+    the file itself describes."""
+
+    name: str
+    container: Container
+    files: tuple[Path, ...]
+    opened: OpenedModel | None
+    model: OpenedModel
+    original: OpenedModel | None
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def bytes(self) -> int:
+        """With all that lies beside the weights in a folder."""
+        if self.opened is None:
+            return self.weight_bytes
+        return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
+
+    @property
+    def engine(self) -> Engine:
+        """What people run it with."""
+        return self.container.engine or TRANSFORMERS
+
+
+def open_target(target: str, against: str | None) -> Target:
+    """The target and its original. Raises CheckpointError where one is missing or not what it should be."""
+    container = file_container(target)
+    original = None if against is None else open_model(against)
+    if original is not None and not original.container.original:
+        raise CheckpointError(f"{against} is itself quantized; give the original to --against")
+    if container is not None:
+        files = tuple(file_set(container, Path(target)))
+        return Target(target, container, files, None, original or open_model(target), original)
+    opened = open_model(target)
+    return Target(target, opened.container, opened.files, opened, original or opened, original)
+
+
+def expanded(targets: Sequence[str]) -> Iterator[str]:
+    """The targets, each once, with every artifact of a run's folder in place of the folder."""
+    found = (artifact for target in targets for artifact in _artifacts(target))
+    return iter(dict.fromkeys(found))
+
+
+def _artifacts(target: str) -> Iterator[str]:
+    folder = Path(target)
+    if not folder.is_dir() or (folder / "config.json").is_file() or not (folder / scorecards.FILE_NAME).is_file():
+        yield target
+        return
+    yield from (str(folder / artifact.path) for artifact in scorecards.read(folder).artifacts)
+
+
+def source_of(found: Target, fallbacks: list[Fallback], placement: Placement) -> AbstractContextManager[LogitSource]:
+    """What runs the target; a line in `fallbacks` where that is not its own engine."""
+    opened = found.opened
+    if opened is None:
+        return artifact_source(found.container, found.files, found.model.spec, found.model.parameters, fallbacks)
+    if opened.container.original:
+        return nullcontext(StreamedSource(opened.spec, opened.load, "streamed weights", placement))
+    return artifact_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)
