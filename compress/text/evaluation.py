@@ -13,7 +13,7 @@ import numpy as np
 from compress.errors import CalibrationError
 from compress.text.documents import articles, load_documents, stamp
 from compress.text.protocol import DEFAULT, Protocol
-from compress.text.sets import find_data, load_definition
+from compress.text.sets import TextSet, find_data, load_definition
 from compress.text.tokenizer import Tokenizer
 from compress.text.windows import TOKENIZE_TOGETHER, check_ids, check_sizes, prepends_bos, too_few
 
@@ -25,6 +25,7 @@ READ_CHARACTERS = 2**23
 """Of a larger text only the beginning is read, unless more windows than it has are asked for."""
 CHARACTERS_A_TOKEN = 16  # at most, on average
 ANCHOR_TOKENS = 64  # how often a place in the text is known exactly
+CONTEXT_TOKENS = 8  # enough to see whether a word or a character has begun before
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class EvalWindows:
     documents   int [N]: the document that most of the tokens that count belong to; the cluster of every interval
     words       int [N]: whitespace-separated words that begin in the tokens that count; None: not known
     bytes       int [N]: UTF-8 bytes of the characters that end in them, special tokens aside; None: not known
-    text        name of the set
+    text        name of the set, never where it lies
     """
 
     tokens: np.ndarray
@@ -94,13 +95,14 @@ def eval_windows(
     before = [tokenizer.bos_token_id] if starts_with_bos and protocol.bos == "before" else []
     width = protocol.length - len(before)
     step = width if protocol.stride is None else min(protocol.stride, width)
-    packed = _packed(name, tokenizer, protocol, ((windows or 1) - 1) * step + width)
+    definition = load_definition(find_data("eval", name))
+    packed = _packed(name, definition, tokenizer, protocol, ((windows or 1) - 1) * step + width)
     count = (len(packed.ids) - width) // step + 1 if len(packed.ids) >= width else 0
     if len(packed.ids) == 0:
         raise CalibrationError(f"evaluation set '{name}' holds no text")
     if count < (windows or 1):
         raise CalibrationError(too_few("evaluation set", name, len(packed.ids), windows or 1, width, "windows"))
-    starts = _drawn(count, windows or count, name) * step
+    starts = _drawn(count, windows or count, definition.name) * step
     places = starts[:, None] + np.arange(width)
     tokens = np.concatenate([np.tile(np.asarray(before, np.int32), (len(starts), 1)), packed.ids[places]], axis=1)
     tokens = tokens.astype(np.int32)
@@ -114,8 +116,13 @@ def eval_windows(
             )
         first = np.maximum(first, protocol.length // 2 + 1)
     documents = [_most(packed.documents[row[start - len(before) :]]) for row, start in zip(places, first, strict=True)]
-    sizes = np.array([_sizes(row, int(start), tokenizer) for row, start in zip(tokens, first, strict=True)])
-    return EvalWindows(tokens, first, np.array(documents), sizes[:, 0], sizes[:, 1], name, protocol)
+    sizes = np.array(
+        [
+            _sizes(packed.ids, start - len(before) + skipped, start + width, tokenizer)
+            for start, skipped in zip(starts, first, strict=True)
+        ]
+    )
+    return EvalWindows(tokens, first, np.array(documents), sizes[:, 0], sizes[:, 1], definition.name, protocol)
 
 
 def _drawn(count: int, wanted: int, name: str) -> np.ndarray:
@@ -129,9 +136,8 @@ def _most(labels: np.ndarray) -> int:
     return int(values[counts.argmax()])
 
 
-def _packed(name: str, tokenizer: Tokenizer, protocol: Protocol, wanted: int) -> Packed:
+def _packed(name: str, definition: TextSet, tokenizer: Tokenizer, protocol: Protocol, wanted: int) -> Packed:
     """The text in tokens, read once a process. wanted: tokens that are needed at least."""
-    definition = load_definition(find_data("eval", name))
     characters = max(READ_CHARACTERS, CHARACTERS_A_TOKEN * wanted)
     return _read(name, stamp(definition), tokenizer, _Packing.of(protocol), characters)
 
@@ -200,10 +206,12 @@ def _document_of_tokens(ids: np.ndarray, text: str, begin: list[int], tokenizer:
     return np.searchsorted(begin, places, side="right") - 1
 
 
-def _sizes(ids: np.ndarray, first: int, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Words and bytes of the tokens from `first` on."""
+def _sizes(ids: np.ndarray, start: int, end: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Words that begin and bytes of characters that end in ids[start:end]: what is written up to there, less what is written
+    up to the start."""
+    ids, start = ids[max(start - CONTEXT_TOKENS, 0) : end], min(start, CONTEXT_TOKENS)
     words, size = _written(ids, tokenizer)
-    words_before, size_before = _written(ids[:first], tokenizer)
+    words_before, size_before = _written(ids[:start], tokenizer)
     return words - words_before, size - size_before
 
 

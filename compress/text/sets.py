@@ -118,8 +118,8 @@ class SuiteText:
 
 @dataclass(frozen=True)
 class Suite:
-    """What `compress score --suite` measures: windows of one or more texts, by a name of each, and a number of items of
-    each task."""
+    """What `compress score --suite` measures: windows of one or more texts, by a name of each (of a file its own, not where it
+    lies), and a number of items of each task."""
 
     name: str
     texts: Mapping[str, SuiteText]
@@ -164,9 +164,12 @@ def load_suite(name: str) -> Suite:
         texts = {raw.text: _SuiteText(windows=raw.windows, length=raw.length)}
     elif raw.windows is not None or raw.length is not None:
         raise CalibrationError(f"{path}: 'windows' and 'length' belong to each of 'texts'")
-    return Suite(
-        raw.name, {key: _suite_text(path, key, text) for key, text in texts.items()}, raw.tasks, raw.description
-    )
+    named = {(Path(key).name if _own(key) else key): _suite_text(path, key, text) for key, text in texts.items()}
+    if len(named) < len(texts):
+        raise CalibrationError(
+            f"{path}: two of 'texts' are files of one name; give each a name, and its file as 'text'"
+        )
+    return Suite(raw.name, named, raw.tasks, raw.description)
 
 
 def _suite_text(path: Path, key: str, raw: _SuiteText) -> SuiteText:
