@@ -43,9 +43,10 @@ CHUNK_ELEMENTS = 2**22
 Progress = Callable[[int, int], None]
 
 
-def frequency_perplexity(windows: EvalWindows) -> float:
+def frequency_perplexity(windows: EvalWindows | np.ndarray) -> float:
     """exp of the entropy of the counted tokens' frequencies, with Miller and Madow's correction for the few tokens that
-    they were counted on: (kinds - 1) / 2 n nats (Miller 1955)."""
+    they were counted on: (kinds - 1) / 2 n nats (Miller 1955). windows: as of `score_many`."""
+    windows = EvalWindows.of(windows)
     counted = [row[first:] for row, first in zip(windows.tokens, windows.first, strict=True)]
     counts = np.unique(np.concatenate(counted), return_counts=True)[1]
     shares = counts / counts.sum()
@@ -285,7 +286,7 @@ def score_many(
     Raises CalibrationError (no windows, ids beyond the vocabulary), CheckpointError (vocabularies differ),
     NumericalError (non-finite logits; names engine and window).
     """
-    windows = windows if isinstance(windows, EvalWindows) else EvalWindows.of(windows)
+    windows = EvalWindows.of(windows)
     original = Computed(reference) if isinstance(reference, LogitSource) else reference
     _check(
         windows.tokens, [(source.name, source.vocab_size) for source in (original, *candidates) if source is not None]

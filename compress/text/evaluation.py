@@ -49,9 +49,11 @@ class EvalWindows:
     protocol: Protocol = DEFAULT
 
     @classmethod
-    def of(cls, tokens: np.ndarray) -> EvalWindows:
+    def of(cls, windows: EvalWindows | np.ndarray) -> EvalWindows:
         """Any windows, integers [N, T]: each a document of its own, all tokens but the first count."""
-        tokens = np.asarray(tokens)
+        if isinstance(windows, EvalWindows):
+            return windows
+        tokens = np.asarray(windows)
         length = tokens.shape[1] if tokens.ndim == 2 else 0
         count = len(tokens) if tokens.ndim else 0
         return cls(tokens, np.ones(count, int), np.arange(count), protocol=Protocol(length=length))
