@@ -86,8 +86,9 @@ def compare(kept: Kept, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
 
 def _terms(log_p: np.ndarray, log_all: np.ndarray, ids: np.ndarray, *, weighted: bool = False) -> np.ndarray:
     """r - 1 - log r of some tokens, times p where weighted; float64."""
+    log_q = np.take_along_axis(log_all, ids.astype(np.int64), axis=1).astype(np.float32)  # rounded as log_p is
     log_p = log_p.astype(np.float64)
-    log_r = np.take_along_axis(log_all, ids.astype(np.int64), axis=1) - log_p
+    log_r = log_q - log_p
     terms = np.expm1(log_r) - log_r
     return np.exp(log_p) * terms if weighted else terms
 

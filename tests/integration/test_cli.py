@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from compress.errors import GateFailed
-from compress.report.scorecard import read
+from compress.report.scorecard import Scorecard, read
 from tests.integration.runs import carry_out, command, small
 from tests.tiny import demo_model, tiny_model
 
@@ -271,6 +271,38 @@ def test_score_of_the_bundled_model_by_name(compress: Compress, place: Path, tmp
     assert found["artifacts"][0]["bits_per_weight"] == pytest.approx(16, rel=0.01)
 
 
+def test_score_of_a_file_alone_reads_its_own_tokenizer(compress: Compress, place: Path) -> None:
+    gguf = place / "gguf" / "model-Q4_K_M.gguf"
+    alone = score(compress, place, gguf)["artifacts"][0]["scores"]
+    beside = score(compress, place, gguf, "--against", place / "model")["artifacts"][0]["scores"]
+    assert "kld" not in alone and alone["perplexity"] == beside["perplexity"]
+    assert alone["text_digest"] == beside["text_digest"]
+
+
+def test_score_of_runs_is_one_table_and_a_scorecard_each(compress: Compress, place: Path, tmp_path: Path) -> None:
+    """A run's folder stands for its artifacts; what is written compares as runs do."""
+    folders = [place / "gguf", place / "gptq"]
+    suite = ["--suite", place / "suite.yaml"]
+    code, out, err = compress("score", *folders, "--against", place / "model", *suite, "--output", tmp_path / "cards")
+    assert code == 0, err
+    files = ["gptq-gptq.json", "model-Q4_K_M.json"]
+    assert sorted(file.name for file in (tmp_path / "cards").iterdir()) == files
+    assert "model-Q4_K_M" in out and "gptq" in out
+    both = [score(compress, place, folder, "--against", place / "model") for folder in folders]
+    for file, card in zip(reversed(files), both, strict=True):
+        assert read(tmp_path / "cards" / file).artifacts[0].scores == read_scores(card)
+    code, listed, err = compress("score", *folders, "--against", place / "model", *suite, "--json")
+    assert code == 0 and [card["artifacts"][0]["path"] for card in json.loads(listed)] == [
+        card["artifacts"][0]["path"] for card in both
+    ]
+    code, compared, _ = compress("compare", *sorted((tmp_path / "cards").iterdir()), "--json")
+    assert code == 0 and len(json.loads(compared)["rows"]) == 3  # with the original
+
+
+def read_scores(card: dict) -> object:
+    return Scorecard.model_validate(card).artifacts[0].scores
+
+
 def bad_targets(place: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     """What was asked for, and what the one line must say."""
     gguf, model = place / "gguf" / "model-Q4_K_M.gguf", place / "model"
@@ -289,8 +321,7 @@ def bad_targets(place: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "missing": ([folder / "none.gguf", *against], "no GGUF file"),
         "no model": (["nowhere"], "no such model"),
         "truncated": ([folder / "cut.gguf", *against], "llama.cpp cannot load"),
-        "no tokenizer": ([gguf], "add --against"),
-        "folder of a run": ([place / "gguf", *against], f"give the file: {gguf}"),
+        "folder of files": ([folder, *against], f"give the file: {folder / 'cut.gguf'}"),
         "other file": ([folder / "notes.txt", *against], "neither a GGUF file nor"),
         "lost shard": ([folder / "part-00001-of-00002.gguf", *against], "part-00002-of-00002.gguf is missing"),
         "quantized original": ([gguf, "--against", place / "gptq" / "gptq-gptq"], "give the original"),
@@ -300,7 +331,7 @@ def bad_targets(place: Path, folder: Path) -> dict[str, tuple[list[object], str]
 
 
 @pytest.mark.parametrize(
-    "case", ["missing", "no model", "truncated", "no tokenizer", "folder of a run", "other file", "lost shard",
+    "case", ["missing", "no model", "truncated", "folder of files", "other file", "lost shard",
              "quantized original", "other quantizer", "suite"],
 )  # fmt: skip
 def test_score_of_bad_targets(compress: Compress, place: Path, tmp_path: Path, case: str) -> None:
