@@ -9,13 +9,21 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from compress.models.gguf.dither import dither
+from compress.models.gguf.header import is_gguf
+from compress.models.gguf.source import model_name
+from compress.models.locate import model_location
 
 ROOT = Path(__file__).resolve().parents[1]
+TOY = "models/tiny-qwen3-moe"
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Case:
 @dataclass(frozen=True)
 class Row:
     """What one case measured. kl: mean and the ends of its interval, nats a token; ratio: of perplexities;
-    folder: the artifact."""
+    folder: the artifact; fallbacks: codecs that were wanted and are not there, in words."""
 
     case: Case
     bits: float
@@ -43,18 +51,23 @@ class Row:
     top1: float
     seconds: float
     folder: Path
+    fallbacks: str = ""
 
 
-def measure(case: Case, samples: int, suite: Path, folder: Path) -> Row:
-    """Run one case and read its scorecard."""
+def measure(case: Case, samples: int, suite: Path, folder: Path, model: str | None = None) -> Row:
+    """Run one case, on the recipe's own model or another, and read its scorecard."""
     settings = [*case.overrides, f"calibration.samples={samples}", f"score.suite={suite}"]
     output = folder / re.sub(r"\W+", "-", f"{case.group} {case.label}")
     command = [sys.executable, "-m", "compress.cli"]
     sets = [part for setting in settings for part in ("--set", setting)]
+    sets += ["--model", model] if model else []
     plan = subprocess.run(
-        [*command, "plan", case.recipe, *sets, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "plan", case.recipe, *sets, "--json"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    tensors = [t for t in json.loads(plan.stdout)["tensors"] if t["role"].startswith(("routed_experts", "mlp"))]
+    if plan.returncode:
+        raise SystemExit(f"{case.label}: {plan.stderr.strip() or plan.stdout.strip()}")
+    planned = json.loads(plan.stdout)["tensors"]
+    tensors = [t for t in planned if t["role"].startswith(("routed_experts", "mlp"))]
     weights = sum(t["shape"][0] * t["shape"][1] for t in tensors)
     started = time.perf_counter()
     run = subprocess.run(
@@ -81,7 +94,23 @@ def measure(case: Case, samples: int, suite: Path, folder: Path) -> Row:
         scores["top1_agreement"]["value"],
         seconds,
         output / artifact["path"],
+        fallen_back(planned),
     )
+
+
+def fallen_back(planned: list[dict[str, Any]]) -> str:
+    """Which codecs of a plan stand in for others, and how often."""
+    counted = Counter(f"{t['wanted']} -> {t['codec']}" for t in planned if t["wanted"])
+    return ", ".join(f"{change} ({count} of {len(planned)} tensors)" for change, count in counted.items())
+
+
+def original(model: str, folder: Path) -> str:
+    """What a benchmark takes for the original: a folder as it is, a GGUF file or packaged model with seeded noise of half a step
+    on its quantized weights, written to `folder`."""
+    location = Path(model_location(model))
+    if not is_gguf(location):
+        return model
+    return str(dither(location, folder / f"{model_name(location)}-dithered", seed=0))
 
 
 def median_ratio(call: Callable[[], object], reference: Callable[[], object], rounds: int = 15) -> float:
@@ -102,6 +131,7 @@ def arguments(description: str) -> ArgumentParser:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
     parser.add_argument("--windows", type=int, default=60, help="scored windows of 512 tokens")
     parser.add_argument("--text", default="wikitext2")
+    parser.add_argument("--model", default=TOY, help="a folder, or smollm2-135m: a real model of 135M, dithered")
     parser.add_argument("--only", default="", help="regular expression of labels")
     parser.add_argument("--markdown", type=Path, help="also write the table here, after every case")
     return parser

@@ -1,10 +1,13 @@
 """Our GGUF against llama.cpp's own quantizer: same types tensor by tensor, same bytes, same calibration tokens.
 
     python benchmarks/gguf_vs_llama_quantize.py --samples 512 --windows 100 --markdown out.md
+    python benchmarks/gguf_vs_llama_quantize.py --model smollm2-135m --samples 64 --windows 60 --markdown out.md
 
 llama-quantize gets an imatrix of the very windows that our solvers see (mean squared input of every column, per
 expert, as llama-imatrix computes it). Both files and the float32 reference run in llama.cpp. The ratio of mean KL
-divergences comes with a 95% interval over documents, paired.
+    float32 = StreamedSource(plan.spec, checkpoint.load, "original")
+    (_, their_windows), (_, our_windows) = score_many(float32, [a, b], windows)
+    ratio = paired_ratio(our_windows.kld, their_windows.kld, our_windows.documents)
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _cases import TOY, fallen_back, original
 
 from compress.containers import gguf
 from compress.containers.base import WriteRequest
@@ -46,13 +50,18 @@ def experts_at(codec: str) -> list[str]:
     return [f"steps[0].quantize.rules[0].codec={codec}", f"steps[0].quantize.rules[1].codec={codec}"]
 
 
-HEADLINES = ("qwen-moe-2bit", "moe-2bit", "Q4_K_M")
+HEADLINES = ("qwen-moe-2bit", "moe-2bit", "Q4_K_M", "Q4_0")
 CASES: dict[str, tuple[str, list[str]]] = {
     "qwen-moe-2bit": ("qwen-moe-2bit", []),
     "moe-2bit": ("moe-2bit", []),
     "Q4_K_M": ("gguf-q4-k-m", []),
     **{f"experts {t}": ("qwen-moe-2bit", experts_at(t)) for t in TYPES},
 }
+
+
+MIXES = ("Q4_K_M", "Q4_0", "IQ4_NL", "Q5_K_M", "Q6_K", "Q8_0")
+DENSE: dict[str, tuple[str, list[str]]] = {mix: ("gguf-q4-k-m", [f"steps[0].quantize.scheme={mix}"]) for mix in MIXES}
+"""For models without experts."""
 
 
 def imatrix(checkpoint: Checkpoint, spec: ModelSpec, ids: np.ndarray, batch: int = 8) -> dict[str, np.ndarray]:
@@ -106,33 +115,38 @@ def reference(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Path:
 def exact(plan: Plan, checkpoint: Checkpoint, theirs: Path, mine: Path, windows: EvalWindows) -> str:
     """The ratio of KL divergences when both files' decoded weights are run in float32, without an engine's rounding."""
     a, b = (StreamedSource(plan.spec, gguf.open_dense(path, plan.spec), path.stem) for path in (theirs, mine))
-    original = StreamedSource(plan.spec, checkpoint.load, "original")
-    (_, their_windows), (_, our_windows) = score_many(original, [a, b], windows)
+    float32 = StreamedSource(plan.spec, checkpoint.load, "original")
+    (_, their_windows), (_, our_windows) = score_many(float32, [a, b], windows)
     ratio = paired_ratio(our_windows.kld, their_windows.kld, our_windows.documents)
     return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/tiny-qwen3-moe")
+    parser.add_argument("--model", default=TOY, help="a folder, or smollm2-135m: a real model of 135M, dithered")
     parser.add_argument("--samples", type=int, default=512, help="calibration windows of 512 tokens")
     parser.add_argument("--text", default="wikitext2", help="bundled evaluation set to score on")
     parser.add_argument("--windows", type=int, default=100, help="scored windows of 512 tokens")
-    parser.add_argument("--cases", nargs="*", default=list(CASES), help="a subset of: " + ", ".join(CASES))
+    parser.add_argument(
+        "--cases", nargs="*", help=f"a subset of: {', '.join(CASES)}; of others than the toy: {', '.join(DENSE)}"
+    )
     parser.add_argument("--set", nargs="*", default=[], help="more recipe overrides for our side")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
+    cases = CASES if args.model == TOY else DENSE
     lines = [
         "| types | bytes | llama.cpp KL | ours KL | ratio | 95% interval | top-1 llama.cpp | ours | solve s | ratio in float32 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    fallen: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         importance, source = None, None
-        for case in args.cases:
-            recipe, overrides = CASES[case]
+        model = original(args.model, folder)
+        for case in args.cases or cases:
+            recipe, overrides = cases[case]
             overrides = [*overrides, f"calibration.samples={args.samples}", *args.set]
-            plan = make_plan(load_recipe(recipe, overrides, model=args.model), weights=True)
+            plan = make_plan(load_recipe(recipe, overrides, model=model), weights=True)
             checkpoint = Checkpoint.open(plan.source)
             if importance is None:
                 windows = eval_windows(args.text, load_tokenizer(plan.source), windows=args.windows, length=512)
@@ -154,8 +168,11 @@ def main() -> None:
             cells += [f"{seconds:.0f}", exact(plan, checkpoint, theirs, mine, windows) if case in HEADLINES else ""]
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    if args.markdown:
-        args.markdown.write_text("\n".join(lines) + "\n")
+            if change := fallen_back(plan.as_dict()["tensors"]):
+                fallen.append(f"- {case}: {change}")
+                print(fallen[-1], flush=True)
+            if args.markdown:
+                args.markdown.write_text("\n".join([*lines, "", *fallen]).strip() + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def dither(model: str | Path, folder: Path, seed: int = 0) -> Path:
 def _units(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
     """Tensors that are held together: those of a block, and single ones beside the blocks."""
     for layer, group in groupby(tensors, key=lambda tensor: tensor.layer):
-        yield from [list(group)] if layer is not None else ([tensor] for tensor in group)
+        together = list(group)
+        yield from [together] if layer is not None else ([tensor] for tensor in together)
 
 
 def _noisy(entry: Decoded, seed: Sequence[int]) -> Tensor:

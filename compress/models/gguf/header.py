@@ -162,7 +162,7 @@ class _Source:
     def text(self, most: int = GGUF_BYTES) -> str:
         length = self.number("Q")
         if length > most:
-            raise Unreadable(f"it is damaged: a name of {length:,} bytes")
+            raise Unreadable(f"it is damaged: a text of {length:,} bytes")
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:

@@ -57,11 +57,12 @@ def open_source(path: Path) -> Source:
     own = max(shares, key=lambda kind: shares[kind])
     config["dtype"] = _DTYPES[FLOAT_CODEC.get(own, QUANTIZED)]
     name = model_name(path)
-    key = checksum(f"{_FORM} {__version__} {header.digest}".encode())[:32]
+    written = json.dumps(config, indent=2) + "\n"
+    key = checksum(f"{_FORM} {__version__} {header.digest} {written}".encode())[:32]
 
     def files() -> Mapping[str, bytes]:
         texts = tokenizer_files(header.fields, str(path), spec.vocab_size, spec.max_positions)
-        texts["config.json"] = json.dumps(config, indent=2) + "\n"
+        texts["config.json"] = written
         texts["README.md"] = _card(header, path)
         return {file: text.encode() for file, text in texts.items()}
 
@@ -79,9 +80,11 @@ def _beside(spec: ModelSpec, header: Header) -> dict[str, Decoded]:
     """What drafts further tokens, behind the model's blocks. Raises CheckpointError for all else that is no part of the model:
     it would compute something else."""
     found = {}
+    drafts = header.fields.get(f"{spec.family.gguf.arch}.nextn_predict_layers", 0)
+    behind = range(spec.layers, spec.layers + drafts) if isinstance(drafts, int) else ()
     for name, file in unclaimed(spec, header).items():
         block = re.match(r"blk\.(\d{1,9})\.", name)
-        if block is None or int(block[1]) < spec.layers:
+        if block is None or int(block[1]) not in behind:
             raise CheckpointError(
                 f"{file} holds {shown(name)}, which its metadata does not imply and {spec.model_type} models do not have; it "
                 "cannot be read as a model"

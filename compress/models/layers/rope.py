@@ -140,8 +140,10 @@ def _llama3(metadata: Metadata, factors: Sequence[float]) -> dict[str, Any]:
     if middle:
         x, s = middle[0]
         tried.append((1.0, 4.0, (3 * s + 1) / x))
-    else:
-        tried.append((1.0, 4.0, 4 * max((w for w, s in zip(waves, smooth, strict=True) if s > 0.5), default=1.0) + 1))
+    else:  # none lies between those that stay and those that are divided: any start and end between them will do
+        stay = max((w for w, s in zip(waves, smooth, strict=True) if s > 0.5), default=waves[0] / 4)
+        go = min((w for w, s in zip(waves, smooth, strict=True) if s < 0.5), default=waves[-1] * 4)
+        tried.append((1.0, math.sqrt(math.sqrt(go / stay)), math.sqrt(stay * go)))
     if len(middle) > 1 and middle[0][1] != middle[-1][1]:
         (x1, s1), (x2, s2) = middle[0], middle[-1]
         slope = (s1 - s2) / (x1 - x2)
