@@ -121,7 +121,7 @@ def coverage(
         chosen = rng.integers(len(members), size=len(members)) if resampled else np.arange(len(members))
         windows = np.concatenate([members[i] for i in chosen])
         documents = np.repeat(np.arange(len(chosen)), [len(members[i]) for i in chosen])
-        drawn = draw(rng, len(windows), size)
+        drawn = draw(rng, len(windows), min(size, len(windows)))
         for name, estimate in numbers.quantities().items():
             interval = estimate(windows[drawn], documents[drawn] if clustered else None)
             assert interval.low is not None and interval.high is not None
@@ -136,7 +136,7 @@ def table(numbers: Numbers, draws: int) -> list[str]:
         "| windows | drawn | interval over | truth | " + " | ".join(numbers.quantities()) + " |",
         "|---" * (4 + len(numbers.quantities())) + "|",
     ]
-    for size in (size for size in SIZES if size < count):
+    for size in (size for size in SIZES if 3 * size <= 2 * count):
         for how, draw, clustered in (
             ("in a row", in_a_row, False),
             ("spread", spread, False),

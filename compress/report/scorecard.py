@@ -222,9 +222,10 @@ def read(path: str | Path) -> Scorecard:
 
 
 # Estimates that overflow (perplexity of a destroyed model) are null in JSON, which has no infinity.
-_ESTIMATES = dict.fromkeys(
-    ("perplexity", "base_perplexity", "perplexity_ratio", "word_perplexity", "byte_perplexity"), ("value",)
-)
+_ESTIMATES = {
+    **{f"{base}{unit}perplexity": ("value",) for base in ("", "base_") for unit in ("", "word_", "byte_")},
+    "perplexity_ratio": ("value",),
+}
 
 
 def _plain(value: Any) -> Any:

@@ -348,7 +348,7 @@ def _perplexities(nll: np.ndarray, windows: EvalWindows) -> dict[str, Any]:
     per = {"perplexity": windows.counts, "word_perplexity": windows.words, "byte_perplexity": windows.bytes}
     totals = nll * windows.counts
     return {
-        name: exponential(ratio_of_sums(totals, counts, windows.documents))
+        name: exponential(ratio_of_sums(totals, counts, windows.documents, low=0.0))
         if counts is not None and counts.sum()
         else None
         for name, counts in per.items()

@@ -212,6 +212,8 @@ def test_score_repeats_what_the_run_measured(compress: Compress, place: Path, co
     for key in ("bytes", "bits_per_weight", "ratio"):
         assert artifact[key] == wanted[key]
     assert artifact["scores"]["text_digest"] == wanted["scores"]["text_digest"]
+    assert wanted["texts"] == {"wikipedia": wanted["scores"]}
+    assert expected["base"]["texts"] == {"wikipedia": expected["base"]["scores"]}
     for name in ("perplexity", "kld", "top1_agreement", "perplexity_ratio"):
         assert artifact["scores"][name] == pytest.approx(wanted["scores"][name], rel=1e-5)
     assert found["base"]["bytes"] == expected["base"]["bytes"]
