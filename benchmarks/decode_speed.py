@@ -20,7 +20,7 @@ from compress.codecs import block_codec, get_codec
 from compress.codecs.factors import join
 from compress.codecs.names import codec_info
 from compress.containers.compress import Setting, stored_parts
-from compress.plan.allocation import factor_sizes
+from compress.plan.factors import factor_sizes
 from compress.runtime.factored import FactoredLinear
 from compress.runtime.linear import PackedLinear
 from compress.solvers import rtn

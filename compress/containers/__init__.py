@@ -11,12 +11,21 @@ from importlib import import_module
 
 from compress.codecs.names import KIND_NAMES
 from compress.containers._atomic import atomic_files, atomic_folder
-from compress.containers.base import TRANSFORMERS, Container, Engine, Options, WriteRequest, folder_of
+from compress.containers.base import (
+    TRANSFORMERS,
+    Container,
+    Counted,
+    Engine,
+    Options,
+    WriteRequest,
+    folder_of,
+)
 
 __all__ = [
     "CONTAINERS",
     "TRANSFORMERS",
     "Container",
+    "Counted",
     "Engine",
     "Options",
     "WriteRequest",

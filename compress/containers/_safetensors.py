@@ -47,14 +47,14 @@ def total_bytes(sources: Iterable[tuple[str, Sequence[Slot]]]) -> int:
     return sum(slot.bytes for _, slots in sources for slot in slots)
 
 
-def header_bytes(tensors: Sequence[PlannedTensor], source: Path) -> int:
-    """About what the headers take where the parts of a coded tensor are tensors of the file. An `overhead`."""
-    return sum((len(planned.spec.name) + _ENTRY_BYTES) * _parts(planned) for planned in tensors)
+def dense_entry_bytes(planned: PlannedTensor) -> int:
+    """About what a header takes of a tensor that is one of the file."""
+    return len(planned.spec.name) + _ENTRY_BYTES
 
 
-def dense_header_bytes(tensors: Sequence[PlannedTensor], source: Path) -> int:
-    """About what the headers take where every tensor is one of the file. An `overhead`."""
-    return sum(len(planned.spec.name) + _ENTRY_BYTES for planned in tensors)
+def entry_bytes(planned: PlannedTensor) -> int:
+    """The same where the parts of a coded tensor are tensors of the file."""
+    return dense_entry_bytes(planned) * _parts(planned)
 
 
 def _parts(planned: PlannedTensor) -> int:

@@ -23,7 +23,7 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import FLOATS, Slot, header_bytes
+from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
@@ -220,7 +220,7 @@ CONTAINER = Container(
     masks="the AWQ layout has no masks: zeros take as many bits as other weights",
     quant_method="awq",
     tensor_bytes=tensor_bytes,
-    overhead=header_bytes,
+    entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
     open_dense=open_dense,

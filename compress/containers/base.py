@@ -49,6 +49,10 @@ class PlannedTensor(Protocol):
     def factors(self) -> tuple[int, int] | None: ...
 
 
+Counted = Sequence[tuple[PlannedTensor, int]]
+"""Tensors of a plan, each with how many it stands for."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What a run knows and a container may use.
@@ -131,7 +135,11 @@ def _no_complaint(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     return None
 
 
-def _no_overhead(tensors: Sequence[PlannedTensor], source: Path) -> int:
+def _no_entry(planned: PlannedTensor) -> int:
+    return 0
+
+
+def _no_copies(source: Path) -> int:
     return 0
 
 
@@ -143,7 +151,7 @@ def _no_requirements(source: Path, spec: ModelSpec) -> None:
     return None
 
 
-def _as_stored(tensors: Sequence[PlannedTensor]) -> str:
+def _as_stored(tensors: Counted) -> str:
     return "stored without what goes"
 
 
@@ -186,7 +194,8 @@ class Container:
     """Whether it takes tensors apart and orders them as sub-layers declare, see `models.layers.views.Piece`."""
 
     check_plan: Callable[[ModelSpec, Sequence[PlannedTensor]], None] = _no_complaint
-    """Raises OutputError for a plan the format or its engines cannot hold, before anything is computed."""
+    """Raises OutputError for a plan the format or its engines cannot hold, before anything is computed. A plan shows it one
+    block of each kind, a run all of them."""
     unrepresentable: Callable[[ModelSpec], list[str]] = _no_reasons
     """Why its engine would refuse a model or compute something else."""
     caveats: Callable[[ModelSpec], list[str]] = _no_reasons
@@ -203,7 +212,7 @@ class Container:
     """Why masks and factors save nothing in it; None where it stores them."""
     mask_row_bytes: int = 0
     """Bytes that its engine keeps for every row of a masked matrix at run time, and once more for its end."""
-    shrunk: Callable[[Sequence[PlannedTensor]], str] = _as_stored
+    shrunk: Callable[[Counted], str] = _as_stored
     """How its engine computes with masks and factors, in words."""
 
     suffix: str = ""
@@ -216,8 +225,10 @@ class Container:
     """What config.json calls it in a folder; empty where that says nothing."""
     original: bool = False
     """Whether it is the layout of original checkpoints."""
-    overhead: Callable[[Sequence[PlannedTensor], Path], int] = _no_overhead
-    """About what the weight files hold beside the tensors' bytes: names, and what is copied from the model folder."""
+    entry_bytes: Callable[[PlannedTensor], int] = _no_entry
+    """About what the weight files hold of a tensor beside its bytes: its name, and what else stands in their headers."""
+    copied_bytes: Callable[[Path], int] = _no_copies
+    """About what the weight files hold of a model folder beside its tensors."""
 
     tolerance: float = DECODE_TOLERANCE
     """How far decoded values may lie from what was solved, relative to a tensor's largest."""
@@ -238,6 +249,11 @@ class Container:
             return f"{name or mixture or recipe}{self.suffix}"
         return name or f"{recipe}-{self.name}"
 
-    def file_bytes(self, tensors: Sequence[PlannedTensor], own: str, source: Path) -> int:
+    def bytes_of(self, tensors: Counted, own: str) -> int:
+        """Bytes of tensors in the file. own: the checkpoint's float codec."""
+        return sum(count * self.tensor_bytes(t, own) for t, count in tensors)
+
+    def file_bytes(self, tensors: Counted, own: str, source: Path) -> int:
         """About the bytes of the weight files. own: the checkpoint's float codec; source: the model folder."""
-        return sum(self.tensor_bytes(t, own) for t in tensors) + self.overhead(tensors, source)
+        entries = sum(count * self.entry_bytes(t) for t, count in tensors)
+        return self.bytes_of(tensors, own) + entries + self.copied_bytes(source)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._quantized import check_arrival, module_of, write_folder
-from compress.containers._safetensors import FLOATS, Slot, header_bytes
+from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
@@ -247,7 +247,7 @@ CONTAINER = Container(
     quant_method="bitsandbytes",
     engine=replace(TRANSFORMERS, package="bitsandbytes", distribution="bitsandbytes", extra="bnb"),
     tensor_bytes=tensor_bytes,
-    overhead=header_bytes,
+    entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
     open_dense=open_dense,

@@ -31,8 +31,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
-from compress.containers._safetensors import FLOATS, Slot, header_bytes, write_checkpoint
-from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
+from compress.containers._safetensors import FLOATS, Slot, entry_bytes, write_checkpoint
+from compress.containers.base import (
+    TRANSFORMERS,
+    Container,
+    Counted,
+    Files,
+    PlannedTensor,
+    WriteRequest,
+    folder_of,
+)
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 
@@ -309,11 +317,11 @@ def part_names(parts: Mapping[str, Sequence[str]], setting: Setting) -> tuple[st
 
 
 # -- what is said about it ---------------------------------------------------------------------------------------------
-def _shrunk(tensors: Sequence[PlannedTensor]) -> str:
+def _shrunk(tensors: Counted) -> str:
     """How the runtime computes with masks and factors."""
-    if any(t.factors is not None for t in tensors):
-        dense = sum(t.spec.parameters for t in tensors)
-        used = sum((t.factors or (0, 0))[0] * t.spec.shape[1] + (t.kept or 0) for t in tensors)
+    if any(t.factors is not None for t, _ in tensors):
+        dense = sum(count * t.spec.parameters for t, count in tensors)
+        used = sum(count * ((t.factors or (0, 0))[0] * t.spec.shape[1] + (t.kept or 0)) for t, count in tensors)
         return f"two products instead of one, {used / dense:.0%} of the multiplications"
     return "masks and values stay packed, rows are expanded a MiB at a time; no faster than dense"
 
@@ -330,7 +338,7 @@ CONTAINER = Container(
     quant_method=METHOD,
     engine=TRANSFORMERS,
     tensor_bytes=tensor_bytes,
-    overhead=header_bytes,
+    entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
     open_dense=open_dense,

@@ -35,7 +35,7 @@ from compress.containers._quantized import (
     module_of,
     write_folder,
 )
-from compress.containers._safetensors import FLOATS, Slot, header_bytes
+from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec
@@ -351,7 +351,7 @@ CONTAINER = Container(
     quant_method="compressed-tensors",
     engine=replace(TRANSFORMERS, package="compressed_tensors", distribution="compressed-tensors", extra="ct"),
     tensor_bytes=tensor_bytes,
-    overhead=header_bytes,
+    entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
     open_dense=open_dense,

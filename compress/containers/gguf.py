@@ -363,12 +363,18 @@ def _require_vocabulary(source: Path, spec: ModelSpec) -> None:
     read_vocabulary(source, spec.config, spec.vocab_size)
 
 
-def _overhead(tensors: Sequence[PlannedTensor], source: Path) -> int:
-    """The list of tensors, in which the experts of a layer are one, and the vocabulary."""
+def entry_bytes(planned: PlannedTensor) -> int:
+    """About what the list of tensors takes of one; the experts of a layer are one there, as which the first counts."""
+    tensor = planned.spec
+    if tensor.expert:
+        return 0
+    return sum(len(p.name) + _ENTRY_BYTES + 8 * len(piece_shape(tensor, p)) for p in tensor.pieces)
+
+
+def _copied_bytes(source: Path) -> int:
     from compress.containers._gguf_tokenizer import vocabulary_bytes
 
-    names = {piece.name: piece_shape(t.spec, piece) for t in tensors for piece in t.spec.pieces}
-    return sum(len(n) + _ENTRY_BYTES + 8 * len(shape) for n, shape in names.items()) + vocabulary_bytes(source)
+    return vocabulary_bytes(source)
 
 
 def _codecs(files: Sequence[Path], spec: ModelSpec) -> dict[str, str]:
@@ -389,7 +395,8 @@ CONTAINER = Container(
     files=shards,
     engine=LLAMA_CPP,
     tensor_bytes=tensor_bytes,
-    overhead=_overhead,
+    entry_bytes=entry_bytes,
+    copied_bytes=_copied_bytes,
     unrepresentable=check_representable,
     caveats=caveats,
     heads_stay=_heads_stay,

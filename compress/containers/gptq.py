@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.containers._quantized import check_arrival, module_of, write_folder
-from compress.containers._safetensors import FLOATS, Slot, header_bytes
+from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
@@ -264,7 +264,7 @@ CONTAINER = Container(
     masks="the GPTQ layout has no masks: zeros take as many bits as other weights",
     quant_method="gptq",
     tensor_bytes=tensor_bytes,
-    overhead=header_bytes,
+    entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
     open_dense=open_dense,

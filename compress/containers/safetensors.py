@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import KIND_NAMES, stored_bytes
-from compress.containers._safetensors import FLOATS, Slot, dense_header_bytes, write_checkpoint
+from compress.containers._safetensors import FLOATS, Slot, dense_entry_bytes, write_checkpoint
 from compress.containers.base import (
     ROUNDED_TOLERANCE,
     TRANSFORMERS,
@@ -67,7 +67,7 @@ CONTAINER = Container(
     engine=TRANSFORMERS,
     tolerance=ROUNDED_TOLERANCE,
     tensor_bytes=tensor_bytes,
-    overhead=dense_header_bytes,
+    entry_bytes=dense_entry_bytes,
     write=write,
     open_dense=open_dense,
 )

@@ -47,7 +47,7 @@ class OpenedModel:
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.parameters for tensor in self.spec.tensors())
+        return self.spec.parameters
 
     @property
     def bytes(self) -> int:

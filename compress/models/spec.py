@@ -235,6 +235,12 @@ class ModelSpec:
         """Every tensor in execution order: embeddings, blocks, final norm, head (absent when tied)."""
         return self._tensors
 
+    @cached_property
+    def parameters(self) -> int:
+        """Of all tensors."""
+        inside = sum(sublayer.parameters for block in self.blocks for sublayer in block)
+        return inside + sum(t.parameters for t in self.outer)
+
     def block_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         """Tensors of one decoder block."""
         return tuple(t for branch in self.branches(layer) for t in branch.tensors)
@@ -276,11 +282,9 @@ class Branch:
         return self._placed(self.sublayer.weights)
 
     @property
-    def samples(self) -> tuple[tuple[TensorSpec, int], ...]:
-        """Its tensors, those of the first routed expert for all of them, and how many each stands for."""
-        weights = [w for w in self.sublayer.weights if not w.expert]
-        counts = (1 if w.expert is None else self.sublayer.routed for w in weights)
-        return tuple(zip(self._placed(weights), counts, strict=True))
+    def samples(self) -> tuple[TensorSpec, ...]:
+        """Its tensors, those of the first routed expert for all of them."""
+        return self._placed(self.sublayer.samples)
 
     def _placed(self, weights: Iterable[Weight]) -> tuple[TensorSpec, ...]:
         root, gguf, signs = self.root, f"blk.{self.layer}.", self.sublayer.signs

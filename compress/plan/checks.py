@@ -10,7 +10,7 @@ from compress.codecs.names import SPARSE_VALUES, codec_info
 from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
 from compress.models.layers import rope
 from compress.models.spec import ModelSpec
-from compress.plan.allocation import KNAPSACK_SHARES
+from compress.plan.factors import KNAPSACK_SHARES
 from compress.recipe.schema import STEP_ORDER, Factorize, Prune, Recipe
 from compress.text import find_data, load_definition, load_suite
 from compress.transforms.options import TransformOptions

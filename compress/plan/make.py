@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from compress.codecs.names import codec_info
@@ -15,10 +14,10 @@ from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
 from compress.models.surplus import surplus
 from compress.plan.checks import container_problems, narrow_calibration, step_problems, text_problems
+from compress.plan.outline import Outline
 from compress.plan.plan import Plan
 from compress.plan.planner import Planner
 from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
-from compress.plan.tensor import PlannedTensor
 from compress.reading import in_words
 from compress.recipe.schema import Recipe
 from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
@@ -48,29 +47,28 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     if spec is None:
         spec, shapes = _shape(planner, turned)
     decided = planner.decide(spec)
-    tensors, problems = decided.tensors, list(decided.problems)
+    outline, problems = decided.outline, list(decided.problems)
     doubts: list[str] = []
     if checkpoint.entries:
         found, doubts = surplus(original, checkpoint)
         problems += found + checkpoint_problems(original, checkpoint)
-    problems += _storage_problems(recipe, spec, tensors)
+    problems += _storage_problems(recipe, outline)
     if problems := list(dict.fromkeys(problems)):
         raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
     savings = _structural_savings(planner, turned)
-    savings += shrinking(tensors, recipe.containers, own)
+    savings += shrinking(outline, recipe.containers, own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
-    warnings += _warnings(recipe, spec, original, tensors, own) + [str(line) for line in savings if line.nothing]
+    warnings += _warnings(recipe, original, outline, own) + [str(line) for line in savings if line.nothing]
     warnings += narrow_calibration(recipe) + doubts + [*checkpoint.notes, *_folder_notes(checkpoint, own)]
     files = [(file.name, file.stat()) for file in {entry.file for entry in checkpoint.entries.values()}]
     return Plan(
         recipe=recipe,
         original=original,
-        spec=spec,
+        outline=outline,
         source=checkpoint.folder,
         identity=identify(recipe.model, checkpoint.folder),
-        tensors=tensors,
         warnings=tuple(warnings),
-        source_bytes=sum(stat.st_size for _, stat in files) or sum(2 * t.parameters for t in original.tensors()),
+        source_bytes=sum(stat.st_size for _, stat in files) or 2 * original.parameters,
         own_codec=own,
         stamp=tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)),
         doubts=tuple(doubts),
@@ -100,21 +98,21 @@ def _shape(planner: Planner, spec: ModelSpec) -> tuple[ModelSpec, tuple[Reductio
         return spec, ()
 
     def legal(shape: Reduction) -> bool:
-        left = reduced(spec, shape)
-        sketch = planner.sketch(left)
-        return sketch.sound and not _storage_problems(recipe, left, sketch.one_of_each())
+        decided = planner.decide(reduced(spec, shape))
+        return decided.sound and not _storage_problems(recipe, decided.outline)
 
     found = candidates(spec, *steps.values())
     shapes = tuple(shape for shape in found if legal(shape)) if len(found) > 1 else found
     return reduced(spec, likeliest(spec, shapes or found, steps["prune_structured"])), shapes
 
 
-def _storage_problems(recipe: Recipe, spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> list[str]:
+def _storage_problems(recipe: Recipe, outline: Outline) -> list[str]:
     """Why a container cannot hold a model or its tensors as planned."""
-    problems = container_problems(recipe, spec)
+    problems = container_problems(recipe, outline.spec)
+    tensors = [t for t, _ in outline.counted]
     for container in sorted(recipe.containers, key=lambda c: c.name):
         try:
-            container.check_plan(spec, tensors)
+            container.check_plan(outline.spec, tensors)
         except OutputError as error:
             problems.append(f"{container.name}: {error}")
     return problems
@@ -141,35 +139,36 @@ def _structural_savings(planner: Planner, spec: ModelSpec) -> tuple[Saving, ...]
     if not any(wanted.values()):
         return ()
     steps: dict[str, Any] = dict.fromkeys(STRUCTURAL)
-    chain = [("", planner.sketch(spec))]
+    chain = [("", planner.decide(spec).outline)]
     for kind, options in wanted.items():
         if options is not None:
             steps[kind] = options
             found = candidates(spec, *steps.values())
             left = reduced(spec, likeliest(spec, found, steps["prune_structured"]))
-            chain.append((kind, planner.sketch(left)))
-    return structural([(kind, sketch.size) for kind, sketch in chain], recipe.containers)
+            chain.append((kind, planner.decide(left).outline))
+    return structural(chain, recipe.containers, planner.own)
 
 
-def _warnings(
-    recipe: Recipe, spec: ModelSpec, original: ModelSpec, tensors: Sequence[PlannedTensor], own: str
-) -> list[str]:
+def _warnings(recipe: Recipe, original: ModelSpec, outline: Outline, own: str) -> list[str]:
     """What users should know before they start."""
+    spec = outline.spec
     warnings = [line for container in recipe.containers for line in container.caveats(spec)]
     structured = recipe.step("prune_structured")
     if structured is not None and structured.ratio is not None and (why := _heads_stay(recipe, spec)):
         warnings.append(f"{why}: heads stay, channels alone make up the {structured.ratio:.0%} of prune_structured")
     if original.tied and not spec.tied:
         warnings.append("rotate unties the head from the embeddings: both are stored")
-    if any(codec_info(t.codec).kind != "float" for t in tensors):
+    if any(codec_info(t.codec).kind != "float" for t, _ in outline.counted):
         warnings += [
             f"{container.name} is dense: decoded weights are rounded to the checkpoint's own type ({own})"
             for container in recipe.containers
             if container.dense
         ]
-    for (wanted, codec, apart), count in Counter(
-        (t.wanted, t.codec, t.taken_apart) for t in tensors if t.wanted
-    ).items():
+    fallbacks: Counter[tuple[str, str, bool]] = Counter()
+    for t, count in outline.counted:
+        if t.wanted:
+            fallbacks[t.wanted, t.codec, t.taken_apart] += count
+    for (wanted, codec, apart), count in fallbacks.items():
         why = (
             "are stored in pieces that only floats can be"
             if apart

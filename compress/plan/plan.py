@@ -15,6 +15,7 @@ from compress.models.companions import LAYOUT, LEGAL, companions
 from compress.models.identity import Identity
 from compress.models.spec import ModelSpec
 from compress.plan import resources as footprint
+from compress.plan.outline import Outline
 from compress.plan.savings import STRUCTURAL, Saving
 from compress.plan.tensor import PlannedTensor, factored, packed_bytes, pruned
 from compress.recipe.schema import Recipe
@@ -28,15 +29,14 @@ from compress.weights import Pattern
 class Plan:
     """Everything a run will do, before it does anything.
 
-    `spec` is the model that is compressed: the original, or what rotations and steps that change its shape make of it.
+    `outline` is of the model that is compressed: the original, or what rotations and steps that change its shape make of it.
     """
 
     recipe: Recipe
     original: ModelSpec
-    spec: ModelSpec
+    outline: Outline
     source: Path
     identity: Identity
-    tensors: tuple[PlannedTensor, ...]
     warnings: tuple[str, ...]
     source_bytes: int
     own_codec: str = "bf16"
@@ -51,6 +51,21 @@ class Plan:
     """Where steps change the model's shape: those that a survey may choose, all of about the same size."""
     place: Path = Path()
     """Where the weights are read: `source`, or the GGUF file whose metadata `source` was written from."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model that is compressed."""
+        return self.outline.spec
+
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """Every tensor in execution order."""
+        return self.outline.tensors
+
+    @property
+    def counted(self) -> tuple[tuple[PlannedTensor, int], ...]:
+        """The tensors without those that others stand for, each with how many it stands for: see Outline."""
+        return self.outline.counted
 
     @property
     def turned(self) -> ModelSpec:
@@ -82,7 +97,7 @@ class Plan:
     @property
     def two_streams(self) -> bool:
         """Whether the original's activations are carried along."""
-        drifts = any(t.asks.drift or t.asks.residual for t in self.tensors)
+        drifts = any(t.asks.drift or t.asks.residual for t, _ in self.counted)
         return self.solves and (drifts or self.recover is not None)
 
     @cached_property
@@ -91,16 +106,16 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        return sum(t.spec.parameters for t in self.tensors)
-
-    @cached_property
-    def original_parameters(self) -> int:
-        return sum(t.parameters for t in self.original.tensors())
+        return self.spec.parameters
 
     @property
+    def original_parameters(self) -> int:
+        return self.original.parameters
+
+    @cached_property
     def bytes(self) -> int:
         """Bytes of all tensors in the first container that stores codes, which adds its header and tokenizer."""
-        return sum(t.bytes for t in self.tensors)
+        return sum(count * t.bytes for t, count in self.counted)
 
     @property
     def bits_per_weight(self) -> float:
@@ -118,7 +133,7 @@ class Plan:
                 planned = factored(planned, shares[planned.name])
             return replace(planned, bytes=packed_bytes(planned, containers, self.own_codec))
 
-        return replace(self, tensors=tuple(settle(t) for t in self.tensors))
+        return replace(self, outline=self.outline.changed(settle))
 
     @property
     def fallbacks(self) -> tuple[PlannedTensor, ...]:
@@ -140,13 +155,9 @@ class Plan:
     def block(self, layer: int) -> tuple[PlannedTensor, ...]:
         return self.blocks[layer]
 
-    @cached_property
+    @property
     def blocks(self) -> tuple[tuple[PlannedTensor, ...], ...]:
-        blocks: list[list[PlannedTensor]] = [[] for _ in range(self.spec.layers)]
-        for tensor in self.tensors:
-            if tensor.spec.layer is not None:
-                blocks[tensor.spec.layer].append(tensor)
-        return tuple(tuple(b) for b in blocks)
+        return self.outline.blocks
 
     @property
     def structural(self) -> bool:
@@ -177,7 +188,7 @@ class Plan:
     @property
     def solves(self) -> bool:
         """Whether activations go through the blocks while they are compressed."""
-        return any(t.method is not None and t.spec.input is not None for t in self.tensors)
+        return any(t.method is not None and t.spec.input is not None for t, _ in self.counted)
 
     @property
     def activation_bytes(self) -> int:
@@ -195,7 +206,7 @@ class Plan:
     @cached_property
     def file_bytes(self) -> Mapping[str, int]:
         """About the weight files of each container: tensors, what names them, and what is copied of the tokenizer."""
-        return {c.name: c.file_bytes(self.tensors, self.own_codec, self.source) for c in self.recipe.containers}
+        return {c.name: c.file_bytes(self.counted, self.own_codec, self.source) for c in self.recipe.containers}
 
     @property
     def disk_bytes(self) -> int:

@@ -19,11 +19,11 @@ LOGITS_BYTES = 6 * 4 * LOGIT_VALUES  # of both models, their logarithms and grad
 def disk_bytes(plan: Plan) -> int:
     """Work folder (packed blocks; activations of both models at three places; what recovery keeps) and one copy of
     every artifact with all that lies beside its weights."""
-    work = sum(t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes for t in plan.tensors)
+    work = sum(n * (t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes) for t, n in plan.counted)
     beside = sum((plan.source / name).stat().st_size for name in companions(plan.source, LEGAL + LAYOUT))
     out = sum(plan.file_bytes[e.container] + beside for e in plan.recipe.export)
     if plan.structural:  # matrices that are no mere selections of the original's
-        work += sum(2 * t.spec.parameters for t in plan.tensors if t.spec.role.endswith((".o", ".down")))
+        work += sum(2 * n * t.spec.parameters for t, n in plan.counted if t.spec.role.endswith((".o", ".down")))
     return work + out + 6 * plan.activation_bytes + _recovery_disk_bytes(plan)
 
 
@@ -38,11 +38,12 @@ def _recovery_disk_bytes(plan: Plan) -> int:
     survey = (spec.layers + 2) * survey + spec.layers * spec.hidden_size * token if recover.loss != "mse" else 0
     if not recover.end_to_end:
         return survey
-    blocks = [t for block in plan.blocks for t in block]
-    outcomes = sum(_outcome_bytes(t) for t in blocks)
-    state = sum(16 * _tuned_parameters(t, recover.tune) for t in blocks)
+    inside = [(t, count) for t, count in plan.counted if t.spec.layer is not None]
+    outcomes = sum(count * _outcome_bytes(t) for t, count in inside)
+    state = sum(16 * count * _tuned_parameters(t, recover.tune) for t, count in inside)
     batch = (spec.layers + 1) * max(BATCH_TOKENS, text.length) * token
-    return survey + outcomes + state + sum(t.bytes for t in blocks) + batch + 2 * plan.activation_bytes
+    codes = sum(count * t.bytes for t, count in inside)
+    return survey + outcomes + state + codes + batch + 2 * plan.activation_bytes
 
 
 def peak_memory_bytes(plan: Plan) -> int:
@@ -50,29 +51,27 @@ def peak_memory_bytes(plan: Plan) -> int:
     of activations + the embedding or head. Recovery: the block's codes, a copy for autograd, codes times scales,
     dense weights and their gradients, parameters and what Adam keeps; end to end also both heads. Independent of
     the number of blocks."""
-    spec = plan.spec
-    blocks = [sum(t.spec.parameters for t in block) * 4 for block in plan.blocks]
+    spec, kinds = plan.spec, plan.outline.kinds
+    blocks = [sum(t.spec.parameters for t in block) * 4 for block in kinds]
     grams = 0
-    for block in plan.blocks:
+    for block in kinds:
         stages: dict[bool, dict[str, int]] = {True: {}, False: {}}
         for t in block:
             if t.method is not None and t.spec.input is not None:
                 stages[t.spec.input.endswith("act")][t.spec.input] = moments_bytes(spec, t)
         for sizes in stages.values():
             grams = max(grams, min(sum(sizes.values()), max(MOMENTS_BYTES, *sizes.values(), 0)))
-    widest = max(
-        (t.spec.parameters for t in plan.tensors if len(t.spec.shape) == 2 and t.spec.layer is not None), default=0
-    )
+    widest = max((t.spec.parameters for block in kinds for t in block if len(t.spec.shape) == 2), default=0)
     solve = widest * 4 * 12
     if plan.structural:  # the original's blocks are surveyed whole, and repaired with new values beside them
-        whole = [sum(t.parameters for t in plan.turned.block_tensors(n)) * 4 for n in range(plan.turned.layers)]
+        whole = [sum(sublayer.parameters for sublayer in block) * 4 for block in plan.turned.blocks]
         blocks.append(max(whole) * 3 // 2)
     batch = BATCH_TOKENS * 4 * (6 * spec.hidden_size + 4 * max(spec.intermediate_size, spec.moe_intermediate_size))
     head = spec.vocab_size * spec.hidden_size * 4 * 3
     largest, recovery = max(blocks, default=0), 0
     if plan.recover is not None and plan.needs_calibration:
         tune = plan.recover.tune
-        tuned = max((sum(16 * _tuned_parameters(t, tune) for t in block) for block in plan.blocks), default=0)
+        tuned = max((sum(16 * _tuned_parameters(t, tune) for t in block) for block in kinds), default=0)
         heads = 2 * spec.vocab_size * spec.hidden_size * 4 + LOGITS_BYTES if plan.recover.end_to_end else 0
         recovery = 5 * largest + tuned + 3 * batch + heads  # autograd keeps what a block computes on the way
     return RUNTIME_BYTES + max(2 * largest + grams + solve + batch, head + batch, recovery)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from compress.codecs.names import codec_info
 from compress.containers import Container
+from compress.plan.outline import Outline
 from compress.plan.tensor import PlannedTensor
 
 STRUCTURAL = ("drop_layers", "prune_experts", "prune_structured")
@@ -38,29 +39,30 @@ class Saving:
         return f"{self.step} saves nothing in {self.container}: {self.note}"
 
 
-def shrinking(tensors: Iterable[PlannedTensor], containers: Iterable[Container], own: str) -> tuple[Saving, ...]:
+def shrinking(outline: Outline, containers: Iterable[Container], own: str) -> tuple[Saving, ...]:
     """What prune and factorize save. own: the checkpoint's float codec."""
-    tensors, containers, lines = tuple(tensors), tuple(containers), []
+    containers, lines = tuple(containers), []
     for step, chosen in (
-        ("prune", [t for t in tensors if t.pattern is not None]),
-        ("factorize", [t for t in tensors if t.factors is not None]),
+        ("prune", [(t, count) for t, count in outline.counted if t.pattern is not None]),
+        ("factorize", [(t, count) for t, count in outline.counted if t.factors is not None]),
     ):
         for container in containers if chosen else ():
-            before = sum(container.tensor_bytes(t.plain, own) for t in chosen)
-            after = sum(container.tensor_bytes(t, own) for t in chosen)
-            starts = sum(container.mask_row_bytes * (t.spec.shape[0] + 1) for t in chosen if _has_mask(t))
+            before = container.bytes_of([(t.plain, count) for t, count in chosen], own)
+            after = container.bytes_of(chosen, own)
+            rows = sum(count * (t.spec.shape[0] + 1) for t, count in chosen if _has_mask(t))
+            starts = container.mask_row_bytes * rows
             note = container.shrunk(chosen) if after < before else _why_nothing(container, chosen)
             lines.append(Saving(step, container.name, before, after, after + starts, container.engines, note))
     return tuple(lines)
 
 
-def _why_nothing(container: Container, tensors: Sequence[PlannedTensor]) -> str:
+def _why_nothing(container: Container, tensors: Sequence[tuple[PlannedTensor, int]]) -> str:
     """Why a container is no smaller for what goes."""
     if container.masks is not None:
         return container.masks
     if "sparse" not in container.kinds:
         return f"{container.name} has no masks: zeros take as many bits as other weights"
-    if not any(_has_mask(t) for t in tensors):
+    if not any(_has_mask(t) for t, _ in tensors):
         return "another container of this recipe has no masks, so zeros are stored like other weights in all of them"
     return "a mask takes as many bits as what goes"
 
@@ -73,15 +75,13 @@ def _has_mask(planned: PlannedTensor) -> bool:
     )
 
 
-def structural(
-    sizes: Sequence[tuple[str, Callable[[Container], int]]], containers: Iterable[Container]
-) -> tuple[Saving, ...]:
-    """What a chain of steps saves. sizes: "" and the whole model's bytes by container, then every step and those of the
-    model it leaves."""
+def structural(chain: Sequence[tuple[str, Outline]], containers: Iterable[Container], own: str) -> tuple[Saving, ...]:
+    """What a chain of steps saves. chain: "" and the whole model, then every step and the model it leaves; own: the
+    checkpoint's float codec."""
     containers, lines = tuple(containers), []
-    for (_, whole), (step, left) in pairwise(sizes):
+    for (_, whole), (step, left) in pairwise(chain):
         for container in containers:
-            before, after = whole(container), left(container)
+            before, after = (container.bytes_of(outline.counted, own) for outline in (whole, left))
             note = "a stock model of the same architecture, smaller and faster in proportion"
             if after >= before:
                 note = "nothing of this model goes at this ratio"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from compress.codecs.names import codec_info, ggml_fallback, sparse_name, stored_bytes
 from compress.containers import Container, packed_layout
 from compress.models.spec import ModelSpec, TensorSpec
-from compress.plan.allocation import factor_sizes
+from compress.plan.factors import factor_sizes
 from compress.recipe.rules import FactorizeRule, PruneRule, Rule
 from compress.recipe.schema import Factorize, Prune, Quantize
 from compress.solvers.options import (

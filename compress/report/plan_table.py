@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -24,17 +25,13 @@ def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
     parts: list[RenderableType] = [_header(plan), _role_table(plan), "", _totals(plan, estimate)]
     if plan.savings:
         parts += ["", _savings_table(plan)]
-    if plan.fallbacks:
-        count = len(plan.fallbacks)
-        parts += ["", Text(f"Fallbacks: {count} tensors that the recipe's codec cannot hold")]
-        counts: dict[tuple[str, str, str], int] = {}
-        for t in plan.fallbacks:
-            line = (
-                t.spec.role,
-                f"{t.wanted} -> {t.codec}",
-                "in pieces" if t.taken_apart else f"rows of {t.spec.shape[-1]}",
-            )
-            counts[line] = counts.get(line, 0) + 1
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for t, count in plan.counted:
+        if t.wanted is not None:
+            why = "in pieces" if t.taken_apart else f"rows of {t.spec.shape[-1]}"
+            counts[t.spec.role, f"{t.wanted} -> {t.codec}", why] += count
+    if counts:
+        parts += ["", Text(f"Fallbacks: {counts.total()} tensors that the recipe's codec cannot hold")]
         parts += [Text(f"  {role}: {change} ({count} tensors, {why})") for (role, change, why), count in counts.items()]
     if plan.warnings:
         parts += ["", *(Text(f"Note: {warning}") for warning in plan.warnings)]
@@ -63,11 +60,11 @@ def _role_table(plan: Plan) -> Table:
     for heading in ("tensors", "parameters", "bytes", "bits a weight", "share"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows: dict[tuple[str, str, str], list[int]] = {}
-    for t in plan.tensors:
+    for t, count in plan.counted:
         row = rows.setdefault((t.spec.role, _codec(t), t.label or "–"), [0, 0, 0])
-        row[0] += 1
-        row[1] += t.spec.parameters
-        row[2] += t.bytes
+        row[0] += count
+        row[1] += count * t.spec.parameters
+        row[2] += count * t.bytes
     for (role, codec, solver), (count, parameters, size) in rows.items():
         table.add_row(
             role,
@@ -84,7 +81,7 @@ def _role_table(plan: Plan) -> Table:
         "all",
         "",
         "",
-        f"{len(plan.tensors):,}",
+        f"{sum(count for _, count in plan.counted):,}",
         f"{plan.parameters:,}",
         human_bytes(plan.bytes),
         f"{8 * plan.bytes / plan.parameters:.2f}",

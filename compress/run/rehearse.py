@@ -25,7 +25,7 @@ from compress.export.text import plan_tokenizer
 from compress.limits import BATCH_TOKENS
 from compress.models.checkpoint import Checkpoint
 from compress.models.spec import Branch, ModelSpec
-from compress.plan.allocation import KNAPSACK_SHARES
+from compress.plan.factors import KNAPSACK_SHARES
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor
 from compress.recover.block import SolvedBlock, recover_block

@@ -16,7 +16,8 @@ from torch import Tensor
 from compress.errors import PlanError, ResumeError
 from compress.files import write_synced
 from compress.models.checkpoint import Checkpoint
-from compress.plan.allocation import KNAPSACK_SHARES, factor_bytes, knapsack, outlier_weighted, pooled_shares
+from compress.plan.allocation import knapsack, outlier_weighted, pooled_shares
+from compress.plan.factors import KNAPSACK_SHARES, factor_bytes
 from compress.plan.make import cuts, make_plan
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, sizes_at

@@ -115,9 +115,6 @@ DOTTED = {
 
 COUNT_BLOCKS = {
     "containers/gguf.py": "the first dense one",
-    "plan/plan.py": "tensors by block",
-    "plan/planner.py": "tensors by block and kind",
-    "plan/resources.py": "bytes of the largest",
     "recover/sensitivity.py": "names of files",
     "run/loop.py": "units of the journal",
     "run/rehearse.py": "which are alike, and their measured seconds",
@@ -141,6 +138,7 @@ SILENCES = {"scoring/tasks.py": {"logging"}}
 TORCH_FREE = (
     "compress", "compress.recipe", "compress.recipe.rules", "compress.recipe.schemes", "compress.recipe.document",
     "compress.plan", "compress.plan.tensor", "compress.plan.savings", "compress.plan.resources", "compress.plan.allocation",
+    "compress.plan.factors", "compress.plan.outline",
     "compress.codecs", "compress.codecs.names", "compress.solvers.options", "compress.models", "compress.models.spec",
     "compress.models.checkpoint", "compress.structured.options", "compress.structured.shapes", "compress.text",
     "compress.text.probes",

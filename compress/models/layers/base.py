@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import ClassVar, Literal
 
 from compress.models.layers.views import Map, Piece
@@ -132,11 +133,6 @@ class Sublayer:
         """What GGUF's metadata says of it, keys without the architecture's name."""
         return {}
 
-    @property
-    def routed(self) -> int:
-        """Routed experts, 0 where there are none."""
-        return 0
-
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
         """All tensors, the norm in front first."""
@@ -151,6 +147,16 @@ class Sublayer:
             pieces=pieces,
         )
         return (stream_norm, *self.tensors())
+
+    @cached_property
+    def samples(self) -> tuple[Weight, ...]:
+        """Its tensors, those of the first routed expert for all of them."""
+        return tuple(weight for weight in self.weights if not weight.expert)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of all tensors."""
+        return sum(prod(weight.shape) for weight in self.weights)
 
     @cached_property
     def known(self) -> Mapping[str, Input]:

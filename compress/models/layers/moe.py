@@ -59,10 +59,6 @@ class MoE(Sublayer):
     forward: ClassVar[str] = "moe"
 
     @property
-    def routed(self) -> int:
-        return self.experts
-
-    @property
     def sums_to_one(self) -> bool:
         """Whether a token's routing weights do."""
         return self.router.normalised and self.router.scale == 1.0

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from compress.plan import allocation as allocate
-from compress.plan.allocation import factor_bytes, factor_sizes, knapsack, outlier_weighted, pooled_shares
+from compress.plan.allocation import knapsack, outlier_weighted, pooled_shares
+from compress.plan.factors import factor_bytes, factor_sizes
 
 SHAPES = [(256, 256), (128, 256), (512, 256), (256, 512), (300, 700), (2048, 512), (64, 48)]
 

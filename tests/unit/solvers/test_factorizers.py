@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.plan.allocation import factor_bytes, factor_sizes
+from compress.plan.factors import factor_bytes, factor_sizes
 from compress.solvers import compot, rocket, svd
 from compress.solvers.base import damped_gram
 from compress.solvers.compot import procrustes, threshold
