@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import chdir
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from compress.export.verify import check_windows
 from compress.models.forward import final_norm, forward_branch
 from compress.models.spec import ModelSpec
 from compress.plan import make_plan
+from compress.plan.plan import Plan
 from compress.recipe import Recipe, bundled_recipes, load_recipe
+from compress.report.scorecard import Scorecard
 from compress.run import run
 from compress.streaming.walk import walk
 from compress.transforms.options import TransformOptions
@@ -137,18 +140,51 @@ def _processor() -> str:
     return " ".join(found.get(key, "?") for key in ("model name", "cpu family", "model"))
 
 
-def artifacts(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
-    """Run a case; by file of every artifact its sha256, that of its description and, of weight files, fingerprints."""
+@dataclass(frozen=True)
+class Outcome:
+    """A case that was carried out in `folder`. The plan's paths count from there."""
+
+    case: Case
+    folder: Path
+    plan: Plan
+    card: Scorecard
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Weights and configurations among what was delivered, by their paths in it."""
+        out = self.folder / "out"
+        found = sorted(path for path in out.rglob("*") if _is_weights(path) or _is_config(path))
+        return {str(path.relative_to(out)): path for path in found}
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """By file."""
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
+
+
+def carry_out(case: Case, folder: Path) -> Outcome:
+    """Run a case."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with chdir(folder):  # files name their model and calibration text: as they do here, on every machine
             recipe = _recipe(case, folder)
-            run(recipe)
-            plan = make_plan(recipe)
-            windows = check_windows(plan)
-        files = sorted(path for path in (folder / "out").rglob("*") if _is_weights(path) or _is_config(path))
-        return {str(path.relative_to(folder / "out")): _entry(case, path, plan.spec, windows) for path in files}
+            return Outcome(case, folder, card=run(recipe), plan=make_plan(recipe))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def artifacts(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """By file of every artifact its sha256, that of its description and, of weight files, fingerprints."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with chdir(outcome.folder):
+            windows = check_windows(outcome.plan)
+        return {
+            name: {"sha256": outcome.sha256[name], **_entry(outcome.case, path, outcome.plan.spec, windows)}
+            for name, path in outcome.files.items()
+        }
     finally:
         torch.set_num_threads(threads)
 
@@ -168,15 +204,15 @@ def _recipe(case: Case, folder: Path) -> Recipe:
         tiny_model(case.family, folder / "model", **case.config)
     else:  # one block of either kind, or one to drop
         demo_blocks(folder / "model", 2 if "layers:" in text or "drop_layers" in text else 1)
-    quick = [option.replace("=0", "=1") for option in cheap(case.recipe)]  # one sweep, one refit
+    # of quantizers one sweep, one refit
+    quick = [option.replace("=0", "=1") for option in cheap(case.recipe) if ".quantize." in option]
     sets = (*SMALL, "calibration.dataset=calibration.txt", *quick, *case.overrides)
     return load_recipe(case.recipe, sets, model="model", output="out")
 
 
 def _entry(case: Case, file: Path, planned: ModelSpec, windows: np.ndarray) -> dict[str, Any]:
     """planned: the model of a file that has no config.json beside it."""
-    content = hashlib.sha256(json.dumps(_description(file), sort_keys=True).encode()).hexdigest()
-    entry = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "content": content}
+    entry = {"content": hashlib.sha256(json.dumps(_description(file), sort_keys=True).encode()).hexdigest()}
     if _is_config(file):
         return entry
     if container := file_container(str(file)):
@@ -184,12 +220,19 @@ def _entry(case: Case, file: Path, planned: ModelSpec, windows: np.ndarray) -> d
     else:
         model = open_model(str(file.parent))
         spec, load = model.spec, model.load
-    prints = {
-        "vectors": fingerprint((name, x) for name, x in _values(file, spec, load) if x.ndim < 2),
-        "matrices": fingerprint((name, x) for name, x in _values(file, spec, load) if x.ndim >= 2),
-        "outputs": fingerprint(outputs(spec, load, windows)),
-    }
+    prints = {"outputs": fingerprint(outputs(spec, load, windows))}
+    if VALUES.keys() <= case.tolerances.keys():
+        for kind, numbers in _by_kind(_values(file, spec, load)).items():
+            prints[kind] = fingerprint(numbers)
     return {**entry, **{kind: prints[kind] for kind in case.tolerances}}
+
+
+def _by_kind(values: Numbers) -> dict[str, Numbers]:
+    """Vectors and matrices apart."""
+    kinds: dict[str, list[tuple[str, np.ndarray]]] = {"vectors": [], "matrices": []}
+    for name, x in values:
+        kinds["vectors" if x.ndim < 2 else "matrices"].append((name, x))
+    return kinds
 
 
 def _description(file: Path) -> Any:
@@ -316,7 +359,7 @@ def main(names: list[str]) -> int:
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:
-                taken[case.name] = artifacts(case, Path(folder))
+                taken[case.name] = artifacts(carry_out(case, Path(folder)))
         except CompressError as error:
             failed.append(case.name)
             print(f"{case.name}: FAILED, {error}", flush=True)

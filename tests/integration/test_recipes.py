@@ -1,4 +1,4 @@
-"""Every shipped recipe on the demo model, and every family through every container, read back by other programs.
+"""Every family through every container, read back by other programs; every shipped recipe is carried out in tests/golden.
 
 The demo model is cut to its first blocks and the solvers do no sweeps: what is tested is the chain of parts, the
 solvers have their own tests. Outputs are proved by transformers (which computes the decoded weights) and llama.cpp.
@@ -19,104 +19,30 @@ from compress.errors import PlanError
 from compress.models.checkpoint import Checkpoint
 from compress.plan import make_plan
 from compress.recipe import Recipe, bundled_recipes
-from compress.report.scorecard import read
 from compress.run import run
-from tests.integration.containers import reference_logits
-from tests.integration.runs import as_model, carry_out, cheap, demo_blocks, final_names, kept, kl, small
+from tests.integration.delivery import check_delivery, prove_gguf
+from tests.integration.runs import carry_out, cheap, demo_blocks, kept, small
 from tests.tiny import FAMILIES, OTHER_MIXERS, tiny_model
 
 RECIPES = sorted(bundled_recipes())
 PLAIN = [family for family in FAMILIES if family not in OTHER_MIXERS]
 MOE = [family for family in PLAIN if "moe" in family or family == "mixtral"]
 DENSE = [family for family in PLAIN if family not in MOE]
-ENGINE_KL = 0.02
-"""llama.cpp rounds activations to 8 bits and random models amplify it: medians measured are 0.001 to 0.009 nats; a
-wrong RoPE base gives 0.09 to 2."""
 
 
-def ids_of(count: int = 48) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 4000, count)
+def prove_run(recipe: Recipe, work: Path) -> None:
+    """A run to one GGUF: it is delivered as planned, and llama.cpp computes it."""
+    card, plan = carry_out(recipe), make_plan(recipe)
+    check_delivery(plan, card)
+    prove_gguf(Path(recipe.output) / card.artifacts[0].path, plan.spec, work)
 
 
-def gguf_name(recipe: Recipe, model: Path) -> str:
-    quantize, pruned = recipe.step("quantize"), recipe.step("prune_experts")
-    scheme = None if quantize is None or quantize.rules or pruned else quantize.scheme
-    return f"{model.name}-{scheme}.gguf" if scheme else f"{recipe.name}.gguf"
+# --- the demo model (every recipe on it: tests/golden) -----------------------------------------------
 
 
-def prove_gguf(recipe: Recipe, model: Path, work: Path) -> None:
-    """llama.cpp computes what transformers computes with the decoded weights, and writes text."""
-    card = carry_out(recipe)
-    assert card.gate.passed
-    output = Path(recipe.output)
-    path = output / gguf_name(recipe, model)
-    beside = {"README-original.md"} if (model / "README.md").exists() else set()
-    assert final_names(output) == {path.name, "scorecard.json", "recipe.json", *beside}
-    assert read(output).gate.passed and read(output).artifacts[0].path == path.name
-    assert card.artifacts[0].bytes == path.stat().st_size
-    spec = make_plan(recipe).spec
-    (work / "left").mkdir()
-    (work / "left" / "config.json").write_text(json.dumps(spec.config))
-    decoded = gguf_container.load_dense(path, spec)
-    assert all(torch.isfinite(w).all() for w in decoded.values())
-    if not spec.tied:  # tied models have one tensor for both ends
-        assert "lm_head.weight" in decoded
-    expected = reference_logits(as_model(decoded, work / "left", work / "decoded"), ids_of())
-    pytest.importorskip("llama_cpp")
-    from compress.engines.llama_cpp import LlamaCpp
-
-    with LlamaCpp(path, threads=1) as engine:
-        found = next(engine.logits([ids_of()]))
-        engine.generate("The house", max_tokens=2)
-    distance = kl(expected, found)
-    assert distance < ENGINE_KL
-    assert distance < 0.5 * kl(expected, np.roll(found, 1, axis=0))  # an engine that ignores the text would not pass
-
-
-# --- the demo model -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_blocks(tmp_path_factory.mktemp("demo") / "tiny-qwen3-moe", 1)
-
-
-@pytest.fixture(scope="module")
-def demo_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_blocks(tmp_path_factory.mktemp("demo") / "tiny-qwen3-moe", 2)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_on_the_demo_model(name: str, demo: Path, demo_of_two: Path, tmp_path: Path) -> None:
-    text = bundled_recipes()[name].read_text()
-    if "layers:" in text:
-        demo = demo_of_two  # one block of either kind, or one to drop
-    recipe = small(name, demo, tmp_path / "out", *cheap(name))
-    if [export.container for export in recipe.export] == ["gguf"]:
-        prove_gguf(recipe, demo, tmp_path)
-        size = (tmp_path / "out" / gguf_name(recipe, demo)).stat().st_size
-        assert size == pytest.approx(make_plan(recipe).file_bytes["gguf"], rel=0.01)
-        return
-    card = carry_out(recipe)
-    assert card.gate.passed
-    names = [gguf_name(recipe, demo) if e.container == "gguf" else f"{name}-{e.container}" for e in recipe.export]
-    beside = {"README-original.md"} if any(export.container == "gguf" for export in recipe.export) else set()
-    assert final_names(tmp_path / "out") == {*names, *beside, "scorecard.json", "recipe.json"}
-    assert [artifact.path for artifact in card.artifacts] == names
-    plan = make_plan(recipe)
-    for artifact in card.artifacts:
-        if artifact.container in ("compress", "safetensors", "gguf"):
-            path = tmp_path / "out" / artifact.path
-            size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.safetensors")))
-            assert size == pytest.approx(plan.file_bytes[artifact.container], rel=0.01)
-    limit = {"int8": 12, "rota": 16}.get(name[:4], 8)  # float embeddings are a fifth of this cut model, or two
-    if any(step in text for step in ("prune", "factorize", "drop_layers")) and "quantize" not in text:
-        limit = 15
-    assert all(artifact.bits_per_weight < limit for artifact in card.artifacts)
-
-
-def test_recipe_as_shipped_is_scored(demo: Path, tmp_path: Path) -> None:
+def test_recipe_as_shipped_is_scored(tmp_path: Path) -> None:
     """One run with its suite: base and artifact scores, on the same windows."""
+    demo = demo_blocks(tmp_path / "model", 1)
     suite = tmp_path / "suite.yaml"
     suite.write_text("{name: few, text: wikipedia, windows: 2, length: 64}\n")
     recipe = small("rtn-w4-g128", demo, tmp_path / "out", f"score={{suite: {suite}}}")
@@ -153,7 +79,7 @@ def test_every_family_has_a_case() -> None:
 @pytest.mark.parametrize(("family", "config"), FAMILY_CASES, ids=[family for family, _ in FAMILY_CASES])
 def test_family_as_q4_k_m(family: str, config: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(family, tmp_path / "model", **config)
-    prove_gguf(small("gguf-q4-k-m", model, tmp_path / "out"), model, tmp_path)
+    prove_run(small("gguf-q4-k-m", model, tmp_path / "out"), tmp_path)
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -162,7 +88,7 @@ def test_experts_at_two_bits(family: str, tmp_path: Path) -> None:
     narrow = {"intermediate_size": 32} if family == "mixtral" else {}
     model = tiny_model(family, tmp_path / "model", hidden_size=256, num_hidden_layers=1, **narrow)
     recipe = small("qwen-moe-2bit", model, tmp_path / "out", *cheap("qwen-moe-2bit"))
-    prove_gguf(recipe, model, tmp_path)
+    prove_run(recipe, tmp_path)
     types = {codec for codec, _ in gguf_container.inventory(tmp_path / "out" / "qwen-moe-2bit.gguf").values()}
     assert "iq2_xxs" in types and "q8_0" in types and "f32" in types
 
