@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -22,3 +23,9 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 settings.register_profile("compress", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("compress")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected by now stays; searching it for garbage again and again takes long."""
+    gc.collect()
+    gc.freeze()

@@ -48,14 +48,18 @@ def small(recipe: str | Path, model: Path, output: Path, *overrides: str) -> Rec
     return load_recipe(str(recipe), sets, model=str(model), output=str(output))
 
 
+_REFINEMENT = {"sweeps": 0, "refits": 0, "iterations": 1, "rounds": 1}
+
+
 def cheap(name: str) -> tuple[str, ...]:
-    """Overrides that leave out a bundled recipe's slow refinement, where its solver has one."""
-    steps = load_recipe(name).steps
-    at = next((i for i, step in enumerate(steps) if step.kind == "quantize"), None)
-    if at is None:
-        return ()
-    solver = f"steps[{at}].quantize.solver"
-    return (f"{solver}.sweeps=0", f"{solver}.refits=0") if hasattr(steps[at].options.solver, "sweeps") else ()
+    """Overrides that leave out most of a bundled recipe's slow refinement, where its solvers have one."""
+    solvers = ((f"{s.kind}.solver", getattr(s.options, "solver", None)) for s in load_recipe(name).steps)
+    return tuple(
+        f"steps[{at}].{place}.{option}={value}"
+        for at, (place, solver) in enumerate(solvers)
+        for option, value in _REFINEMENT.items()
+        if hasattr(solver, option)
+    )
 
 
 def carry_out(recipe: Recipe, **options: Any) -> Scorecard:

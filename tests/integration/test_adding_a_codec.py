@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import text_file
+from tests.integration.runs import SMALL, demo_blocks, text_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding-a-codec.md").read_text(encoding="utf-8")
@@ -47,11 +47,13 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_the_page(page: Path) -> None:
-    text = text_file(page / "text.txt")
-    small = ("calibration.samples=4", "calibration.length=64", "score=false", f"calibration.dataset={text}")
+    """On one block of the demo model, without the solver's sweeps."""
+    model, text = demo_blocks(page / "model", 1), text_file(page / "text.txt")
+    small = (*SMALL, f"calibration.dataset={text}", "steps[0].quantize.solver.sweeps=0")
     sets = [part for item in small for part in ("--set", item)]
     plugin = str(page / "e2m1_g32.py")
-    result = compress("run", str(page / "e2m1.yaml"), "--plugin", plugin, "--output", str(page / "out"), *sets)
+    given = ("--plugin", plugin, "--model", str(model), "--output", str(page / "out"), *sets)
+    result = compress("run", str(page / "e2m1.yaml"), *given)
     assert result.returncode == 0, result.stderr + result.stdout
     card = json.loads((page / "out" / "scorecard.json").read_text())
     assert card["gate"]["passed"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.runs import text_file
+from tests.integration.runs import demo_blocks, text_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding-a-container.md").read_text(encoding="utf-8")
@@ -42,10 +42,18 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_the_page(page: Path) -> None:
-    text = text_file(page / "text.txt")
+    """On one block of the demo model, without the solver's sweeps."""
+    model, text = demo_blocks(page / "model", 1), text_file(page / "text.txt")
     sets = ("calibration.samples=4", "calibration.length=64", f"calibration.dataset={text}",
-            f"score.suite={page / 'suite.yaml'}")  # fmt: skip
-    given = [page / "npy.yaml", "--plugin", page / "npy.py", *(part for item in sets for part in ("--set", item))]
+            f"score.suite={page / 'suite.yaml'}", "steps[0].quantize.solver.sweeps=0")  # fmt: skip
+    given = [
+        page / "npy.yaml",
+        "--model",
+        model,
+        "--plugin",
+        page / "npy.py",
+        *(part for item in sets for part in ("--set", item)),
+    ]
     planned = compress("plan", *given, "--json")
     assert planned.returncode == 0, planned.stderr
     plan = json.loads(planned.stdout)

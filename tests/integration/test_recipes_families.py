@@ -1,11 +1,14 @@
 """Every shipped recipe on a random model of every family of Llama's kind: it runs, its artifacts reload, engines agree with what was solved.
 
-One block of 128 columns, so that every codec finds whole blocks (ggml's of 256 fall back, as they must). The gate is
+One block of 128 columns, so that every codec finds whole blocks (ggml's of 256 fall back, as they must); solvers refine
+little, they have their own tests. The gate is
 the proof: each artifact is decoded tensor by tensor against what was solved, and its logits compared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from safetensors.torch import load_file
 from compress.containers import CONTAINERS
 from compress.errors import PlanError
 from compress.plan import make_plan
-from compress.recipe import bundled_recipes, load_recipe
+from compress.recipe import Recipe, bundled_recipes, load_recipe
+from tests.integration.delivery import SHRINKING
 from tests.integration.runs import carry_out, cheap, small
 from tests.tiny import FAMILIES, OTHER_MIXERS, tiny_model
 
@@ -35,40 +39,47 @@ WIDE = {
     "num_experts": 4,
 }
 
+Models = Callable[[str, int, int], Path]
 
-def config(family: str) -> dict[str, int]:
-    """The keys of WIDE that the family has."""
+
+def config(family: str, layers: int, width: int) -> dict[str, int]:
+    """The keys of WIDE that the family has, with so many blocks and columns."""
     import transformers
 
     known = getattr(transformers, f"{FAMILIES[family][0]}Config")().to_dict()
-    return {key: value for key, value in WIDE.items() if key in known}
+    wide = {key: width if value == 128 else value for key, value in WIDE.items() if key in known}
+    return wide | {"num_hidden_layers": layers}
 
 
-def layers(name: str) -> int:
+def layers(recipe: Recipe) -> int:
     """Blocks of the model for a recipe: one can be dropped of two."""
-    return 2 if any(step.kind == "drop_layers" for step in load_recipe(name).steps) else 1
+    return 2 if recipe.step("drop_layers") else 1
+
+
+def width(recipe: Recipe) -> int:
+    """Columns of the model for a recipe: tiles of a trellis, which take long to search, fit into fewer."""
+    quantize = recipe.step("quantize")
+    return 64 if quantize and any(str(rule.codec).startswith("trellis") for rule in quantize.rules) else 128
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
-    """One model a family and depth, made when first asked for."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """One model a family, depth and width, made when first asked for."""
     folder = tmp_path_factory.mktemp("families")
 
-    class Made(dict):
-        def __missing__(self, key: tuple[str, int]) -> Path:
-            family, layers = key
-            self[key] = tiny_model(
-                family, folder / f"{family}-{layers}", **config(family) | {"num_hidden_layers": layers}
-            )
-            return self[key]
+    @cache
+    def made(family: str, layers: int, width: int) -> Path:
+        return tiny_model(family, folder / f"{family}-{layers}-{width}", **config(family, layers, width))
 
-    return Made()
+    return made
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OTHER_MIXERS])
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_on_family(name: str, family: str, models: dict[tuple[str, int], Path], tmp_path: Path) -> None:
-    recipe = small(name, models[family, layers(name)], tmp_path / "out", "calibration.samples=2", *cheap(name))
+def test_recipe_on_family(name: str, family: str, models: Models, tmp_path: Path) -> None:
+    shipped = load_recipe(name)
+    model = models(family, layers(shipped), width(shipped))
+    recipe = small(name, model, tmp_path / "out", "calibration.samples=2", *cheap(name))
     dense = "moe" not in family and family != "mixtral"
     if dense and name in EXPERTS_ONLY:
         with pytest.raises(PlanError, match="experts"):
@@ -77,15 +88,12 @@ def test_recipe_on_family(name: str, family: str, models: dict[tuple[str, int], 
     card = carry_out(recipe)
     assert card.gate.passed, card.gate
     assert len(card.artifacts) == len(recipe.export)
-    if not NEW & {step.kind for step in recipe.steps}:
+    if not SHRINKING & {step.kind for step in recipe.steps}:
         return
     plan = make_plan(recipe)
     for artifact in card.artifacts:
         planned = sum(CONTAINERS[artifact.container].tensor_bytes(t, plan.own_codec) for t in plan.tensors)
         assert stored_bytes(tmp_path / "out" / artifact.path) == pytest.approx(planned, rel=0.01)
-
-
-NEW = {"prune", "factorize", "drop_layers", "prune_experts", "prune_structured"}
 
 
 def stored_bytes(artifact: Path) -> int:

@@ -1,7 +1,7 @@
 """Pruned and factorised models end to end: files as small as planned, packed while they run, logits of what was solved.
 
 What is solved is decoded from the journal and computed by transformers as a dense model; the artifact is loaded by
-transformers with `import compress` in a process of its own.
+transformers with `import compress` in another process. Solvers sweep at most once: they have their own tests.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +55,16 @@ import numpy as np, torch
 import compress
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-with torch.no_grad():
-    logits = model(torch.from_numpy(np.load(sys.argv[2]))[None]).logits[0]
-np.save(sys.argv[3], logits.numpy())
-held = [*model.buffers(), *model.parameters()]
-print(json.dumps({"bytes": sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in held}.values())}))
+for line in sys.stdin:
+    folder, ids, target = json.loads(line)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.load(ids))[None]).logits[0]
+    np.save(target, logits.numpy())
+    held = [*model.buffers(), *model.parameters()]
+    print(sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in held}.values()), flush=True)
 """
+Loader = Callable[[Path, np.ndarray, Path], tuple[np.ndarray, int]]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +72,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("qwen3_moe", tmp_path_factory.mktemp("shrinking") / "model", num_experts=4)
 
 
-def loaded(folder: Path, ids: np.ndarray, work: Path) -> tuple[np.ndarray, int]:
-    """Logits and bytes of tensors of the artifact, in a process of its own."""
-    np.save(work / "ids.npy", ids)
-    arguments = [sys.executable, "-c", LOAD, str(folder), str(work / "ids.npy"), str(work / "logits.npy")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    return np.load(work / "logits.npy"), json.loads(done.stdout)["bytes"]
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
+    """Logits and bytes of tensors of an artifact, in a process that knows of it what `import compress` tells: one for all
+    artifacts, since most of what it does is importing."""
+    log = tmp_path_factory.mktemp("loader") / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LOAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+
+    def load(folder: Path, ids: np.ndarray, work: Path) -> tuple[np.ndarray, int]:
+        assert process.poll() is None, log.read_text()
+        np.save(work / "ids.npy", ids)
+        print(
+            json.dumps([str(folder), str(work / "ids.npy"), str(work / "logits.npy")]), file=process.stdin, flush=True
+        )
+        answer = process.stdout.readline()
+        assert answer, log.read_text()
+        return np.load(work / "logits.npy"), int(answer)
+
+    yield load
+    process.communicate(timeout=60)
 
 
 def as_solved(recipe: Recipe, model: Path, work: Path) -> Path:
@@ -88,7 +109,7 @@ def as_solved(recipe: Recipe, model: Path, work: Path) -> Path:
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chain(chain: str, model: Path, tmp_path: Path) -> None:
+def test_chain(chain: str, model: Path, loaded: Loader, tmp_path: Path) -> None:
     recipe = small("wanda-50", model, tmp_path / "out", f"steps={CHAINS[chain]}", "name=chain")
     card = run(recipe, keep_work=True)
     assert card.gate.passed, card.gate
