@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -103,8 +103,8 @@ class LlamaCpp:
                 )
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
-    def _decode(self, tokens: np.ndarray, start: int, *, every: bool) -> np.ndarray:
-        """Logits float32 [n, vocab] of `tokens` placed at `start`: of all of them, or of the last one."""
+    def _decode(self, tokens: np.ndarray, start: int, outputs: int) -> np.ndarray:
+        """Logits float32 [outputs, vocab] of the last `outputs` of `tokens`, which are placed at `start`."""
         count = len(tokens)
         batch = self._api.llama_batch_init(count, 0, 1)
         try:
@@ -114,14 +114,15 @@ class LlamaCpp:
                 batch.pos[index] = start + index
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = 0
-                batch.logits[index] = every or index == count - 1
+                batch.logits[index] = index >= count - outputs
             log.errors = []
             code = self._api.llama_decode(self._context, batch)
             if code != 0:
                 raise CompressError(f"llama.cpp failed to decode {self.path} (code {code}): {log.reason()}")
         finally:
             self._api.llama_batch_free(batch)
-        outputs = count if every else 1
+        if outputs == 0:
+            return np.empty((0, self.vocab_size), np.float32)
         pointer = ctypes.cast(self._api.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(pointer, shape=(outputs, self.vocab_size)).copy()
 
@@ -138,14 +139,19 @@ class LlamaCpp:
 
         Every sequence starts from an empty cache; no token is added. Row t is the prediction of token t + 1.
         """
+        return self.tails(sequences, [len(sequence) for sequence in sequences])
+
+    def tails(self, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> Iterator[np.ndarray]:
+        """See Tails.tails."""
         longest = max((len(sequence) for sequence in sequences), default=0)
-        for sequence in sequences:
+        for sequence, count in zip(sequences, counts, strict=True):
             tokens = self._check(sequence)
             self._open_context(longest)
-            parts = [
-                self._decode(tokens[start : start + self._batch], start, every=True)
-                for start in range(0, len(tokens), self._batch)
-            ]
+            parts = []
+            for start in range(0, len(tokens), self._batch):
+                part = tokens[start : start + self._batch]
+                behind = len(tokens) - start - len(part)  # tokens of later parts
+                parts.append(self._decode(part, start, min(len(part), max(0, count - behind))))
             yield np.concatenate(parts)
 
     def tokenize(self, text: str, *, special: bool = False, ends: bool | None = None) -> np.ndarray:
@@ -172,17 +178,25 @@ class LlamaCpp:
             size = -count
         raise CompressError("llama.cpp could not turn tokens into text")
 
-    def generate(self, prompt: str, max_tokens: int = 64) -> str:
-        """Greedy continuation of `prompt`, without the prompt; stops at an end-of-generation token."""
-        tokens = self._check(self.tokenize(prompt, special=True))
-        self._open_context(len(tokens) + max_tokens)
+    def continuation(self, prompt: np.ndarray, most: int, stop: Callable[[Sequence[int]], bool]) -> list[int]:
+        """See Generates.continuation; with llama.cpp's cache."""
+        tokens = self._check(prompt)
+        self._open_context(len(tokens) + most)
         for start in range(0, len(tokens), self._batch):
-            last = self._decode(tokens[start : start + self._batch], start, every=False)
+            last = self._decode(tokens[start : start + self._batch], start, 1)
         produced: list[int] = []
-        while len(produced) < max_tokens:
+        while len(produced) < most:
             token = int(last[0].argmax())
             if self._api.llama_vocab_is_eog(self._vocab, token):
                 break
             produced.append(token)
-            last = self._decode(np.array([token]), len(tokens) + len(produced) - 1, every=False)
-        return self.detokenize(produced)
+            if len(produced) == most or stop(produced):
+                break
+            last = self._decode(np.array([token]), len(tokens) + len(produced) - 1, 1)
+        return produced
+
+    def generate(self, prompt: str, max_tokens: int = 64) -> str:
+        """Greedy continuation of `prompt`, without the prompt; stops at an end-of-generation token."""
+        return self.detokenize(
+            self.continuation(self.tokenize(prompt, special=True), max_tokens, lambda produced: False)
+        )

@@ -7,18 +7,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from compress.containers import CONTAINERS, Container, Engine, original_layout
 from compress.engines.streamed import StreamedSource
-from compress.engines.transformers import TransformersSource
+from compress.engines.transformers import TransformersSource, whole_model
 from compress.errors import CheckpointError, UnsupportedModel
 from compress.models.checkpoint import Checkpoint, checkpoint_problems
 from compress.models.gguf.header import is_gguf
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
 from compress.scoring.results import Fallback
-from compress.scoring.source import LogitSource
+from compress.scoring.source import Generates, LogitSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,3 +179,15 @@ ENGINES: Mapping[str, Callable[[Sequence[Path]], AbstractContextManager[LogitSou
 
 VOCABULARIES: Mapping[str, Callable[[Path], AbstractContextManager[Tokenizes]]] = {"llama.cpp": _llama_vocabulary}
 """By the same name: what reads text as an engine does, from a file that may hold the vocabulary alone."""
+
+
+def continues(folder: Path, files: Sequence[Path], parameters: int) -> Callable[[], Generates] | None:
+    """What continues text for a dense model: the engine of the file that it lies in, transformers for a folder. None where
+    that is not installed, or the model is too large to be held whole."""
+    container = file_container(str(files[0]))
+    if container is None or container.engine is None:
+        return whole_model(folder, parameters)
+    engine = container.engine
+    if why_not(engine, parameters) is not None:
+        return None
+    return lambda: cast(Generates, ENGINES[engine.name](files).__enter__())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.models.forward import final_norm
 from compress.models.spec import ModelSpec
+from compress.scoring.source import Generates
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import walk
 from compress.weights import Loader
@@ -23,22 +24,36 @@ class StreamedSource:
     """A LogitSource over any provider of weights: a checkpoint, a journal, a decoded file.
 
     load(name) returns the checkpoint tensor `name` in any float type; it is called once per tensor and pass. Only the
-    hidden states of all sequences are kept between blocks.
+    hidden states of all sequences are kept between blocks. generator: opens what continues text for this model (block by
+    block that would read all weights for every token), where there is such a thing.
     """
 
-    def __init__(self, spec: ModelSpec, load: Loader, name: str, placement: Placement = CPU):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        load: Loader,
+        name: str,
+        placement: Placement = CPU,
+        *,
+        generator: Callable[[], Generates] | None = None,
+    ):
         self.spec, self.load, self.name, self.placement = spec, load, name, placement
-        self.vocab_size = spec.vocab_size
+        self.vocab_size, self.generator = spec.vocab_size, generator
+        self.watch: Callable[[float], None] | None = None
 
     def logits(self, sequences: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """See LogitSource.logits."""
+        return self.tails(sequences, [len(sequence) for sequence in sequences])
+
+    def tails(self, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> Iterator[np.ndarray]:
+        """See Tails.tails."""
         if not sequences:
             return
         states = self.final_states(sequences)
         head = self.placement.weight(self.load(self.spec.head))
-        for row in states:
+        for row, count in zip(states, counts, strict=True):
             with torch.inference_mode():  # not around the yield: the caller would run in it, too
-                logits = (row @ head.T).cpu().numpy()
+                logits = (row[len(row) - count :] @ head.T).cpu().numpy()
             yield logits
 
     def final_states(self, sequences: Sequence[np.ndarray]) -> Iterator[Tensor]:
@@ -56,7 +71,7 @@ class StreamedSource:
                 torch.from_numpy(np.asarray(sequence, dtype=np.int64))
             ].float()
         del table
-        batches = _batches(lengths)
+        batches, done = _batches(lengths), 0
         with torch.inference_mode():
             for block in walk(spec, self.load, self.placement):
                 for batch in batches:
@@ -66,6 +81,9 @@ class StreamedSource:
                     out = block.forward(self.placement.put(padded))
                     for row, i in enumerate(batch):
                         hidden[starts[i] : starts[i + 1]] = out[row, : lengths[i]]
+                    done += sum(lengths[i] for i in batch)
+                    if self.watch is not None:
+                        self.watch(done / (spec.layers * len(hidden)))
             norm = self.placement.weight(self.load(spec.final_norm))
         for i in range(len(sequences)):
             with torch.inference_mode():

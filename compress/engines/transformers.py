@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from compress.errors import CalibrationError, CheckpointError, MissingExtra
 
 # Sequences of one length share a forward pass while their float32 logits stay below this many bytes.
 BATCH_LOGIT_BYTES = 128 * 2**20
+LARGEST_BYTES = 8 * 2**30  # of a model that is held whole only to continue text
 
 
 class TransformersSource:
@@ -46,20 +47,52 @@ class TransformersSource:
 
     def logits(self, sequences: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """See LogitSource.logits. Neighbours of equal length are batched; nothing is ever padded."""
+        return self.tails(sequences, [len(sequence) for sequence in sequences])
+
+    def tails(self, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> Iterator[np.ndarray]:
+        """See Tails.tails."""
         import torch
 
+        start = 0
         for batch in _batches(sequences, self.vocab_size):
-            length = len(batch[0])
+            length, kept = len(batch[0]), counts[start : start + len(batch)]
+            start += len(batch)
             if self.max_positions and length > self.max_positions:
                 raise CalibrationError(
                     f"a sequence of {length} tokens, the model allows {self.max_positions}: shorten it"
                 )
             tokens = torch.as_tensor(np.stack(batch).astype(np.int64), device=self.device)
+            some = {} if max(kept) == length else {"logits_to_keep": max(kept)}
             with torch.inference_mode():
-                logits = self.model(input_ids=tokens, use_cache=False).logits
+                logits = self.model(input_ids=tokens, use_cache=False, **some).logits
                 # A padded head may be wider than the vocabulary the config declares.
                 logits = logits[..., : self.vocab_size].float().cpu().numpy()
-            yield from logits
+            yield from (rows[len(rows) - count :] for rows, count in zip(logits, kept, strict=True))
+
+    def continuation(self, prompt: np.ndarray, most: int, stop: Callable[[Sequence[int]], bool]) -> list[int]:
+        """See Generates.continuation; with the model's own cache of keys, values and states."""
+        import torch
+
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = set(named) if isinstance(named, list) else {named}
+        produced: list[int] = []
+        tokens, cache = torch.as_tensor(np.asarray(prompt, np.int64), device=self.device)[None], None
+        while len(produced) < most and not (produced and stop(produced)):
+            with torch.inference_mode():
+                out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token, cache = int(out.logits[0, -1, : self.vocab_size].argmax()), out.past_key_values
+            if token in ends:
+                break
+            produced.append(token)
+            tokens = torch.as_tensor([[token]], device=self.device)
+        return produced
+
+
+def whole_model(folder: Path, parameters: int) -> Callable[[], TransformersSource] | None:
+    """What opens a folder of Hugging Face's layout to continue text; None for models too large to be held in float32."""
+    if 4 * parameters > LARGEST_BYTES:
+        return None
+    return lambda: TransformersSource(folder)
 
 
 def _batches(sequences: Sequence[np.ndarray], vocabulary: int) -> Iterator[list[np.ndarray]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from compress.containers import CONTAINERS, original_layout
 from compress.decode import decode
-from compress.engines.open import artifact_source, file_container
+from compress.engines.open import artifact_source, continues, file_container
 from compress.engines.streamed import StreamedSource
 from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
@@ -112,8 +112,9 @@ def deliver(
                 if CONTAINERS[export.container].suffix:
                     roots += copy_companions(plan.source, staging, LEGAL)
                 written.append(_Written(export, files, roots, checksums(roots, staging)))
+        whole = continues(plan.source, checkpoint.weight_files, sum(t.parameters for t in plan.original.tensors()))
         original = Remembered(
-            StreamedSource(plan.original, checkpoint.load, "original", placement),
+            StreamedSource(plan.original, checkpoint.load, "original", placement, generator=whole),
             f"{fingerprint(checkpoint.files)} {placement.device}",
         )
         solved = lambda name: decode(journal.fetch(name))  # noqa: E731

@@ -17,7 +17,17 @@ from compress.errors import CompressError, UnsupportedModel
 from compress.plan.plan import Plan
 from compress.report.scorecard import Check
 from compress.scoring.results import Fallback
-from compress.text import Tokenizer, check_ids, eval_windows, has_tokenizer, load_suite, load_tokenizer, task_documents
+from compress.scoring.tasks.find import find_task
+from compress.text import (
+    Tokenizer,
+    check_ids,
+    eval_windows,
+    has_tokenizer,
+    load_suite,
+    load_tokenizer,
+    task_documents,
+    task_texts,
+)
 from compress.text.agreement import problem_of, shipped
 from compress.text.probes import Departure, Difference, differences, probes, prove
 
@@ -48,18 +58,16 @@ def prove_tokenizer(plan: Plan) -> list[Fallback]:
 
 
 def require_suite(plan: Plan) -> None:
-    """Read the texts and the documents that scores will want. CalibrationError where one cannot be had, or holds a token that
-    the model has no row for."""
+    """Read the texts and the bundled documents that scores will want. CalibrationError where one cannot be had, or holds a
+    token that the model has no row for; RecipeError for a task that nobody knows."""
     assert plan.recipe.score is not None
     suite, tokenizer = load_suite(plan.recipe.score.suite), plan_tokenizer(plan)
     for text in suite.texts.values():
         eval_windows(text.text, tokenizer, windows=text.windows, protocol=text.protocol)
-    for name, limit in suite.tasks.items():
-        texts = [
-            value for row in task_documents(name, limit or None) for value in row.values() if isinstance(value, str)
-        ]
-        ids = tokenizer.encode_batch(texts)
-        check_ids(np.array([index for row in ids for index in row], dtype=np.int64), tokenizer, f"task '{name}'")
+    for name, choice in suite.tasks.items():
+        if find_task(name, hub=choice.hub).bundled:
+            ids = tokenizer.encode_batch([text for row in task_documents(name) for text in task_texts(row)])
+            check_ids(np.array([index for row in ids for index in row], dtype=np.int64), tokenizer, f"task '{name}'")
 
 
 def tokenizer_checks(plan: Plan, container: Container, files: Sequence[Path], source: object) -> Iterator[Check]:

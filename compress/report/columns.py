@@ -85,12 +85,12 @@ def _of_tasks(comparison: Comparison) -> list[Column]:
             )
         )
     for name in comparison.tasks:
-        found += _of_task(name, _count(comparison, name))
+        found += _of_task(name, _count(comparison, name), _title(comparison, name))
     return found
 
 
-def _of_task(name: str, count: int) -> list[Column]:
-    title, metric = task_title(name)
+def _of_task(name: str, count: int, title: str) -> list[Column]:
+    title, metric = task_title(name, title)
     heading = shown(f"{title} {metric}".strip())
 
     def task(read: Callable[[TaskScore], Cell]) -> Callable[[Row], Cell]:
@@ -119,6 +119,10 @@ def _of_task(name: str, count: int) -> list[Column]:
 
 def _count(comparison: Comparison, name: str) -> int:
     return max(row.tasks[name].n for row in comparison.rows if name in row.tasks)
+
+
+def _title(comparison: Comparison, name: str) -> str:
+    return next((row.tasks[name].title for row in comparison.rows if name in row.tasks), "")
 
 
 def _of_speed() -> list[Column]:

@@ -103,9 +103,9 @@ def _share(artifact: Artifact, base: Base) -> str:
 
 
 def _label(name: str, columns: Sequence[Base | Artifact]) -> str:
-    count = next((column.tasks[name].n for column in columns if name in column.tasks), 0)
-    title, metric = task_title(name)
-    return f"  {metric}" if metric else f"{title} accuracy ({count})"
+    row = next(column.tasks[name] for column in columns if name in column.tasks)
+    title, metric = task_title(name, row.title)
+    return f"  {metric}" if metric else f"{title} accuracy ({row.n})"
 
 
 def _change(score: TaskScore | None) -> Cell:

@@ -40,7 +40,16 @@ from compress.streaming.activations import Activations
 from compress.streaming.journal import Journal
 from compress.streaming.placement import Placement
 from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
-from compress.text import Suite, Tokenizer, calibration_windows, eval_windows, load_suite, task_documents
+from compress.text import (
+    Suite,
+    Tokenizer,
+    calibration_windows,
+    eval_windows,
+    is_bundled_task,
+    load_suite,
+    task_documents,
+    task_texts,
+)
 from compress.weights import Loader, Packed
 
 SHARE = 8  # an eighth of the calibration windows
@@ -50,7 +59,6 @@ HEAD_ROWS = 2048  # rows of embeddings or head that are solved for real
 DECODES = 3
 CHECK_TOKENS = 1024  # that a file is read back with
 HEAD_TOKENS = 256  # whose logits are timed
-_TASK_TEXT = ("sentence_good", "sentence_bad", "context", "continuation")  # fields of task documents
 
 
 @dataclass(frozen=True)
@@ -332,6 +340,13 @@ def _outer_solve(planned: PlannedTensor, load: Loader) -> float:
     return clock["solve"] * len(weight) / rows
 
 
+def _requested(row: Mapping[str, Any], tokenizer: Tokenizer) -> int:
+    """Tokens that the model reads for a task's document: its texts, and all but the choices with each choice."""
+    choices = max((len(value) for value in row.values() if isinstance(value, list)), default=1)
+    shared = sum(len(ids) for ids in tokenizer.encode_batch([text for text in row.values() if isinstance(text, str)]))
+    return sum(len(ids) for ids in tokenizer.encode_batch(task_texts(row))) + (choices - 1) * shared
+
+
 def _score(spec: ModelSpec, suite: Suite, tokenizer: Tokenizer, blocks: Sequence[_Block]) -> float:
     """Both models over the suite's texts and tasks; engines are taken to be as fast as our own forward pass."""
     clock = _Clock()
@@ -343,10 +358,10 @@ def _score(spec: ModelSpec, suite: Suite, tokenizer: Tokenizer, blocks: Sequence
     if suite.tasks and find_spec("lm_eval") is not None:
         with clock("imports"):  # seconds, and as cold here as in the run
             import_module("lm_eval.evaluator")
-        for name, limit in suite.tasks.items():
-            rows = task_documents(name, limit or None)
-            texts = [row[key] for row in rows for key in _TASK_TEXT if key in row]
-            tokens += sum(len(ids) for ids in tokenizer.encode_batch(texts))
+        for name, choice in suite.tasks.items():
+            if is_bundled_task(name):  # of others nothing is known before they are downloaded
+                rows = task_documents(name, choice.documents)
+                tokens += sum(_requested(row, tokenizer) for row in rows)
     head, states = torch.ones(spec.vocab_size, spec.hidden_size), torch.ones(HEAD_TOKENS, spec.hidden_size)
     with clock("head"):
         logits = (states @ head.T).numpy()

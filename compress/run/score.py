@@ -10,7 +10,6 @@ from pathlib import Path
 
 from compress import __version__
 from compress.engines.open import OpenedModel, file_container
-from compress.engines.streamed import StreamedSource
 from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CompressError
 from compress.export.text import source_lines, tokenizer_lines
@@ -18,7 +17,7 @@ from compress.files import fingerprint
 from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
-from compress.run.targets import Target, expanded, open_target, source_of
+from compress.run.targets import Target, expanded, open_target, source_of, streamed
 from compress.scoring.cache import Remembered
 from compress.scoring.divergence import Computed, Reference
 from compress.scoring.measure import Measured, measure
@@ -114,7 +113,7 @@ def _reference(found: Target, settings: Settings, placement: Placement) -> Refer
     original = found.original
     if original is None:
         return None
-    source = StreamedSource(original.spec, original.load, "original", placement)
+    source = streamed(original, "original", placement)
     if not settings.remember:
         return Computed(source)
     files = (*original.files, original.folder / "config.json")

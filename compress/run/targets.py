@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.containers import TRANSFORMERS, Container, Engine
-from compress.engines.open import OpenedModel, artifact_source, file_container, file_set, open_model
+from compress.engines.open import OpenedModel, artifact_source, continues, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError
 from compress.report import scorecard as scorecards
@@ -79,5 +79,11 @@ def source_of(found: Target, fallbacks: list[Fallback], placement: Placement) ->
     if opened is None:
         return artifact_source(found.container, found.files, found.model.spec, found.model.parameters, fallbacks)
     if opened.container.original:
-        return nullcontext(StreamedSource(opened.spec, opened.load, "streamed weights", placement))
+        return nullcontext(streamed(opened, "streamed weights", placement))
     return artifact_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)
+
+
+def streamed(opened: OpenedModel, name: str, placement: Placement) -> StreamedSource:
+    """A dense model block by block; an engine continues text for it."""
+    whole = continues(opened.folder, opened.files, opened.parameters)
+    return StreamedSource(opened.spec, opened.load, name, placement, generator=whole)

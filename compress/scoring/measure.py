@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from functools import partial
 
 from compress.scoring.divergence import Progress, Reference, Scores, frequency_perplexity, score_many
 from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
+from compress.scoring.tasks import Outcomes, load_tasks, task_outcomes, task_scores
 from compress.text import EvalWindows, Suite, Tokenizer, eval_windows
 
 CHANCE = 2.0  # so many times worse than token frequencies, and a model does not know the language of the text
@@ -54,43 +55,32 @@ def measure(
 ) -> Measured:
     """Score `source` on a suite; without an original there is perplexity and task accuracy, but no comparison.
 
-    tokenizer: the original's; label: what scorecards call it. max_positions: the model's limit in tokens. Without
-    lm-eval the tasks are left out and `fallbacks` says so. Raises CalibrationError for windows over the limit, and
-    what `score_many` raises.
+    tokenizer: the original's; label: what scorecards call it. max_positions: the model's limit in tokens. What
+    tasks are left out (without lm-eval, all), `fallbacks` says. Raises CalibrationError for windows over the limit,
+    RecipeError for a task that nobody knows, and what `score_many` and `task_outcomes` raise.
     """
+    asked, lost = load_tasks(suite.tasks)  # before minutes are spent on text: a name that nobody knows is said at once
     texts = {
         name: eval_windows(
             text.text, tokenizer, windows=text.windows, protocol=text.protocol, max_positions=max_positions
         )
         for name, text in suite.texts.items()
     }
-    measured = _on_texts(source, original, texts, label, _part(progress, 0.0, _TEXT_SHARE if suite.tasks else 1.0))
-    if not suite.tasks:
-        return measured
-    if find_spec("lm_eval") is None:
-        missing = Fallback(
-            subject="tasks",
-            wanted=", ".join(suite.tasks),
-            used="not scored",
-            reason="lm-eval is not installed: pip install 'compress-llm[eval]'",
-        )
-        return replace(measured, fallbacks=(missing,))
-
-    from compress.scoring.tasks import Outcomes, compare, summarise, task_outcomes
-
-    engines = [source] if original is None else [original.source, source]
+    measured = _on_texts(source, original, texts, label, _part(progress, 0.0, _TEXT_SHARE if asked else 1.0))
+    before: dict[str, Outcomes] = {}
+    after: dict[str, Outcomes] = {}
+    engines = [(source, after)] if original is None else [(original.source, before), (source, after)]
     share = (1 - _TEXT_SHARE) / len(engines)
-    outcomes: list[dict[str, Outcomes]] = []
-    for engine in engines:
-        part = _part(progress, _TEXT_SHARE + share * len(outcomes), share)
-        outcomes.append(task_outcomes(engine, tokenizer, suite.tasks, max_length=max_positions, progress=part))
-    after, before = outcomes[-1], outcomes[0] if original is not None else {}
-    tasks = {
-        name: TaskScore(**row, difference=compare(after[name], before[name]) if name in after and before else None)
-        for name, row in summarise(after).items()
-    }
+    for number, (engine, outcomes) in enumerate(engines):
+        moved = partial(_moved, progress, _TEXT_SHARE + share * number, share)
+        found, lines = task_outcomes(engine, tokenizer, asked, max_length=max_positions, progress=moved)
+        outcomes |= found
+        lost += lines
     return replace(
-        measured, tasks=tasks, base_tasks={name: TaskScore(**row) for name, row in summarise(before).items()}
+        measured,
+        tasks=task_scores(after, before),
+        base_tasks=task_scores(before),
+        fallbacks=tuple(dict.fromkeys(lost)),  # what holds for both engines is said once
     )
 
 
@@ -122,4 +112,8 @@ def _within(progress: Progress, before: int, length: int, total: int) -> Progres
 
 def _part(progress: Callable[[float], None], start: float, share: float) -> Progress:
     """Progress within a part of the whole, which begins at `start` and is `share` of it."""
-    return lambda done, total: progress(start + share * done / total)
+    return lambda done, total: _moved(progress, start, share, done / total)
+
+
+def _moved(progress: Callable[[float], None], start: float, share: float, done: float) -> None:
+    progress(start + share * done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,18 +16,29 @@ class Value(BaseModel):
 
 
 class Flips(Value):
-    """Answers that changed against the original, as shares of the n documents: `lost` were right in the original and are
-    wrong now, `gained` the other way round. The change of accuracy is gained - lost."""
+    """How many of `n` documents changed sides between the original and a variant, as shares of all documents with Wilson's
+    95% intervals: `lost` were right and are wrong, `gained` the other way round.
+
+    lost + gained is what "Accuracy is not all you need" (arXiv 2407.09141) calls flips, gained - lost the change of the
+    accuracy, which hides most of them. `changed` also counts wrong answers that became other wrong ones; None where a task
+    keeps no answers (a greedy last word is right or not).
+    """
 
     n: int
     lost: Interval
     gained: Interval
+    changed: Interval | None = None
 
 
 class TaskScore(Value):
-    """One row of compress.scoring.tasks.run_tasks. `difference` is against the original, paired by document:
-    {"value", "low", "high"} from compress.scoring.tasks.compare. flips: for tasks with right and wrong answers; group: the
-    heading under which a table shows the task."""
+    """One row of a task. The row by the task's own name is its headline; others stand behind a dot: a further metric, or a
+    group of its documents (then `group` is its name).
+
+    metric      as lm-eval calls it, or "word perplexity";  value, low, high: mean over documents with its 95% interval
+    difference  from the original, paired by document: {"metric", "value", "low", "high", "n"}; None for perplexities
+    title       what a table calls the task;  kind: what the value is: a share of documents in [0, 1], the mean of another
+                number, a perplexity ("" in older scorecards)
+    """
 
     metric: str
     value: float | None
@@ -37,16 +48,18 @@ class TaskScore(Value):
     difference: dict[str, Any] | None = None
     flips: Flips | None = None
     group: str = ""
+    title: str = ""
+    kind: Literal["", "share", "mean", "perplexity"] = ""
 
     @property
     def is_share(self) -> bool:
         """Whether the value is a share of documents, 0 to 1."""
-        return not self.metric.endswith("perplexity")
+        return self.kind == "share" or (not self.kind and not self.metric.endswith("perplexity"))
 
     @property
     def change(self) -> Interval | None:
-        """`difference` as an estimate; None without an original."""
-        if not self.difference or self.difference.get("value") is None:
+        """`difference` as an estimate, of a share; None without an original."""
+        if not self.is_share or not self.difference or self.difference.get("value") is None:
             return None
         return Interval(self.difference["value"], self.difference.get("low"), self.difference.get("high"))
 
@@ -56,10 +69,10 @@ def headline(task: str) -> bool:
     return "." not in task or task.endswith(".perplexity")
 
 
-def task_title(task: str) -> tuple[str, str]:
-    """A task's name as it is written, and the metric of a row of its own or ""."""
+def task_title(task: str, title: str = "") -> tuple[str, str]:
+    """A task's name as it is written, and the metric of a row of its own or "". title: what its row says."""
     name, _, metric = task.partition(".")
-    return {"blimp": "BLiMP", "lambada": "LAMBADA"}.get(name, name), metric
+    return title or {"blimp": "BLiMP", "lambada": "LAMBADA"}.get(name, name), metric  # of older scorecards
 
 
 class Spread(Value):

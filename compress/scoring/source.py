@@ -6,7 +6,7 @@ a scorecard comes from the same arithmetic over whichever engine produced the lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -30,3 +30,73 @@ class LogitSource(Protocol):
         context; nothing (no BOS) is added. Sequences may differ in length.
         """
         ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """An engine that continues text, always the same way: with the likeliest token, the lowest id where several are."""
+
+    name: str
+
+    def continuation(self, prompt: np.ndarray, most: int, stop: Callable[[Sequence[int]], bool]) -> list[int]:
+        """Ids behind `prompt` (int64 [n], n > 0; nothing is added to it), `most` at the most.
+
+        Ends before an end-of-generation token of the model, and behind the id with which stop(ids so far) is true.
+        """
+        ...
+
+
+@runtime_checkable
+class Tails(Protocol):
+    """A source that can leave out rows nobody reads: of a question with an answer behind it, all but the answer's."""
+
+    def tails(self, sequences: Sequence[np.ndarray], counts: Sequence[int]) -> Iterator[np.ndarray]:
+        """The last counts[i] > 0 rows of what `LogitSource.logits` yields for sequences[i]."""
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A source that works long before its first row: it calls `watch` with the share of that work that is done, where
+    somebody has put a function there."""
+
+    watch: Callable[[float], None] | None
+
+
+WORK_BEFORE = 0.9  # share of a watched source's work that comes before its first row
+
+
+def generator(source: object) -> Generates | None:
+    """What continues text for a source: itself, or what it opens for that (an attribute `generator` without arguments).
+    None where nothing does."""
+    if isinstance(source, Generates):
+        return source
+    opens: Callable[[], Generates] | None = getattr(source, "generator", None)
+    return None if opens is None else opens()
+
+
+def tails(
+    source: LogitSource,
+    sequences: Sequence[np.ndarray],
+    counts: Sequence[int],
+    progress: Callable[[float], None] = lambda done: None,
+) -> Iterator[np.ndarray]:
+    """The last counts[i] rows of `source.logits` for each sequence, by the cheapest way that the source has.
+
+    progress is called with the share that is done: with each sequence and, by sources that are watched, before the first.
+    """
+    start = 0.0
+    if isinstance(source, Watched):
+        start = WORK_BEFORE
+        source.watch = lambda done: progress(WORK_BEFORE * done)
+    try:
+        if isinstance(source, Tails):
+            found = source.tails(sequences, counts)
+        else:
+            found = (rows[-count:] for rows, count in zip(source.logits(sequences), counts, strict=True))
+        for number, rows in enumerate(found, start=1):
+            yield rows
+            progress(start + (1 - start) * number / len(sequences))
+    finally:
+        if isinstance(source, Watched):
+            source.watch = None

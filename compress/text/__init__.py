@@ -1,15 +1,16 @@
 """Text in: calibration and evaluation sets, their documents, windows of tokens. Neither torch nor transformers at import."""
 
-from compress.text.documents import load_documents, reads_hub, task_documents
+from compress.text.documents import is_bundled_task, load_documents, reads_hub, task_documents, task_texts
 from compress.text.evaluation import EvalWindows, eval_windows
 from compress.text.files import has_tokenizer
 from compress.text.protocol import PROTOCOLS, Protocol
-from compress.text.sets import Suite, SuiteText, TextSet, data_root, find_data, load_definition, load_suite
+from compress.text.sets import Suite, SuiteText, TaskChoice, TextSet, data_root, find_data, load_definition, load_suite
 from compress.text.tokenizer import Tokenizer, load_tokenizer
 from compress.text.windows import calibration_windows, check_ids, prepends_bos
 
 __all__ = [
-    "PROTOCOLS", "EvalWindows", "Protocol", "Suite", "SuiteText", "TextSet", "Tokenizer", "calibration_windows", "check_ids", "data_root", "eval_windows", "find_data",
-    "has_tokenizer", "load_definition", "load_documents", "load_suite", "load_tokenizer", "prepends_bos", "reads_hub",
-    "task_documents",
+    "PROTOCOLS", "EvalWindows", "Protocol", "Suite", "SuiteText", "TaskChoice", "TextSet", "Tokenizer",
+    "calibration_windows", "check_ids", "data_root", "eval_windows", "find_data", "has_tokenizer", "is_bundled_task",
+    "load_definition", "load_documents", "load_suite", "load_tokenizer", "prepends_bos", "reads_hub", "task_documents",
+    "task_texts",
 ]  # fmt: skip

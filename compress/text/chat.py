@@ -1,8 +1,8 @@
-"""What a model's chat template makes of a short talk; a template is a program of others, so it runs in bounds."""
+"""What a model's chat template makes of a talk; a template is a program of others, so it runs in bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 TALK = (
@@ -13,17 +13,20 @@ _LARGEST = 200_000  # characters of a template
 _STEPS = 100_000  # numbers that all its ranges may count together
 
 
-def rendered(template: str, special: Mapping[str, str], *, prompt: bool) -> str | None:
-    """The talk as text, or None where the template wants another one, or more than a talk takes.
+def rendered(
+    template: str, special: Mapping[str, str], *, prompt: bool, talk: Sequence[Mapping[str, str]] = TALK
+) -> str | None:
+    """A talk as text, or None where the template wants another one, or more than a talk takes.
 
-    special: texts by their names in templates, e.g. bos_token; prompt: whether the model is to answer next.
+    special: texts by their names in templates, e.g. bos_token; prompt: whether the model is to answer next; talk: messages
+    with a role and a content.
     """
     from jinja2 import TemplateError
 
     try:
         if len(template) <= _LARGEST:
             compiled = _environment().from_string(template)
-            return str(compiled.render(messages=TALK, add_generation_prompt=prompt, **special))
+            return str(compiled.render(messages=talk, add_generation_prompt=prompt, **special))
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError):
         pass
     return None

@@ -7,7 +7,7 @@ import lzma
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -182,3 +182,14 @@ def task_documents(name: str, limit: int | None = None) -> list[dict[str, Any]]:
         raise CalibrationError(f"'{name}' is not a task: it holds no JSON lines")
     rows = (row for file in definition.files for _, row in _json_lines(file))
     return list(islice(rows, limit))
+
+
+def is_bundled_task(name: str) -> bool:
+    """Whether a task of that name and its documents ship with the project."""
+    return re.fullmatch(r"[\w-]+", name) is not None and (data_root("eval") / "tasks" / f"{name}.yaml").is_file()
+
+
+def task_texts(row: Mapping[str, Any]) -> list[str]:
+    """All texts of a task's document."""
+    values = (value if isinstance(value, list) else [value] for value in row.values())
+    return [text for entries in values for text in entries if isinstance(text, str)]

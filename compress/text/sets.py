@@ -117,13 +117,24 @@ class SuiteText:
 
 
 @dataclass(frozen=True)
+class TaskChoice:
+    """How a suite asks a task: documents (None: all), worked examples before each question (None: as many as the task
+    says), in the model's chat template or as plain text, the hub's data although a slice of it is bundled."""
+
+    documents: int | None = None
+    fewshot: int | None = None
+    chat: bool = False
+    hub: bool = False
+
+
+@dataclass(frozen=True)
 class Suite:
     """What `compress score --suite` measures: windows of one or more texts, by a name of each (of a file its own, not where it
-    lies), and a number of items of each task."""
+    lies), and tasks."""
 
     name: str
     texts: Mapping[str, SuiteText]
-    tasks: Mapping[str, int] = field(default_factory=dict)
+    tasks: Mapping[str, TaskChoice] = field(default_factory=dict)
     description: str = ""
 
 
@@ -169,7 +180,7 @@ def load_suite(name: str) -> Suite:
         raise CalibrationError(
             f"{path}: two of 'texts' are files of one name; give each a name, and its file as 'text'"
         )
-    return Suite(raw.name, named, raw.tasks, raw.description)
+    return Suite(raw.name, named, raw.choices(), raw.description)
 
 
 def _suite_text(path: Path, key: str, raw: _SuiteText) -> SuiteText:
@@ -232,18 +243,44 @@ class _SuiteText(BaseModel):
 _TextOrDefaults = Annotated[_SuiteText, BeforeValidator(lambda given: {} if given is None else given)]
 
 
+class _Task(BaseModel):
+    """What a suite may say of a task."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
+    documents: Count | None = None
+    fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
+    chat: bool | None = None
+    hub: bool = False
+
+
+def _documents(given: object) -> object:
+    """A number alone stands for a task's documents, nothing for all of them."""
+    return {"documents": given} if given is None or type(given) is int else given
+
+
 class _Suite(_File):
     texts: Annotated[dict[FileName, _TextOrDefaults], Field(max_length=MOST_TARGETS)] = {}
     text: FileName | None = None
     windows: Count | None = None
     length: Length | None = None
-    tasks: dict[str, Count] = {}
+    tasks: Annotated[dict[FileName, Annotated[_Task, BeforeValidator(_documents)]], Field(max_length=MOST_TARGETS)] = {}
+    chat_template: bool = False
+
+    def choices(self) -> dict[str, TaskChoice]:
+        """Tasks as they are asked; one that says nothing of the chat template follows the suite."""
+        return {
+            name: TaskChoice(
+                task.documents, task.fewshot, self.chat_template if task.chat is None else task.chat, task.hub
+            )
+            for name, task in self.tasks.items()
+        }
 
 
 def _fault(fault: Any) -> str:
     if fault["type"] != "extra_forbidden":
         return wrong(fault)
-    known = _SuiteText.model_fields  # the only mapping inside another whose keys are not free
+    inside: type[BaseModel] = _Task if fault["loc"][0] == "tasks" else _SuiteText  # all other keys inside are free
+    known = inside.model_fields
     return f"unknown key{_suggest(str(fault['loc'][-1]), known)}; known: {', '.join(sorted(known))}"
 
 

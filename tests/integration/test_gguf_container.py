@@ -598,6 +598,9 @@ def test_engine_sequences_are_independent_and_long_ones_are_cut_into_batches(moe
         (alone,) = engine.logits(sequences[1:])
         np.testing.assert_array_equal(short, alone)
         assert engine.vocab_size == 4096
+        for count in (1, 80, 100, 600):  # 88 are in the last batch
+            (tail,) = engine.tails(sequences[:1], [count])
+            np.testing.assert_allclose(tail, long[-count:], atol=1e-4)
         with pytest.raises(ValueError, match="outside the vocabulary"):
             list(engine.logits([np.array([4096])]))
     expected = reference_logits(moe, sequences[0])
@@ -621,6 +624,7 @@ def test_generation_is_greedy_decoding(tmp_path: Path) -> None:
         out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
     with LlamaCpp(file, threads=1) as engine:
         assert engine.generate(prompt, 12) == tokenizer.decode(out.tolist())
+        assert engine.continuation(np.array(ids), 12, lambda produced: len(produced) == 5) == out[:5].tolist()
         assert engine.detokenize(ids) == prompt
 
 

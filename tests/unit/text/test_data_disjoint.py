@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from compress.text import data_root, find_data, load_definition, load_documents, task_documents
+from compress.scoring.tasks.find import bundled_tasks
+from compress.text import data_root, find_data, load_definition, load_documents, task_documents, task_texts
 
 WORD = re.compile(r"[^\W_]+")  # letters and digits: case, punctuation and WikiText's " @-@ " do not count
 GRAM = 13
@@ -28,11 +29,10 @@ def all_grams(texts: Iterable[str]) -> set[int]:
 def evaluation_texts() -> Iterator[str]:
     for name in EVALUATION:
         yield from load_documents(load_definition(find_data("eval", name)))
-    for row in task_documents("lambada"):
-        yield f"{row['context']} {row['continuation']}"
-    for row in task_documents("blimp"):
-        yield row["sentence_good"]
-        yield row["sentence_bad"]
+    for name in bundled_tasks():
+        for row in task_documents(name):
+            yield " ".join(text for text in row.values() if isinstance(text, str))
+            yield from task_texts(row)
 
 
 def test_grams_see_through_case_and_punctuation():

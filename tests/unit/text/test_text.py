@@ -13,11 +13,13 @@ import pytest
 
 from compress.errors import CalibrationError, MissingExtra
 from compress.text import (
+    TaskChoice,
     TextSet,
     calibration_windows,
     data_root,
     eval_windows,
     find_data,
+    is_bundled_task,
     load_definition,
     load_documents,
     load_suite,
@@ -355,15 +357,42 @@ def test_tasks():
         task_documents("wikitext2")
 
 
-@pytest.mark.parametrize("name", ["quick", "full"])
+@pytest.mark.parametrize("name", ["quick", "standard", "full", "safety"])
 def test_suites_ask_for_what_is_there(name, demo_tokenizer):
     suite = load_suite(name)
     assert suite.name == name
     for text in suite.texts.values():
         windows = eval_windows(text.text, demo_tokenizer, windows=text.windows, protocol=text.protocol)
         assert windows.tokens.shape == (text.windows, text.protocol.length)
-    for task, limit in suite.tasks.items():
-        assert len(task_documents(task, limit)) == limit
+    for task, choice in suite.tasks.items():
+        if is_bundled_task(task):
+            assert len(task_documents(task, choice.documents)) == (choice.documents or 60)
+    assert all(is_bundled_task(task) for task in suite.tasks) is (name != "safety")
+
+
+SUITE = "name: x\ntext: wikipedia\nwindows: 1\nlength: 8\n"
+
+
+def test_what_a_suite_says_of_tasks(tmp_path):
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        f"{SUITE}chat_template: true\ntasks: {{blimp: 5, gsm8k: {{fewshot: 2, chat: false}}, piqa: {{documents: 3, hub: true}}}}\n"
+    )
+    assert load_suite(str(path)).tasks == {
+        "blimp": TaskChoice(5, chat=True), "gsm8k": TaskChoice(None, 2), "piqa": TaskChoice(3, chat=True, hub=True),
+    }  # fmt: skip
+    for tasks, message in (
+        ("{blimp: 0}", "'tasks.blimp.documents': must be at least 1, got 0"),
+        ("{blimp: {document: 3}}", "'tasks.blimp.document': "),
+        ("{blimp: {documents: many}}", "'tasks.blimp.documents': "),
+        ("{blimp: true}", "'tasks.blimp': "),
+        ("{blimp: {fewshot: -1}}", "'tasks.blimp.fewshot': "),
+        ("[blimp]", "'tasks': "),
+    ):
+        path.write_text(f"{SUITE}tasks: {tasks}\n")
+        with pytest.raises(CalibrationError) as error:
+            load_suite(str(path))
+        assert message in one_line(error)
 
 
 def test_text_needs_neither_torch_nor_transformers():
