@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -15,7 +16,7 @@ from compress.report.columns import Column, columns
 from compress.report.compare import Comparison, Row, text_facts
 
 GAP = 2  # between columns
-NAME_SHARE = 0.4  # of the width at most, before names are folded
+NAME_SHARE, NAME_LEAST = 0.3, 18  # of the width, or so many columns, before names are folded
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -65,11 +66,10 @@ class CompareTable:
         return Measurement(20, options.max_width)
 
     def _blocks(self, width: int) -> list[list[Column]]:
-        left = width - self._name_width(width) - 2 * GAP - 2
+        left = room = self._room(width)
         blocks: list[list[Column]] = [[]]
-        room = left
         for column in columns(self.comparison):
-            wanted = max(len(column.heading), *(len(str(column.cell(row))) for row in self.comparison.rows)) + GAP
+            wanted = self._width(column)
             if wanted > room and blocks[-1]:
                 blocks.append([])
                 room = left
@@ -77,17 +77,33 @@ class CompareTable:
             room -= wanted
         return blocks
 
+    def _width(self, column: Column) -> int:
+        return GAP + max(
+            cell_len(text) for text in (column.heading, *(str(column.cell(row)) for row in self.comparison.rows))
+        )
+
+    def _room(self, width: int) -> int:
+        """Beside marks and names."""
+        return width - self._name_width(width) - self._marks_width - 2 * GAP
+
+    @property
+    def _marks_width(self) -> int:
+        return max(len(marked(row)) for row in self.comparison.rows)
+
     def _name_width(self, width: int) -> int:
-        longest = max(len(row.name) for row in self.comparison.rows)
-        return min(longest, max(int(width * NAME_SHARE), 12))
+        longest = max(cell_len(row.name) for row in self.comparison.rows)
+        return min(longest, max(int(width * NAME_SHARE), NAME_LEAST))
 
     def _table(self, block: Sequence[Column], width: int) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
-        marks = max(len(marked(row)) for row in self.comparison.rows)
-        table.add_column("", width=marks, no_wrap=True)
+        table.add_column("", width=self._marks_width, no_wrap=True)
         table.add_column("", min_width=self._name_width(width), overflow="fold")
+        fits = sum(map(self._width, block)) <= self._room(
+            width
+        )  # else names give way, then a column on its own is folded
         for column in block:
-            table.add_column(Text(column.heading), justify="left" if column.left else "right", overflow="fold")
+            heading = Text(column.heading)
+            table.add_column(heading, justify="left" if column.left else "right", overflow="fold", no_wrap=fits)
         originals = len(self.comparison.originals)
         for number, row in enumerate(self.comparison.rows, 1):
             style = "dim" if row.original or row.mark else "bold" if row.on_front else ""

@@ -77,6 +77,11 @@ def test_wheel_holds_every_module(names: set[str]) -> None:
     assert {name for name in names if name.endswith(".py")} == modules
 
 
+def test_wheel_holds_the_template_of_reports(names: set[str]) -> None:
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "compress" / "report" / "templates").iterdir()}
+    assert templates and templates <= names
+
+
 def test_wheel_holds_the_data_with_its_licences(names: set[str]) -> None:
     data = {
         path.relative_to(ROOT).as_posix()

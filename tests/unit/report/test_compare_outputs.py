@@ -54,7 +54,7 @@ def test_a_long_name_is_folded(width: int) -> None:
     assert "0.0258 [0.0232, 0.0284]" in lines
     parts = [re.split(r" {2,}", line.strip(" *"))[0] for line in lines.splitlines()]
     start = next(number for number, part in enumerate(parts) if part and LONG.startswith(part))
-    assert "".join(parts[start : start + 4]).startswith(LONG)
+    assert "".join(parts[start : start + 5]).startswith(LONG)
 
 
 def test_wide_terminals_need_one_block() -> None:
