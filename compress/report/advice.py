@@ -38,7 +38,7 @@ class Advice:
 
 def advise(comparison: Comparison, memory: int | None = None, said: str = "") -> Advice:
     """memory: bytes that the model may take, and how its owner put that."""
-    rows = sorted(comparison.comparable, key=lambda row: row.bytes)
+    rows = sorted(comparison.comparable, key=lambda row: (row.bytes, _divergence(row)))
     if not rows:
         return Advice("No recommendation: no variant that passed its gate was scored against its original.")
     dominated = tuple(_dominated(rows))

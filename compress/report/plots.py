@@ -234,12 +234,13 @@ def _label(
         extent = text.get_window_extent(renderer)
         sizes.append((extent.width, extent.height))
         text.remove()
+    behind: Any = {"boxstyle": "square,pad=0.05", "facecolor": theme.paper, "edgecolor": "none", "alpha": 0.8}
     line: Any = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4}
     for (row, value), spot in zip(points, place(at, sizes, taken, inside, scale), strict=True):
         axes.annotate(
             row.name, (row.bytes, value.value), (spot.dx / scale, spot.dy / scale), textcoords="offset points", fontsize=FONT,
             ha=spot.horizontal, va=spot.vertical, color=theme.ink if row.name in front else theme.muted,
-            arrowprops=line if spot.far else None,
+            arrowprops=line if spot.far else None, bbox=behind, zorder=5,
         )  # fmt: skip
 
 

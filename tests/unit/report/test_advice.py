@@ -49,6 +49,11 @@ def test_without_a_limit_an_answer_a_step() -> None:
     )
 
 
+def test_the_smallest_of_one_size_is_the_closest() -> None:
+    told = advice(("A", 12, 0.001), ("bad", 4, 0.9), ("good", 4, 0.3))
+    assert "bad" not in " ".join(told.steps) and "take good" in told.steps[1]
+
+
 def test_without_a_limit_the_smallest_that_keeps_perplexity() -> None:
     from dataclasses import replace
 
