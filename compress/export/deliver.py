@@ -22,7 +22,7 @@ from compress.export.text import plan_tokenizer, prove_tokenizer, require_suite
 from compress.export.verify import check, check_windows
 from compress.export.write import write
 from compress.files import fingerprint
-from compress.models.checkpoint import Checkpoint
+from compress.models.checkpoint import Checkpoint, deciding_files
 from compress.models.companions import LEGAL, copy_companions
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
@@ -31,7 +31,8 @@ from compress.report.checksums import checksums, combined
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Check
 from compress.scoring.cache import Remembered
-from compress.scoring.divergence import Reference, Scores
+from compress.scoring.divergence import Scores
+from compress.scoring.original import Original
 from compress.scoring.results import Fallback, Speed, TaskScore
 from compress.scoring.source import LogitSource
 from compress.streaming.journal import Journal
@@ -115,7 +116,7 @@ def deliver(
         whole = continues(plan.source, checkpoint.weight_files, sum(t.parameters for t in plan.original.tensors()))
         original = Remembered(
             StreamedSource(plan.original, checkpoint.load, "original", placement, generator=whole),
-            f"{fingerprint(checkpoint.files)} {placement.device}",
+            f"{fingerprint(deciding_files(checkpoint.weight_files, checkpoint.folder))} {placement.device}",
         )
         solved = lambda name: decode(journal.fetch(name))  # noqa: E731
         memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
@@ -136,7 +137,7 @@ def _proved(
     plan: Plan,
     written: _Written,
     journal: Journal,
-    original: Reference,
+    original: Original,
     memory: LogitSource,
     result: Delivery,
     reporter: Reporter,

@@ -9,13 +9,13 @@ import numpy as np
 from compress.export.text import plan_tokenizer
 from compress.plan.plan import Plan
 from compress.report.scorecard import Artifact, Check
-from compress.scoring.divergence import Reference
 from compress.scoring.measure import Measured, measure
+from compress.scoring.original import Original
 from compress.scoring.source import LogitSource
 from compress.text import load_suite
 
 
-def measured(plan: Plan, source: LogitSource, original: Reference, progress: Callable[[float], None]) -> Measured:
+def measured(plan: Plan, source: LogitSource, original: Original, progress: Callable[[float], None]) -> Measured:
     """What the recipe's suite measures of an artifact beside the original."""
     assert plan.recipe.score is not None
     return measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,11 +96,6 @@ class Checkpoint:
         """Those that hold tensors, in order."""
         return tuple(sorted({entry.file for entry in self.entries.values()}))
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All that decides what the model computes: weights and config.json."""
-        return (*self.weight_files, self.folder / "config.json")
-
     def load(self, name: str) -> Tensor:
         """One tensor in its own dtype. Raises CheckpointError if missing, unreadable or not finite."""
         import torch
@@ -121,6 +116,14 @@ class Checkpoint:
                 "the checkpoint is damaged, fetch it again"
             )
         return tensor
+
+
+def deciding_files(weights: Sequence[Path], folder: Path) -> list[Path]:
+    """All that decides what a model makes of a text: its weight files, and configuration and tokenizer in its folder."""
+    beside = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".model") and path.is_file()
+    ]
+    return [*weights, *beside]
 
 
 def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -14,13 +14,14 @@ from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CompressError
 from compress.export.text import source_lines, tokenizer_lines
 from compress.files import fingerprint
+from compress.models.checkpoint import deciding_files
 from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
 from compress.run.targets import Target, expanded, open_target, source_of, streamed
 from compress.scoring.cache import Remembered
-from compress.scoring.divergence import Computed, Reference
 from compress.scoring.measure import Measured, measure
+from compress.scoring.original import Fresh, Original
 from compress.scoring.results import Fallback
 from compress.streaming.placement import Placement
 from compress.text import Suite, load_suite, load_tokenizer
@@ -92,7 +93,7 @@ def _score_one(
     with source_of(found, fallbacks, placement) as source, reporter.stage(stage) as progress:
         measured = measure(
             source,
-            _reference(found, settings, placement),
+            _original(found, settings, placement),
             suite,
             tokenizer,
             label=Path(found.model.name).name,
@@ -108,16 +109,15 @@ def _score_one(
     return card.model_copy(update={"notes": tuple(doubts), "gate": gate, "suite": suite.name})
 
 
-def _reference(found: Target, settings: Settings, placement: Placement) -> Reference | None:
-    """What the original predicts."""
+def _original(found: Target, settings: Settings, placement: Placement) -> Original | None:
+    """What the original predicts and answers."""
     original = found.original
     if original is None:
         return None
     source = streamed(original, "original", placement)
     if not settings.remember:
-        return Computed(source)
-    files = (*original.files, original.folder / "config.json")
-    return Remembered(source, f"{fingerprint(files)} {placement.device}")
+        return Fresh(source)
+    return Remembered(source, f"{fingerprint(deciding_files(original.files, original.folder))} {placement.device}")
 
 
 def _timed(cards: Sequence[Scorecard], opened: Sequence[Target], suite: Suite, reporter: Reporter) -> list[Scorecard]:

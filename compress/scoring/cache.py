@@ -1,17 +1,20 @@
-"""The original's next-token distributions on disk, so that the tenth variant costs one pass.
+"""The original's next-token distributions and answers on disk, so that the tenth variant costs one pass.
 
-One folder for a model on one text: `window-00012.npz` for each window, whose members zip itself has checksums of. What is
-damaged counts as not there. Folders that were used least recently go where all together grow over `LIMIT_BYTES`.
+One folder for a model on one text: `window-00012.npz` for each window, whose members zip itself has checksums of; one file
+for its answers to one set of questions. What is damaged counts as not there. Folders that were used least recently go
+where all together grow over `LIMIT_BYTES`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,9 +22,13 @@ import numpy as np
 
 from compress.errors import OutputError
 from compress.files import cache_folder, write_synced
+from compress.reading import Unreadable, parse_json
 from compress.scoring.divergence import TokenStats, WindowReference, counted_rows
 from compress.scoring.kept import Kept, compare, keep, kept_tokens
+from compress.scoring.original import Answers
+from compress.scoring.results import Fallback
 from compress.scoring.source import LogitSource
+from compress.scoring.tasks.outcomes import Outcomes
 from compress.text import EvalWindows
 
 LIMIT_BYTES = 4 << 30
@@ -31,12 +38,12 @@ SPARE_BYTES = 2 << 30
 """Of the disk: where less would be left, nothing is kept."""
 VERSION = 1
 """Of how it is kept."""
-ROOM = "logits"
+ROOM, ANSWERS = "logits", "answers"
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """A Reference that computes what is not on disk yet, and keeps it there. fingerprint: of the model that `source` runs."""
+    """An Original that computes what is not on disk yet, and keeps it there. fingerprint: of the model that `source` runs."""
 
     source: LogitSource
     fingerprint: str
@@ -70,6 +77,25 @@ class Remembered:
                 store.write(number, kept)
             yield _Window(kept)
         store.touch()
+
+    def answers(self, question: str, compute: Callable[[], Answers]) -> Answers:
+        """See Original.answers; what is on disk is not computed."""
+        key = hashlib.sha256(f"{VERSION} {self.fingerprint} {question}".encode()).hexdigest()
+        path = cache_folder(ANSWERS) / f"{key}.json"
+        try:
+            saved = parse_json(path.read_text(encoding="utf-8"))
+            outcomes = {name: Outcomes.restored(found) for name, found in saved["outcomes"].items()}
+            return outcomes, [Fallback.model_validate(line) for line in saved["lines"]]
+        except (OSError, Unreadable, ValueError, TypeError, KeyError, AttributeError):
+            outcomes, lines = compute()
+        told = {
+            "outcomes": {name: found.saved() for name, found in outcomes.items()},
+            "lines": [line.model_dump() for line in lines],
+        }
+        with contextlib.suppress(OSError, OutputError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(path, json.dumps(told).encode())
+        return outcomes, lines
 
 
 @dataclass(frozen=True)

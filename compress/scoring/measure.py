@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from compress.scoring.divergence import Progress, Reference, Scores, frequency_perplexity, score_many
+from compress.scoring.original import Answers, Original
 from compress.scoring.results import Fallback, TaskScore
 from compress.scoring.source import LogitSource
 from compress.scoring.tasks import Outcomes, load_tasks, task_outcomes, task_scores
@@ -45,7 +46,7 @@ class Measured:
 
 def measure(
     source: LogitSource,
-    original: Reference | None,
+    original: Original | None,
     suite: Suite,
     tokenizer: Tokenizer,
     *,
@@ -67,15 +68,19 @@ def measure(
         for name, text in suite.texts.items()
     }
     measured = _on_texts(source, original, texts, label, _part(progress, 0.0, _TEXT_SHARE if asked else 1.0))
+    share = (1 - _TEXT_SHARE) / (1 if original is None else 2)
+
+    def ask(engine: LogitSource, start: float) -> Answers:
+        moved = partial(_moved, progress, start, share)
+        return task_outcomes(engine, tokenizer, asked, max_length=max_positions, progress=moved)
+
     before: dict[str, Outcomes] = {}
-    after: dict[str, Outcomes] = {}
-    engines = [(source, after)] if original is None else [(original.source, before), (source, after)]
-    share = (1 - _TEXT_SHARE) / len(engines)
-    for number, (engine, outcomes) in enumerate(engines):
-        moved = partial(_moved, progress, _TEXT_SHARE + share * number, share)
-        found, lines = task_outcomes(engine, tokenizer, asked, max_length=max_positions, progress=moved)
-        outcomes |= found
+    if original is not None and asked:
+        question = " ".join([str(max_positions), *(task.digest for task in asked)])
+        before, lines = original.answers(question, partial(ask, original.source, _TEXT_SHARE))
         lost += lines
+    after, lines = ask(source, 1 - share)
+    lost += lines
     return replace(
         measured,
         tasks=task_scores(after, before),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.scoring.divergence import Interval
+from compress.scoring.intervals import Interval
 
 
 class Value(BaseModel):

@@ -10,8 +10,10 @@ that stands for the task), `group` (the field that names a document's group), `o
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,10 +46,29 @@ class AskedTask:
         """Whether answers are generated, not chosen."""
         return any(part.OUTPUT_TYPE == "generate_until" for part in self.parts.values())
 
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of what is asked: the documents, and how lm-eval makes requests of them and rates the answers."""
+        facts = [
+            (
+                self.name,
+                repr(self.choice),
+                label,
+                _settings(part),
+                [part.eval_docs[place] for place in self.places(label)],
+            )
+            for label, part in self.parts.items()
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
+
+    def places(self, label: str) -> Sequence[int]:
+        """Of a part's documents that are asked."""
+        places = self.documents[label]
+        return range(len(self.parts[label].eval_docs)) if places is None else places
+
     def size(self, label: str) -> int:
         """How many documents of a part are asked."""
-        places = self.documents[label]
-        return len(self.parts[label].eval_docs) if places is None else len(places)
+        return len(self.places(label))
 
 
 def load_tasks(tasks: Mapping[str, TaskChoice]) -> tuple[list[AskedTask], list[Fallback]]:
@@ -96,6 +117,13 @@ def declared(part: Any, key: str) -> Any:
     """What a task's YAML says of itself, or None."""
     metadata = part.get_config("metadata")
     return metadata.get(key) if isinstance(metadata, Mapping) else None
+
+
+def _settings(part: Any) -> list[str]:
+    """How a task makes requests and rates answers, as text."""
+    keys = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "description", "num_fewshot", "generation_kwargs",
+            "metric_list", "filter_list", "target_delimiter", "fewshot_delimiter", "metadata")  # fmt: skip
+    return [f"{key}: {part.get_config(key)!r}" for key in keys]
 
 
 def draw(name: str, available: int, wanted: int | None, *, ordered: bool = False) -> list[int] | None:

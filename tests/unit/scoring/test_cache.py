@@ -11,7 +11,9 @@ from compress.files import fingerprint
 from compress.scoring import cache
 from compress.scoring.cache import Remembered
 from compress.scoring.divergence import score
-from compress.text import EvalWindows
+from compress.scoring.results import Fallback
+from compress.scoring.tasks import Outcomes, load_tasks
+from compress.text import EvalWindows, TaskChoice
 
 VOCABULARY, WINDOWS, LENGTH = 700, 4, 60
 
@@ -83,3 +85,36 @@ def test_a_changed_file_has_another_fingerprint(tmp_path):
     assert fingerprint([file]) == before
     file.write_bytes(b"another")
     assert fingerprint([file]) != before
+
+
+def test_answers_are_remembered_to_the_bit(windows, tmp_path):
+    outcomes = Outcomes(np.array([0, 3]), {"acc": np.array([1.0, 0.0])}, ("a", "b"), ("1", "0"), "Task")
+    line = Fallback(subject="tasks", wanted="gsm8k", used="not scored", reason="offline")
+    asked = []
+
+    def compute():
+        asked.append(1)
+        return {"task": outcomes}, [line]
+
+    original = Remembered(Random(1), "model")
+    first = original.answers("question", compute)
+    found, lines = Remembered(Random(1), "model").answers("question", compute)
+    assert len(asked) == 1 and lines == [line] == first[1]
+    assert found["task"].saved() == outcomes.saved()
+    original.answers("another question", compute)
+    Remembered(Random(1), "another model").answers("question", compute)
+    assert len(asked) == 3
+    for file in tmp_path.rglob("*.json"):
+        file.write_text(file.read_text()[:-9])
+    assert original.answers("question", compute)[1] == [line] and len(asked) == 4
+
+
+def test_what_is_asked_has_a_digest():
+    pytest.importorskip("lm_eval")
+
+    def digest(name: str, documents: int, **choice: object) -> str:
+        ((task,), _) = load_tasks({name: TaskChoice(documents=documents, **choice)})
+        return task.digest
+
+    assert digest("blimp", 4) == digest("blimp", 4)
+    assert len({digest("blimp", 4), digest("blimp", 5), digest("lambada", 4), digest("lambada", 4, fewshot=1)}) == 4
