@@ -67,13 +67,14 @@ class UniformCodec(ScalarCodec[ScaleGrid | ZeroPointGrid]):
         lowest, highest = x.amin(2).clamp_max(0.0), x.amax(2).clamp_min(0.0)
         best_error = torch.full_like(lowest, torch.inf)
         best_scale, best_zero = torch.ones_like(lowest), torch.zeros_like(lowest)
+        ax, size = a * x, (a * x * x).sum(2)
         for shrink in self.shrinks:
             scale = half(((highest - lowest) * (shrink / self.high)).clamp_min(SMALLEST))
             zero = (-lowest * shrink / scale).round().clamp(0, self.high)
-            u = (x / scale[..., None] + zero[..., None]).round().clamp(0, self.high) - zero[..., None]
-            xu, uu = (a * x * u).sum(2), (a * u * u).sum(2).clamp_min(TINY)
+            u = (x / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, self.high).sub_(zero[..., None])
+            xu, uu = (ax * u).sum(2), (a * u).mul_(u).sum(2).clamp_min(TINY)
             best_fit = half((xu / uu).clamp_min(SMALLEST))
-            error = (a * x * x).sum(2) - 2 * best_fit * xu + best_fit**2 * uu
+            error = size - 2 * best_fit * xu + best_fit**2 * uu
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale, best_zero = torch.where(better, best_fit, best_scale), torch.where(better, zero, best_zero)
