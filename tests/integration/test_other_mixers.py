@@ -47,7 +47,9 @@ WIDE: dict[str, dict[str, Any]] = {
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = request.param
     experts = {} if family == "qwen3_5_text" else {"moe_intermediate_size": 256}
-    return tiny_model(family, tmp_path_factory.mktemp(family) / family, hidden_size=256, **experts, **WIDE[family])
+    of_either_kind = {"num_hidden_layers": 2} | ({"full_attention_interval": 2} if "qwen" in family else {})
+    folder = tmp_path_factory.mktemp(family) / family
+    return tiny_model(family, folder, hidden_size=256, **experts, **of_either_kind, **WIDE[family])
 
 
 @pytest.mark.parametrize("name", ["qwen-moe-2bit", "gptq-w4-g128"])

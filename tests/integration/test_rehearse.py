@@ -40,9 +40,9 @@ def seconds(
 SHRINKING = (
     "  - drop_layers: {count: 1}\n  - prune_experts",
     "  - rotate\n  - prune_structured: {heads: 0.5, channels: 0.25}",
-    "  - prune: {sparsity: 0.5}",
-    "  - prune: {sparsity: 0.5, allocation: outliers}",
-    "  - factorize: {ratio: 0.2}",
+    "  - prune: {solver: {name: sparsegpt, sweeps: 1}, sparsity: 0.5}",
+    "  - prune: {solver: {name: sparsegpt, sweeps: 1}, sparsity: 0.5, allocation: outliers}",
+    "  - factorize: {solver: {name: compot, iterations: 1, rounds: 1}, ratio: 0.2}",
 )
 
 

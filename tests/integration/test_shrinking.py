@@ -1,7 +1,7 @@
 """Pruned and factorised models end to end: files as small as planned, packed while they run, logits of what was solved.
 
 What is solved is decoded from the journal and computed by transformers as a dense model; the artifact is loaded by
-transformers with `import compress` in another process. Solvers sweep at most once: they have their own tests.
+transformers with `import compress` in another process.
 """
 
 from __future__ import annotations
