@@ -12,7 +12,7 @@ JOBS ?= 2
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 SOAK_ARGS ?=
-REPORT_ARGS ?= --suite standard
+REPORT_ARGS ?= --suite standard --speed
 PROMPT ?= The city of London
 
 BIN := .venv/bin

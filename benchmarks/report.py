@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--model", choices=VARIANTS, default="tiny-qwen3-moe")
     parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512 tokens")
     parser.add_argument("--suite", default="quick")
+    parser.add_argument("--speed", action="store_true", help="time each in its engine, too")
     parser.add_argument("--only", default="", help="regular expression of labels")
     parser.add_argument("--output", type=Path, help="folder of the runs, out/report/MODEL by default")
     parser.add_argument("--html", type=Path, help="write the page here")
@@ -107,6 +108,7 @@ def main() -> None:
     for variant in chosen:
         print(f"== {variant.label}", flush=True)
         settings = (*variant.overrides, f"calibration.samples={options.samples}", f"score.suite={options.suite}")
+        settings += ("score.speed=true",) if options.speed else ()
         sets = [part for setting in settings for part in ("--set", setting)]
         output = str(folder / variant.folder)
         compress("run", variant.recipe, "--model", model, "--output", output, "--quiet", *sets)

@@ -220,7 +220,7 @@ def generate(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(help="Folders of finished runs, their scorecard.json, or folders of runs; LABEL=RUN names one."),
+        typer.Argument(help="Folders of finished runs, scorecards, or folders of either; LABEL=RUN names one."),
     ],
     memory: Annotated[
         str | None, typer.Option("--memory", help="What the model may take, as 4GB: what to choose.")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from compress.reading import shown
 from compress.report.compare import Comparison, Row, accuracies, accuracy_change
 from compress.report.numbers import DASH, NOTHING, Cell, bits, estimate, human_bytes, interval, percent, significant
-from compress.scoring.divergence import Interval, Scores
+from compress.scoring.divergence import Scores
+from compress.scoring.intervals import Interval
 from compress.scoring.results import Speed, Spread, TaskScore, task_title
 
 

@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 
 from compress.reading import shown
 from compress.report.scorecard import Artifact, Scorecard, share_of
-from compress.scoring.divergence import Interval, Scores
+from compress.scoring.divergence import Scores
+from compress.scoring.intervals import Interval
 from compress.scoring.results import Speed, TaskScore, headline
 
 MARKS = "†‡§¶"

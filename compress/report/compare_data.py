@@ -13,7 +13,8 @@ from typing import Any
 
 from compress.report.advice import Advice
 from compress.report.compare import Comparison, Row
-from compress.scoring.divergence import Interval, Scores
+from compress.scoring.divergence import Scores
+from compress.scoring.intervals import Interval
 from compress.scoring.results import Speed, Spread, TaskScore
 
 FORMAT = 1

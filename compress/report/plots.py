@@ -21,7 +21,7 @@ from compress.report.advice import NO_SMALLER
 from compress.report.compare import Comparison, Row, accuracies, accuracy_change
 from compress.report.labels import Box, place
 from compress.report.numbers import human_bytes
-from compress.scoring.divergence import Interval
+from compress.scoring.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from compress.streaming.journal import WORK
 
 @dataclass(frozen=True)
 class _Named:
-    """A folder or scorecard.json, and the label it was given."""
+    """A folder or scorecard, and the label it was given."""
 
     path: Path
     label: str = ""
@@ -23,7 +24,7 @@ class _Named:
 def find_runs(arguments: Sequence[str]) -> tuple[list[Run], list[str]]:
     """The runs, each once, and a line for every folder without a finished one.
 
-    An argument is a run's folder, its scorecard.json, or a folder of runs; `LABEL=` before it names the run's rows. Raises
+    An argument is a run's folder, its scorecard.json, or a folder of runs or scorecards; `LABEL=` before it names the run's rows. Raises
     CompressError for what is not there, for scorecards that cannot be read, and where no run is left.
     """
     runs: dict[Path, Run] = {}
@@ -68,8 +69,19 @@ def _split(argument: str) -> tuple[str, Path]:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Subfolders that hold a run, finished or begun; none unless one is finished."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir())
-    finished = [path for path in inside if (path / scorecards.FILE_NAME).exists()]
-    begun = [path for path in inside if path not in finished and (path / WORK).is_dir()]
+    """Runs in a folder, finished or begun, and scorecards by whatever name; none unless one is finished."""
+    inside = sorted(folder.iterdir())
+    folders = [path for path in inside if path.is_dir()]
+    finished = [path for path in folders if (path / scorecards.FILE_NAME).exists()]
+    finished += [path for path in inside if path.suffix == ".json" and path.is_file() and _is_card(path)]
+    begun = [path for path in folders if path not in finished and (path / WORK).is_dir()]
     return sorted(finished + begun) if finished else []
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a JSON file looks like a scorecard."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and {"model", "recipe", "artifacts", "gate"} <= raw.keys()

@@ -29,6 +29,15 @@ def test_folders_files_and_folders_of_runs(out: Path) -> None:
         assert [(run.card.recipe, run.folder, run.label) for run in runs] == [("a", "a", ""), ("b", "b", "")]
 
 
+def test_folders_of_scorecards(tmp_path: Path) -> None:
+    """As `compress score --output` writes them."""
+    for name in ("x", "y"):
+        write(card(name, 5, 0.1), tmp_path / f"{name}.json")
+    (tmp_path / "other.json").write_text('{"model": 1}')
+    (tmp_path / "broken.json").write_text("{")
+    assert [(run.card.recipe, run.folder) for run in find_runs([str(tmp_path)])[0]] == [("x", "x"), ("y", "y")]
+
+
 def test_unfinished_runs_are_skipped_with_a_line(out: Path) -> None:
     runs, skipped = find_runs([str(out)])
     assert len(runs) == 2 and skipped == [f"{out / 'begun'} holds an unfinished run"]
