@@ -34,6 +34,14 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append(f"Scored by different engines: {', '.join(engines)}.")
     if any(row.speed for row in comparison.rows):
         lines.append("Tokens/s of different runs compare by the multiple of the original's, measured in the same run.")
+        own, others = (
+            sorted({row.speed.engine for row in rows if row.speed})
+            for rows in (comparison.originals, comparison.variants)
+        )
+        if own and others and own != others:
+            lines.append(
+                f"The original was timed in {', '.join(own)}, the variants in {', '.join(others)}: part of the multiple is the engine's."
+            )
     return lines
 
 

@@ -125,7 +125,13 @@ def test_mean_change_of_accuracy() -> None:
 def test_speed_is_shown_as_a_multiple_of_the_same_run() -> None:
     comparison = compare([Run(full_card("x", 5_000_000, 0.1))])
     shown = text(CompareTable(comparison, advise(comparison)), 200)
-    assert "80.0 x2.00 [1.80, 2.20]" in shown and "28.6 MiB" in shown
+    assert "80.0 x2.00 [1.80, 2.20]" in shown and "28.6 MiB" in shown and "was timed in" not in shown
+    plain = full_card("x", 5_000_000, 0.1)
+    slow = plain.base.speed.model_copy(update={"engine": "transformers"})
+    other = compare([Run(plain.model_copy(update={"base": plain.base.model_copy(update={"speed": slow})}))])
+    assert "The original was timed in transformers, the variants in llama.cpp" in text(
+        CompareTable(other, advise(other)), 200
+    )
 
 
 @pytest.mark.parametrize(
