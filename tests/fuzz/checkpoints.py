@@ -13,8 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
+from compress.containers.base import WriteRequest
 from compress.models import known_families, load_spec
 from compress.models.checkpoint import Checkpoint
+from compress.models.gguf.header import read_header
 from compress.models.index import INDEX, SINGLE
 from compress.plan.make import make_plan
 from compress.recipe.schema import Recipe
@@ -54,7 +58,7 @@ def _whole() -> Path:
 def _read(rng: random.Random, model: Path, *, weights: bool) -> None:
     """What a plan reads of a model and, with weights, what a run does."""
     container = rng.choice(("gguf", "safetensors", "compress"))
-    fields = {"name": "x", "model": str(model), "output": str(model / "out"), "steps": rng.choice(STEPS), "score": False,
+    fields = {"name": "x", "model": str(model), "output": str(model.parent / "out"), "steps": rng.choice(STEPS), "score": False,
               "calibration": {"length": 16}, "export": [{"container": container}]}  # fmt: skip
     make_plan(Recipe.model_validate(fields), weights=weights).as_dict()
     if weights:
@@ -141,6 +145,79 @@ def files(rng: random.Random, folder: Path) -> None:
     _read(rng, model, weights=True)
 
 
+@cache
+def _gguf(family: str) -> Path:
+    """A tiny model's file with its tokenizer, made once."""
+    from compress.containers.gguf import write
+    from tests.integration.containers import fetcher, plan, spec_of, weights_of
+
+    sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+    model = tiny_model(family, Path(tempfile.mkdtemp(prefix="fuzz-")) / "model", **sizes)
+    lines = plan(spec_of(model))
+    return write(WriteRequest(model / "m.gguf", spec_of(model), lines, fetcher(weights_of(model), lines), model))[0]
+
+
+def gguf(rng: random.Random, folder: Path) -> None:
+    """A GGUF file's metadata changed, its bytes, or its length."""
+    base, path = _gguf(rng.choice(("llama", "qwen3_moe"))), folder / "m.gguf"
+    data = base.read_bytes()
+    do = rng.random()
+    if do < 0.6:
+        head, values = _fields(base)
+        values = mutated(rng, {k: v for k, v in values.items() if do > 0.3 or not isinstance(v, list)}, tuple(values))
+        start = min(tensor.span[0] for tensor in read_header(base).tensors.values())
+        data = _with_fields(data, head, values, start)
+    elif do < 0.9:
+        at = rng.choice((24, 2000, 150_000))
+        data = scrambled(rng, data[:at], (b"\0", b"\xff", b"\xff" * 8, b"GGUF", struct.pack("<Q", 2**40))) + data[at:]
+    else:
+        data = data[: rng.randrange(len(data))]
+    path.write_bytes(data)
+    _read(rng, path, weights=True)
+
+
+@cache
+def _fields(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The list of a file's tensors, and its metadata without the long lists."""
+    header = read_header(path)
+    infos = b"".join(
+        struct.pack("<Q", len(name)) + name.encode() + struct.pack(f"<I{len(t.shape)}Q", len(t.shape), *t.shape[::-1])
+        + struct.pack("<IQ", GGMLQuantizationType[t.type], t.span[0] - min(o.span[0] for o in header.tensors.values()))
+        for name, t in header.tensors.items()
+    )  # fmt: skip
+    return struct.pack("<Q", len(header.tensors)) + infos, dict(header.fields)
+
+
+def _with_fields(data: bytes, head: bytes, values: Any, start: int) -> bytes:
+    """The file with other metadata, as far as GGUF can say them."""
+    pairs = [(k, v) for k, v in values.items() if isinstance(k, str)] if isinstance(values, dict) else []
+    packed = [key for pair in pairs if (key := _pair(*pair)) is not None]
+    out = b"GGUF" + struct.pack("<I", 3) + head[:8] + struct.pack("<Q", len(packed)) + b"".join(packed) + head[8:]
+    return out + bytes(-len(out) % 32) + data[start:]
+
+
+def _pair(key: str, value: Any) -> bytes | None:
+    kinds = {bool: (7, "?"), int: (11, "q"), float: (12, "d")}
+    name = struct.pack("<Q", len(key.encode(errors="replace"))) + key.encode(errors="replace")
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode(errors="replace"))) + value.encode(errors="replace")
+
+    try:
+        if isinstance(value, str):
+            return name + struct.pack("<I", 8) + text(value)
+        if type(value) in kinds:
+            return name + struct.pack(f"<I{kinds[type(value)][1]}", kinds[type(value)][0], value)
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return name + struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        if isinstance(value, list) and len({type(one) for one in value}) == 1 and type(value[0]) in kinds:
+            kind, form = kinds[type(value[0])]
+            return name + struct.pack(f"<IIQ{len(value)}{form}", 9, kind, len(value), *value)
+    except struct.error:  # a number of more than 64 bits
+        pass
+    return None
+
+
 def _copy(rng: random.Random, folder: Path, *, sharded: bool) -> Path:
     source = _weights(rng.choice(WEIGHTED), sharded)
     return shutil.copytree(source, folder / "model")
@@ -166,9 +243,10 @@ def prepare() -> None:
 
     for family in FAMILIES:
         _config(family)
+    _gguf("llama"), _gguf("qwen3_moe")
     for family in WEIGHTED:
         _weights(family, True), _weights(family, False)
     _whole()
 
 
-KINDS: dict[str, Case] = {f.__name__: f for f in (config, keys, text, index, header, files)}
+KINDS: dict[str, Case] = {f.__name__: f for f in (config, keys, text, index, header, files, gguf)}

@@ -20,9 +20,8 @@ class LlamaConfig(EvenHeads):
 
 def is_mistral(m: Metadata) -> bool:
     """llama.cpp calls Llama what has a sliding window, or heads that transformers' Llama refuses."""
-    return (
-        bool(m.get("attention.sliding_window")) or m.number("embedding_length") % m.number("attention.head_count") != 0
-    )
+    heads = max(m.number("attention.head_count"), 1)
+    return bool(m.get("attention.sliding_window")) or m.number("embedding_length") % heads != 0
 
 
 def block(c: LlamaConfig, layer: int) -> Block:

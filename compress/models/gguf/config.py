@@ -27,7 +27,7 @@ def config_of(header: Header) -> tuple[dict[str, Any], ModelSpec, list[str]]:
     path = header.files[0]
     arch = header.fields.get("general.architecture")
     families = list({id(f): f for f in known_families().values()}.values())
-    if arch not in {family.gguf.arch for family in families}:
+    if not any(family.gguf.arch == arch for family in families):
         known = ", ".join(sorted({family.gguf.arch for family in families}))
         raise UnsupportedModel(
             f"{path} is a GGUF of the architecture {in_words(arch)}; those that are read as a model: {known}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from compress.errors import CheckpointError
+from compress.limits import LAYERS
 from compress.models.spec import ModelSpec
 from compress.reading import in_words
 
@@ -75,22 +78,43 @@ class Metadata:
             )
         return value
 
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A key that must be a number above 0. Raises CheckpointError."""
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            raise CheckpointError(
+                f"{self.path}: {self.arch}.{key} is {in_words(value)}, not a number above 0; fetch it again"
+            )
+        return value
+
     def has(self, name: str) -> bool:
         """Whether a block has a tensor of this name, or the model."""
-        return name in self.names or any(f"blk.{layer}.{name}" in self.names for layer in self.layers)
+        return name in self.names or name in self._inside
+
+    @cached_property
+    def _inside(self) -> frozenset[str]:
+        return frozenset(re.sub(r"^blk\.\d+\.", "", name) for name in self.names)
 
     @property
     def layers(self) -> range:
-        """Blocks of the model, without those that draft further tokens."""
-        return range(self.number("block_count") - self.number("nextn_predict_layers", 0))
+        """Blocks of the model, without those that draft further tokens. Raises CheckpointError for more than there can be."""
+        count = self.number("block_count") - self.number("nextn_predict_layers", 0)
+        if not 0 < count <= LAYERS:
+            raise CheckpointError(f"{self.path}: {count} blocks in its metadata; fetch it again")
+        return range(count)
 
 
 def _shortest(value: float) -> float:
     """The decimal number of fewest digits that is this float32: what was written down before it was rounded."""
-    for digits in range(6, 10):
-        short = float(f"{value:.{digits}g}")
-        if struct.pack("<f", short) == struct.pack("<f", value):
-            return short
+    try:
+        for digits in range(6, 10):
+            short = float(f"{value:.{digits}g}")
+            if struct.pack("<f", short) == struct.pack("<f", value):
+                return short
+    except OverflowError:  # a float64 that is none
+        pass
     return value
 
 

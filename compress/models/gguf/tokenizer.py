@@ -37,12 +37,12 @@ def tokenizer_files(fields: Mapping[str, Any], path: str, rows: int, length: int
     kind = fields.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
         return {}
-    if kind not in ("gpt2", "llama"):
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
         raise UnsupportedModel(
             f"{path}: its tokenizer is {in_words(kind)}; those of models read from GGUF are 'gpt2' (byte-level BPE) and 'llama' "
             "(SentencePiece BPE)"
         )
-    vocabulary = _Vocabulary(fields, path, str(kind), rows)
+    vocabulary = _Vocabulary(fields, path, kind, rows)
     files = {TOKENIZER_JSON: vocabulary.tokenizer(), SETTINGS: vocabulary.settings(length)}
     ends = [vocabulary.ids.get("eos"), *(fields.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)]
     ends = list(dict.fromkeys(index for index in ends if vocabulary.is_id(index)))
@@ -58,7 +58,8 @@ def tokenizer_files(fields: Mapping[str, Any], path: str, rows: int, length: int
 
 def _templates(fields: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
     key = "tokenizer.chat_template"
-    for name in (None, *(fields.get(f"{key}s") or ())):
+    listed = fields.get(f"{key}s")
+    for name in (None, *(listed if isinstance(listed, list) else ())):
         text = fields.get(key if name is None else f"{key}.{name}")
         if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w-]{1,64}", name)):
             raise CheckpointError(f"{path}: {in_words(name)} is no name of a chat template; fetch it again")

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import UnsupportedModel
 from compress.models.layers.base import GgufValue, Input, Weight, linear
 from compress.models.layers.hosted import Hosted
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import Gathered, Piece
+from compress.reading import in_words
 
 if TYPE_CHECKING:
     from compress.models.gguf.keys import Metadata
@@ -140,10 +142,13 @@ class LatentAttention(Hosted):
 
 def latent_scaling_of(metadata: Metadata) -> dict[str, Any]:
     """Keys of config.json for what a file says of scaled positions: `LatentAttention._scaling_keys` backwards."""
-    kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
+    kind, factor = metadata.get("rope.scaling.type"), metadata.positive("rope.scaling.factor", 1.0)
     multiplier, attention = (metadata.get(f"rope.scaling.{key}") for key in ("yarn_log_multiplier", "attn_factor"))
-    if kind != "yarn" or not factor or factor == 1:
+    if kind != "yarn" or factor == 1:
         return {}
+    for number in (multiplier, attention):
+        if number is not None and not (isinstance(number, int | float) and abs(number) < 1e6):
+            raise UnsupportedModel(f"{metadata.path}: rope scaling by {in_words(number)} is not read from GGUF")
     log = math.log(factor)
     turned = (attention or 1.0) * (1.0 if multiplier is not None else 0.1 * log + 1.0)
     everywhere = ((1 + (multiplier or 0.0) * log) * turned - 1) / (0.1 * log)

@@ -115,16 +115,14 @@ def scaling_of(metadata: Metadata, factors: Sequence[float] | None = None) -> di
         return {"rope_scaling": _llama3(metadata, factors)}
     if kind == "none":
         return {}
-    if kind not in ("linear", "yarn") or not isinstance(factor, int | float) or factor <= 0:
-        raise UnsupportedModel(
-            f"{metadata.path}: rope scaling {in_words(kind)} by {in_words(factor)} is not read from GGUF"
-        )
-    scaling = {"rope_type": kind, "factor": float(factor)}
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModel(f"{metadata.path}: rope scaling {in_words(kind)} is not read from GGUF")
+    factor = metadata.positive("rope.scaling.factor")
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(factor)}
     if kind == "yarn":
         if original := metadata.get("rope.scaling.original_context_length"):
             scaling["original_max_position_embeddings"] = original
-        attention = metadata.get("rope.scaling.attn_factor")
-        if attention not in (None, 1, 1.0):
+        if (attention := metadata.positive("rope.scaling.attn_factor", 1.0)) != 1:
             scaling["attention_factor"] = float(f"{attention * (1.0 + 0.1 * math.log(factor)):.7g}")
     return {"rope_scaling": scaling}
 
@@ -132,7 +130,7 @@ def scaling_of(metadata: Metadata, factors: Sequence[float] | None = None) -> di
 def _llama3(metadata: Metadata, factors: Sequence[float]) -> dict[str, Any]:
     """Llama 3's parameters of given divisors: common ones where they fit, else those of the straight line between the
     frequencies that stay and those that are divided, whose unit is free."""
-    theta, factor, dim = metadata.get("rope.freq_base") or 10000.0, max(factors), 2 * len(factors)
+    theta, factor, dim = metadata.positive("rope.freq_base", 10000.0), max(factors), 2 * len(factors)
     waves = [2 * math.pi * theta ** (2 * i / dim) for i in range(len(factors))]
     smooth = [(1 / f - 1 / factor) / (1 - 1 / factor) for f in factors]
     middle = [(1 / w, s) for w, s in zip(waves, smooth, strict=True) if 1e-6 < s < 1 - 1e-6]
