@@ -15,6 +15,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class AskedTask:
             )
             for label, part in self.parts.items()
         ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
+        told = json.dumps([version("lm_eval"), facts], sort_keys=True, default=repr)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def places(self, label: str) -> Sequence[int]:
         """Of a part's documents that are asked."""
