@@ -18,7 +18,10 @@ An evaluation suite is a YAML file in `eval/suites/`, or one of the user's own:
       wikipedia: {windows: 100}          # evenly spread over the text; without `windows` all there are
       wikitext2: {windows: 40, protocol: llama-perplexity}       # a name in text/protocol.py
       late: {text: wikitext2, length: 1024, stride: 256}         # another text than the name says; fields of a `Protocol`
-    tasks: {blimp: 268}
+    tasks:
+      blimp: 268                         # documents; more of a task's choices in `TaskChoice`
+      gsm8k: {documents: 100, fewshot: 5, chat: true}
+    chat_template: false                 # true: tasks that do not say `chat` are asked in it
 
 `text`, `windows` and `length` beside `name` are the short form for a single text. Lengths are in tokens of the given
 tokenizer. Importing this module loads neither torch nor transformers.

@@ -165,7 +165,7 @@ def _parts(name: str, definition: Definition) -> dict[str, Any]:
         if definition.bundled or (Path(definition.spec).is_file() and not isinstance(error, ConnectionError)):
             raise CalibrationError(f"{name}: not a task that lm-eval can load ({reason}); correct its file") from error
         raise _Unavailable(
-            "the hub cannot be reached, and the data of another time is not in the cache; connect, or leave it out"
+            "the hub cannot be reached, and its data is not in the cache; connect, or leave it out"
             if _offline()
             else f"its data cannot be had from the hub: {reason}"
         ) from None
