@@ -21,7 +21,7 @@ from compress.plan import make_plan
 from compress.solve.tensor import solve_tensor
 from compress.statistics import Moments, blend
 from tests.integration.runs import SMALL, carry_out, cheap, small
-from tests.tiny import OTHER_MIXERS, tiny_model
+from tests.tiny import FAMILIES, OTHER_MIXERS, tiny_model
 
 WIDE: dict[str, dict[str, Any]] = {
     "qwen3_next": {"linear_value_head_dim": 32, "linear_key_head_dim": 32, "shared_expert_intermediate_size": 256},
@@ -48,6 +48,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family = request.param
     experts = {} if family == "qwen3_5_text" else {"moe_intermediate_size": 256}
     of_either_kind = {"num_hidden_layers": 2} | ({"full_attention_interval": 2} if "qwen" in family else {})
+    if "num_experts" in FAMILIES[family][1]:
+        experts["num_experts"] = 4
     folder = tmp_path_factory.mktemp(family) / family
     return tiny_model(family, folder, hidden_size=256, **experts, **of_either_kind, **WIDE[family])
 
