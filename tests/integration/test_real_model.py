@@ -71,7 +71,7 @@ def test_the_decoded_model_is_the_one_that_llama_cpp_runs(checkpoint: Checkpoint
     ours = StreamedSource(spec, checkpoint.load, "decoded")
     with LlamaCpp(gguf.write(request)[0]) as exact, LlamaCpp(checkpoint.place) as file, torch.inference_mode():
         (plain, _), (rounded, _) = score_many(ours, [exact, file], windows)
-        one, other = next(iter(ours.logits([windows[0]]))), next(iter(exact.logits([windows[0]])))
+        one, other = next(iter(ours.logits([windows.tokens[0]]))), next(iter(exact.logits([windows.tokens[0]])))
     assert plain.kld is not None and rounded.kld is not None
     assert np.abs(one - other).max() < 1e-3 * np.std(other)
     assert plain.kld.mean < 1e-6 and rounded.kld.mean < 0.02
