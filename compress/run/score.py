@@ -79,7 +79,7 @@ def score_targets(
     for found, note in zip(opened, notes, strict=True):
         before = len(reporter.stages)
         card = _score_one(found, suite, settings, placement, reporter, f"score {Path(found.name).name}")
-        told = (*(() if note is None else (note,)), *card.notes)
+        told = (*(() if note is None else (note,)), *(found.original.notes if found.original else ()), *card.notes)
         cards.append(card.model_copy(update={"notes": told, "stages": tuple(reporter.stages[before:])}))
     return _timed(cards, opened, suite, reporter) if settings.speed else cards
 
