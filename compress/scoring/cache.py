@@ -23,11 +23,10 @@ import numpy as np
 from compress.errors import OutputError
 from compress.files import cache_folder, write_synced
 from compress.reading import Unreadable, parse_json
-from compress.scoring.divergence import TokenStats, WindowReference, counted_rows
+from compress.scoring.divergence import Computed, TokenStats, WindowReference, counted_rows
 from compress.scoring.kept import Kept, compare, keep, kept_tokens
 from compress.scoring.original import Answers
 from compress.scoring.results import Fallback
-from compress.scoring.source import LogitSource
 from compress.scoring.tasks.outcomes import Outcomes
 from compress.text import EvalWindows
 
@@ -42,19 +41,10 @@ ROOM, ANSWERS = "logits", "answers"
 
 
 @dataclass(frozen=True)
-class Remembered:
+class Remembered(Computed):
     """An Original that computes what is not on disk yet, and keeps it there. fingerprint: of the model that `source` runs."""
 
-    source: LogitSource
     fingerprint: str
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def vocab_size(self) -> int:
-        return self.source.vocab_size
 
     def kept(self, windows: EvalWindows) -> int | None:
         """Tokens that are kept of every position, None where all are."""
