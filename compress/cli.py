@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Folder, GGUF file or hub id, instead of the recipe's model.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Folder, GGUF file or hub id, instead of the recipe's model.")
+]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Output folder, instead of the recipe's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, as calibration.samples=64; repeatable.")]
 PluginOption = Annotated[
