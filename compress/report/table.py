@@ -5,7 +5,7 @@ Square brackets after an estimate hold its 95% interval. A dash means "not measu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -26,7 +26,8 @@ from compress.report.numbers import (
     significant,
 )
 from compress.report.scorecard import Artifact, Base, Scorecard, share_of
-from compress.scoring.results import TaskScore, headline, task_title
+from compress.scoring.divergence import Scores
+from compress.scoring.results import Speed, TaskScore, headline, task_title
 
 SHOWN_LAYERS = 8
 SHOWN_FALLBACKS = 8
@@ -80,6 +81,8 @@ def _main_table(scorecard: Scorecard) -> Table:
     shares = [_share(artifact, scorecard.base) for artifact in scorecard.artifacts]
     row("share of original", ["100%", *shares] if known else shares, True)
     row("perplexity", scored(lambda scores: interval(scores.perplexity)))
+    row("  per word", scored(lambda scores: interval(scores.word_perplexity)))
+    row("  per byte", scored(lambda scores: interval(scores.byte_perplexity)))
     row("  ratio to original", scored(lambda scores: interval(scores.perplexity_ratio)))
     row("KL divergence, mean", divergence(lambda kld: estimate(kld.mean, kld.low, kld.high)))
     row("  median", divergence(lambda kld: significant(kld.median)))
@@ -88,13 +91,60 @@ def _main_table(scorecard: Scorecard) -> Table:
         divergence(lambda kld: " · ".join(map(significant, (kld.p99, kld.p999, kld.max)))),
     )
     row("same top-1 token", scored(lambda scores: interval(scores.top1_agreement, 100, "%")))
+    for label, cells in _text_rows(columns):
+        row(label, cells)
     row("scored by", scored(lambda scores: scores.engine), True)
     names = dict.fromkeys(name for column in columns for name in column.tasks if headline(name))
     for name in names:
         row(_label(name, columns), [_task(column.tasks.get(name)) for column in columns])
-        changes = [_change(column.tasks.get(name)) for column in columns]
-        row("  change", changes)
+        row("  change", [_change(column.tasks.get(name)) for column in columns])
+        row("  lost · gained", [_flips(column.tasks.get(name)) for column in columns])
+    table.add_section()
+    for label, cells in _speed_rows(columns):
+        row(label, cells)
     return table
+
+
+def _text_rows(columns: Sequence[Base | Artifact]) -> Iterator[tuple[str, list[str | Cell]]]:
+    """Every text behind the first, whose figures stand above."""
+    first = {column.scores.text for column in columns if column.scores is not None}
+    for name in dict.fromkeys(name for column in columns for name in column.texts if name not in first):
+        found = [column.texts.get(name) for column in columns]
+        yield f"{name}, perplexity", [DASH if one is None else interval(one.perplexity) for one in found]
+        yield (
+            "  KL divergence",
+            [
+                DASH if one is None or one.kld is None else estimate(one.kld.mean, one.kld.low, one.kld.high)
+                for one in found
+            ],
+        )
+
+
+def _speed_rows(columns: Sequence[Base | Artifact]) -> Iterator[tuple[str, list[str | Cell]]]:
+    """Throughput, each figure with its multiple of the original's in the same run."""
+    for label, measure, unit in (
+        ("prompt tokens/s", "prompt", ""), ("generated tokens/s", "generation", ""),
+        ("time to first token", "first_token", " s"), ("time to load", "load", " s"),
+    ):  # fmt: skip
+        yield label, [_rate(column.speed, measure, unit) for column in columns]
+    yield "peak memory", [DASH if c.speed is None else human_bytes(c.speed.peak_bytes) for c in columns]
+    yield "timed in", [DASH if c.speed is None else c.speed.engine for c in columns]
+
+
+def _rate(speed: Speed | None, measure: str, unit: str) -> str:
+    if speed is None:
+        return DASH
+    ratio = speed.ratio.get(measure)
+    return f"{significant(getattr(speed, measure).median)}{unit}" + (
+        "" if ratio is None else f" (x{significant(ratio.median, 2)})"
+    )
+
+
+def _flips(score: TaskScore | None) -> str:
+    """Shares of documents that changed sides."""
+    if score is None or score.flips is None:
+        return DASH
+    return f"{100 * score.flips.lost.value:.1f}% · {100 * score.flips.gained.value:.1f}%"
 
 
 def _share(artifact: Artifact, base: Base) -> str:
@@ -112,6 +162,13 @@ def _change(score: TaskScore | None) -> Cell:
     return NOTHING if score is None else interval(score.change, 100, " points")
 
 
+def _kept(scores: Scores) -> str:
+    """How exactly it was measured, where not over all tokens one by one."""
+    if scores.kept_tokens is None:
+        return ""
+    return f",\nfrom the original's {scores.kept_tokens:,} likeliest tokens at every place and a sample of the rest"
+
+
 def _evaluation_facts(scorecard: Scorecard) -> str:
     scores = next((artifact.scores for artifact in scorecard.artifacts if artifact.scores), scorecard.base.scores)
     if scores is None:
@@ -119,7 +176,7 @@ def _evaluation_facts(scorecard: Scorecard) -> str:
     return (
         f"Token perplexity, {scores.windows} windows of {scores.window_length} tokens, stride "
         f"{scores.stride},\ntokenizer {scores.tokenizer}, text {scores.text_digest}. "
-        "KL divergence in nats per token.\n"
+        f"KL divergence in nats per token{_kept(scores)}.\n"
         "[low, high]: 95% intervals; the independent units are documents of the texts and of the tasks."
     )
 

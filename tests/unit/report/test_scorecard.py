@@ -20,7 +20,7 @@ from compress.report.scorecard import (
 )
 from compress.report.table import scorecard_table
 from compress.scoring.divergence import Interval
-from tests.cards import card, scores, text
+from tests.cards import card, full_card, scores, text
 
 
 def test_minimum_shape(tmp_path):
@@ -118,6 +118,22 @@ def test_terminal_table_says_everything_within_100_columns():
         assert part in shown, part
     assert "binding" not in shown
     assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_terminal_table_has_further_texts_flips_speed_and_how_exact_it_is():
+    """At 80 columns nothing is cut."""
+    plain = full_card("two-bit", 4_000_000, 0.0143)
+    first = replace(scores(37.4, 0.0143), text="wikipedia", kept_tokens=2048, byte_perplexity=Interval(2.5, 2.4, 2.6))
+    texts = {"wikipedia": first, "wikitext2": replace(scores(99.5, 0.05), text="wikitext2")}
+    artifact = plain.artifacts[0].model_copy(update={"scores": first, "texts": texts})
+    shown = text(scorecard_table(plain.model_copy(update={"artifacts": (artifact,)})), width=80)
+    lines = {line[:24].strip(): line.split() for line in shown.splitlines() if line.strip()}
+    assert lines["per byte"][2:] == ["–", "2.50", "[2.40,", "2.60]"]
+    assert "99.5" in lines["wikitext2, perplexity"]
+    assert sum("KL divergence" in line for line in shown.splitlines()) == 3  # the first text's, the second's, the unit
+    assert lines["generated tokens/s"][2:] == ["40.0", "(x1.0)", "80.0", "(x2.0)"]
+    assert lines["peak memory"][2:] == ["28.6", "MiB", "28.6", "MiB"]
+    assert "3.0% · 1.0%" in shown and "2,048 likeliest tokens" in shown and "…" not in shown
 
 
 def test_deep_models_and_many_fallbacks_stay_short():
