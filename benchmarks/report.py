@@ -94,7 +94,7 @@ def compress(*arguments: str) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=VARIANTS, default="tiny-qwen3-moe")
-    parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512 tokens")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--speed", action="store_true", help="time each in its engine, too")
     parser.add_argument("--only", default="", help="regular expression of labels")
