@@ -25,6 +25,8 @@ from compress.text import Suite, Tokenizer, eval_windows
 
 Progress = Callable[[int, int], None]
 PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 256, 32, 5
+ORIGINAL = "original"
+"""Its name among those that take turns."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Timed:
-    """Throughput of several models and of their original by one measurement; fallbacks: what was not timed."""
+    """Throughput of several models and of their original by one measurement; lost: a line for each that was not timed."""
 
     speeds: Mapping[str, Speed]
     original: Speed | None
-    fallbacks: tuple[Fallback, ...]
+    lost: Mapping[str, Fallback]
+
+    def lines(self, *names: str) -> list[Fallback]:
+        """What of these, and of the original, was not timed."""
+        return [line for name, line in self.lost.items() if name in (ORIGINAL, *names)]
 
 
 def speed_prompt(suite: Suite, tokenizer: Tokenizer, max_positions: int) -> list[int]:
@@ -69,7 +75,7 @@ def time_models(
     progress: Progress = lambda done, total: None,
 ) -> Timed:
     """Throughput of every job, and of the original, which takes its turn with them. prompt: token ids that all read."""
-    wanted = {**({"original": original} if original is not None else {}), **jobs}
+    wanted = {**({ORIGINAL: original} if original is not None else {}), **jobs}
     lost = {name: job.why_not for name, job in wanted.items() if job.why_not is not None}
     possible = {name: job for name, job in wanted.items() if name not in lost}
     timings, failed = time_in_turns(
@@ -77,18 +83,20 @@ def time_models(
     )
     lost |= failed
     facts = {"threads": default_threads(), "prompt": len(prompt), "generated": GENERATED_TOKENS}
-    before = timings.get("original", [])
+    before = timings.get(ORIGINAL, [])
     speeds = {
-        name: summarise(found, before if name != "original" else (), engine=possible[name].engine, **facts)
+        name: summarise(found, before if name != ORIGINAL else (), engine=possible[name].engine, **facts)
         for name, found in timings.items()
     }
     return Timed(
         {name: speed for name, speed in speeds.items() if name in jobs},
-        speeds.get("original") if original is not None else None,
-        tuple(
-            Fallback(subject=Path(name).name, wanted=f"timed in {wanted[name].engine}", used="not timed", reason=reason)
+        speeds.get(ORIGINAL) if original is not None else None,
+        {
+            name: Fallback(
+                subject=Path(name).name, wanted=f"timed in {wanted[name].engine}", used="not timed", reason=reason
+            )
             for name, reason in lost.items()
-        ),
+        },
     )
 
 

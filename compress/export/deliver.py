@@ -188,7 +188,7 @@ def _time(
         for artifact, name in zip(result.artifacts, jobs, strict=True)
     ]
     result.base_speed = timed.original
-    result.fallbacks += timed.fallbacks
+    result.fallbacks += timed.lines(*jobs)
 
 
 def described(plan: Plan, written: _Written) -> Artifact:

@@ -65,7 +65,8 @@ def score_targets(
     each, in order. Of a run's folder all artifacts are scored.
 
     Every target must open before any is scored. The gate of each passes when the scores are finite and, if strict, nothing
-    speaks against the original or for its being another model's.
+    speaks against the original or for its being another model's. Of several targets one that cannot be scored has a
+    scorecard without scores, whose gate says why; a single one raises.
 
     Raises CheckpointError (no such target, not one of these kinds, damaged, another vocabulary, or other bytes than the
     scorecard beside it has the checksums of), UnsupportedModel, CalibrationError (no such suite) and NumericalError
@@ -78,19 +79,22 @@ def score_targets(
     cards = []
     for found, note in zip(opened, notes, strict=True):
         before = len(reporter.stages)
-        card = _score_one(found, suite, settings, placement, reporter, f"score {Path(found.name).name}")
+        try:
+            card = _score_one(found, suite, settings, placement, reporter)
+        except CompressError as error:
+            if len(opened) == 1:
+                raise
+            card = _failed(found, suite, error)
         told = (*(() if note is None else (note,)), *(found.original.notes if found.original else ()), *card.notes)
         cards.append(card.model_copy(update={"notes": told, "stages": tuple(reporter.stages[before:])}))
     return _timed(cards, opened, suite, reporter) if settings.speed else cards
 
 
-def _score_one(
-    found: Target, suite: Suite, settings: Settings, placement: Placement, reporter: Reporter, stage: str
-) -> Scorecard:
+def _score_one(found: Target, suite: Suite, settings: Settings, placement: Placement, reporter: Reporter) -> Scorecard:
     tokenizer = load_tokenizer(found.model.folder, found.model.spec.vocab_size)
     lines = tokenizer_lines(tokenizer)
     fallbacks: list[Fallback] = []
-    with source_of(found, fallbacks, placement) as source, reporter.stage(stage) as progress:
+    with source_of(found, fallbacks, placement) as source, reporter.stage(f"score {Path(found.name).name}") as progress:
         measured = measure(
             source,
             _original(found, settings, placement),
@@ -137,7 +141,7 @@ def _timed(cards: Sequence[Scorecard], opened: Sequence[Target], suite: Suite, r
         update = {
             "artifacts": (artifact.model_copy(update={"speed": timed.speeds.get(found.name)}),),
             "base": card.base.model_copy(update={"speed": timed.original}),
-            "fallbacks": (*card.fallbacks, *timed.fallbacks),
+            "fallbacks": (*card.fallbacks, *timed.lines(found.name)),
             "stages": (*card.stages, reporter.stages[-1]),
         }
         told.append(card.model_copy(update=update))
@@ -169,37 +173,47 @@ def _cosine(found: Target, original: OpenedModel) -> float | None:
     return float(one @ other / (one.norm() * other.norm()).clamp_min(1e-30)) if one.shape == other.shape else None
 
 
-def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...]) -> Scorecard:
+def _failed(found: Target, suite: Suite, error: CompressError) -> Scorecard:
+    """Of a target that cannot be scored."""
+    gate = Gate(passed=False, checks=(Check(name="scores", passed=False, detail=str(error)),))
+    return _described(found).model_copy(update={"gate": gate, "suite": suite.name})
+
+
+def _described(found: Target) -> Scorecard:
+    """What a target is, before anything is measured."""
     original = found.original
-    perplexity = measured.scores.perplexity.value
-    finite = Check(name="perplexity", passed=isfinite(perplexity), detail=f"{perplexity:.4g}")
     base = Base(bytes=None)
     if original is not None:
-        base = Base(
-            bytes=original.bytes,
-            bits_per_weight=8 * original.bytes / original.parameters,
-            parameters=original.parameters,
-            scores=measured.base_scores,
-            tasks=measured.base_tasks,
-            texts=measured.base_texts,
-        )
+        parameters = original.parameters
+        base = Base(bytes=original.bytes, bits_per_weight=8 * original.bytes / parameters, parameters=parameters)
     artifact = Artifact(
         container=found.container.name,
         path=found.name,
         bytes=found.bytes,
         bits_per_weight=round(8 * found.weight_bytes / found.model.parameters, 4),
         ratio=None if original is None else found.bytes / original.bytes,
-        scores=measured.scores,
-        tasks=measured.tasks,
-        texts=measured.texts,
     )
     return Scorecard(
         model=found.model.name,
         recipe=Path(found.name).name,
         artifacts=(artifact,),
         base=base,
-        fallbacks=fallbacks,
-        gate=Gate(passed=finite.passed, checks=(finite,)),
+        gate=Gate(passed=True),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={"compress": __version__},
     )
+
+
+def _scorecard(found: Target, measured: Measured, fallbacks: tuple[Fallback, ...]) -> Scorecard:
+    card, perplexity = _described(found), measured.scores.perplexity.value
+    finite = Check(name="perplexity", passed=isfinite(perplexity), detail=f"{perplexity:.4g}")
+    (artifact,) = card.artifacts
+    before = {"scores": measured.base_scores, "tasks": measured.base_tasks, "texts": measured.base_texts}
+    after = {"scores": measured.scores, "tasks": measured.tasks, "texts": measured.texts}
+    update = {
+        "artifacts": (artifact.model_copy(update=after),),
+        "base": card.base.model_copy(update=before),
+        "fallbacks": fallbacks,
+        "gate": Gate(passed=finite.passed, checks=(finite,)),
+    }
+    return card.model_copy(update=update)

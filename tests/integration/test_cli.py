@@ -301,6 +301,20 @@ def test_score_of_runs_is_one_table_and_a_scorecard_each(compress: Compress, pla
     assert code == 0 and len(json.loads(compared)["rows"]) == 3  # with the original
 
 
+def test_one_of_several_that_cannot_be_scored_does_not_stop_the_others(
+    compress: Compress, place: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp")
+    (broken := tmp_path / "broken.gguf").write_bytes((place / "gguf" / "model-Q4_K_M.gguf").read_bytes()[:-64])
+    code, out, _ = compress(
+        "score", broken, place / "gptq", "--against", place / "model", "--suite", place / "suite.yaml", "--json"
+    )
+    assert code == GateFailed.exit_code
+    lost, found = json.loads(out)
+    assert lost["gate"]["passed"] is False and "llama.cpp" in lost["gate"]["checks"][0]["detail"]
+    assert found["gate"]["passed"] is True and found["artifacts"][0]["scores"]["kld"]["mean"] > 0
+
+
 def read_scores(card: dict) -> object:
     return Scorecard.model_validate(card).artifacts[0].scores
 

@@ -50,7 +50,8 @@ def test_ratios_are_to_the_original_of_the_same_turns(monkeypatch):
     timed = time_models(jobs, Job("transformers", (Path("original"),)), [1, 2], repetitions=2)
     assert list(timed.speeds) == ["variant"] and timed.speeds["variant"].ratio["prompt"].median == 3
     assert timed.original.ratio == {} and timed.original.engine == "transformers"
-    (line,) = timed.fallbacks
+    (line,) = timed.lines("lost")
+    assert timed.lines("variant") == []
     assert (line.subject, line.used, line.reason) == ("lost", "not timed", "not installed")
 
 
