@@ -1,7 +1,7 @@
 """Every bundled recipe carried out: what it delivers, whether engines agree, and that its bytes stay what they were.
 
 For the hashes see `artifacts.py`. A case is carried out once for all three, most of them on the demo model cut to its
-first block.
+first block and four experts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from compress.models.checkpoint import Checkpoint
 from tests.golden import artifacts as golden
 from tests.golden.artifacts import (
     CASES,
+    EXPERTS,
     FILE,
     OUTPUTS,
     VALUES,
@@ -62,7 +63,7 @@ def test_recipe_is_delivered_and_its_artifacts_are_what_they_were(
     monkeypatch.chdir(tmp_path)
     check_delivery(outcome.plan, outcome.card)
     if not case.family:
-        check_bits(outcome.plan.recipe, outcome.card)
+        check_bits(outcome.plan, outcome.card)
         if [export.container for export in outcome.plan.recipe.export] == ["gguf"]:
             (gguf,) = outcome.files.values()
             prove_gguf(gguf, outcome.plan.spec, tmp_path)
@@ -122,7 +123,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 
 def test_outputs_feel_every_matrix(tmp_path: Path) -> None:
     """Every kind of matrix of the model that most recipes run on; noise as 4 bits leave it passes."""
-    checkpoint = Checkpoint.open(demo_blocks(tmp_path / "demo", 1))
+    checkpoint = Checkpoint.open(demo_blocks(tmp_path / "demo", 1, EXPERTS))
     spec, generator = load_spec(checkpoint.config), torch.Generator().manual_seed(0)
     weights = {tensor.name: checkpoint.load(tensor.name).float() for tensor in spec.tensors()}
     windows = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 64))

@@ -46,13 +46,16 @@ def check_delivery(plan: Plan, card: Scorecard) -> None:
             assert size == pytest.approx(plan.file_bytes[artifact.container], rel=0.01)
 
 
-def check_bits(recipe: Recipe, card: Scorecard) -> None:
-    """Bits a weight on the cut demo model, of which float embeddings are a fifth, or two."""
+def check_bits(plan: Plan, card: Scorecard) -> None:
+    """Bits a weight of the original, the demo model cut to a block of four experts: half of it are embeddings, which stay
+    float unless a rule says otherwise, and of which a rotation makes two."""
+    recipe, embeddings = plan.recipe, next(t for t in plan.tensors if t.spec.role == "embeddings")
     kinds = {step.kind for step in recipe.steps}
-    limit = {"int8": 12, "rota": 16}.get(recipe.name[:4], 8)
+    limit = {"int8": 13, "rota": 20}.get(recipe.name[:4], 8 if embeddings.codec == "q8_0" else 11)
     if kinds & SHRINKING and "quantize" not in kinds:
         limit = 15
-    assert all(artifact.bits_per_weight < limit for artifact in card.artifacts)
+    found = [artifact.bits_per_weight for artifact in card.artifacts]
+    assert max(found) < limit, found
 
 
 def artifact_name(recipe: Recipe, model: Path, container: str) -> str:

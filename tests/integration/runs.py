@@ -48,17 +48,20 @@ def small(recipe: str | Path, model: Path, output: Path, *overrides: str) -> Rec
     return load_recipe(str(recipe), sets, model=str(model), output=str(output))
 
 
-_REFINEMENT = {"sweeps": 0, "refits": 0, "iterations": 1, "rounds": 1}
+_REFINEMENT = {"sweeps": 0, "refits": 0, "iterations": 1, "rounds": 1, "grid": 4}
 
 
-def cheap(name: str) -> tuple[str, ...]:
-    """Overrides that leave out most of a bundled recipe's slow refinement, where its solvers have one."""
-    solvers = ((f"{s.kind}.solver", getattr(s.options, "solver", None)) for s in load_recipe(name).steps)
+def cheap(name: str, refinement: Mapping[str, int] = _REFINEMENT) -> tuple[str, ...]:
+    """Overrides that leave so much of a bundled recipe's slow refinement, where its steps and solvers have one."""
     return tuple(
         f"steps[{at}].{place}.{option}={value}"
-        for at, (place, solver) in enumerate(solvers)
-        for option, value in _REFINEMENT.items()
-        if hasattr(solver, option)
+        for at, step in enumerate(load_recipe(name).steps)
+        for place, options in (
+            (step.kind, step.options),
+            (f"{step.kind}.solver", getattr(step.options, "solver", None)),
+        )
+        for option, value in refinement.items()
+        if hasattr(options, option)
     )
 
 
@@ -121,8 +124,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, *argu
     return code, captured.out, captured.err
 
 
-def demo_blocks(folder: Path, layers: int) -> Path:
-    """The demo model cut to its first blocks."""
+def demo_blocks(folder: Path, layers: int, experts: int = 12) -> Path:
+    """The demo model cut to its first blocks, and in each to its first experts."""
     import json
     import re
 
@@ -133,11 +136,13 @@ def demo_blocks(folder: Path, layers: int) -> Path:
         if file.suffix != ".safetensors":
             (folder / file.name).symlink_to(file)
     weights = load_file(demo_model() / "model.safetensors")
-    cut = {n: w for n, w in weights.items() if (m := re.search(r"layers\.(\d+)\.", n)) is None or int(m[1]) < layers}
+    within = lambda kind, name, count: (m := re.search(rf"{kind}\.(\d+)\.", name)) is None or int(m[1]) < count  # noqa: E731
+    cut = {n: w for n, w in weights.items() if within("layers", n, layers) and within("experts", n, experts)}
+    cut |= {n: w[:experts].clone() for n, w in cut.items() if n.endswith("mlp.gate.weight")}
     save_file(cut, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((demo_model() / "config.json").read_text())
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers, "num_experts": experts}))
     return folder
 
 
