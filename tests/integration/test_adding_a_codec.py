@@ -6,25 +6,18 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.integration.runs import SMALL, demo_blocks, text_file
+from compress import plugins
+from compress.errors import CheckpointError
+from tests.integration.runs import SMALL, command, demo_blocks, text_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding-a-codec.md").read_text(encoding="utf-8")
-
-LOAD = """
-import sys, torch, compress.plugins
-compress.plugins.load(sys.argv[2])
-from transformers import AutoModelForCausalLM
-from safetensors.torch import load_file
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-with torch.inference_mode():
-    assert torch.isfinite(model(torch.arange(16)[None]).logits).all()
-"""
 
 
 def block(language: str) -> str:
@@ -46,23 +39,30 @@ def page(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page(page: Path) -> None:
-    """On one block of the demo model, without the solver's sweeps."""
-    model, text = demo_blocks(page / "model", 1), text_file(page / "text.txt")
+def test_the_page(
+    page: Path, forget_plugins: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """On one block of the demo model, without the solver's sweeps. It is loaded where nothing but the file has run."""
+    from transformers import AutoModelForCausalLM
+
+    model, text = demo_blocks(page / "model", 1, 4), text_file(page / "text.txt")
     small = (*SMALL, f"calibration.dataset={text}", "steps[0].quantize.solver.sweeps=0")
     sets = [part for item in small for part in ("--set", item)]
     plugin = str(page / "e2m1_g32.py")
     given = ("--plugin", plugin, "--model", str(model), "--output", str(page / "out"), *sets)
-    result = compress("run", str(page / "e2m1.yaml"), *given)
-    assert result.returncode == 0, result.stderr + result.stdout
+    code, out, err = command(monkeypatch, capfd, "run", str(page / "e2m1.yaml"), *given)
+    assert code == 0, err + out
     card = json.loads((page / "out" / "scorecard.json").read_text())
     assert card["gate"]["passed"]
     (artifact,) = card["artifacts"]
     folder = page / "out" / artifact["path"]
-    loaded = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), plugin], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert loaded.returncode == 0, loaded.stderr
+    forget_plugins()
+    with pytest.raises(CheckpointError, match="e2m1-g32"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plugins.load(plugin)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        assert torch.isfinite(loaded(torch.arange(16)[None]).logits).all()
 
 
 def test_without_the_plugin_the_name_is_unknown(page: Path) -> None:

@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.integration.runs import demo_blocks, text_file
+from tests.integration.runs import command, demo_blocks, text_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding-a-container.md").read_text(encoding="utf-8")
@@ -41,9 +42,11 @@ def page(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page(page: Path) -> None:
+def test_the_page(
+    page: Path, forget_plugins: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     """On one block of the demo model, without the solver's sweeps."""
-    model, text = demo_blocks(page / "model", 1), text_file(page / "text.txt")
+    model, text = demo_blocks(page / "model", 1, 4), text_file(page / "text.txt")
     sets = ("calibration.samples=4", "calibration.length=64", f"calibration.dataset={text}",
             f"score.suite={page / 'suite.yaml'}", "steps[0].quantize.solver.sweeps=0")  # fmt: skip
     given = [
@@ -57,8 +60,8 @@ def test_the_page(page: Path) -> None:
     planned = compress("plan", *given, "--json")
     assert planned.returncode == 0, planned.stderr
     plan = json.loads(planned.stdout)
-    result = compress("run", *given, "--output", page / "out")
-    assert result.returncode == 0, result.stderr + result.stdout
+    code, out, err = command(monkeypatch, capfd, "run", *map(str, given), "--output", str(page / "out"))
+    assert code == 0, err + out
     card = json.loads((page / "out" / "scorecard.json").read_text())
     assert card["gate"]["passed"] and all("expert" in fallback["subject"] for fallback in card["fallbacks"])
     (artifact,) = card["artifacts"]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.runs import text_file
+import pytest
+
+from tests.integration.runs import command, text_file
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
 
 
-def test_the_page(tmp_path: Path) -> None:
+def test_the_page(
+    tmp_path: Path, forget_plugins: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Every command starts from nothing, as in a process of its own."""
     model = tiny_model("qwen3", tmp_path / "model", intermediate_size=128)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
@@ -32,19 +36,19 @@ def test_the_page(tmp_path: Path) -> None:
     sets = ("calibration.samples=4", "calibration.length=64", f"calibration.dataset={text}")
     given = [str(tmp_path / "recipe.yaml"), *plugins, *(part for item in sets for part in ("--set", item))]
 
-    def compress(*arguments: str) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, "-m", "compress.cli", *arguments]
-        return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    def compress(*arguments: str) -> tuple[int, str, str]:
+        forget_plugins()
+        return command(monkeypatch, capfd, *arguments)
 
-    planned = compress("plan", *given, "--json")
-    assert planned.returncode == 0, planned.stderr
-    solved = {t["solver"] for t in json.loads(planned.stdout)["tensors"] if t["codec"] == "int4-g32"}
+    code, planned, err = compress("plan", *given, "--json")
+    assert code == 0, err
+    solved = {t["solver"] for t in json.loads(planned)["tensors"] if t["codec"] == "int4-g32"}
     assert solved == {"twice"}
-    result = compress("run", *given, "--output", str(tmp_path / "out"))
-    assert result.returncode == 0, result.stderr + result.stdout
+    code, out, err = compress("run", *given, "--output", str(tmp_path / "out"))
+    assert code == 0, err + out
     card = json.loads((tmp_path / "out" / "scorecard.json").read_text())
     assert card["gate"]["passed"]
-    wrong = compress("plan", str(tmp_path / "recipe.yaml"), *plugins, "--set", "steps[0].even={fold: nowhere}")
-    assert wrong.returncode != 0 and "even" in wrong.stderr
-    listed = json.loads(compress("methods", "--json", *plugins).stdout)
+    code, _, err = compress("plan", str(tmp_path / "recipe.yaml"), *plugins, "--set", "steps[0].even={fold: nowhere}")
+    assert code != 0 and "even" in err
+    listed = json.loads(compress("methods", "--json", *plugins)[1])
     assert "twice" in {m["name"] for m in listed["solvers"]} and "even" in {m["name"] for m in listed["steps"]}

@@ -9,10 +9,11 @@ import json
 import os
 import pty
 import re
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -143,26 +144,29 @@ def test_verbose_names_every_block(compress: Compress, place: Path, tmp_path: Pa
     assert re.search(r"^  block 2 of 2: \d+%", err, re.MULTILINE)
 
 
-def test_bars_in_a_terminal_show_time_left_and_vanish(place: Path, tmp_path: Path) -> None:
+def test_bars_in_a_terminal_show_time_left_and_vanish(
+    compress: Compress, monkeypatch: pytest.MonkeyPatch, place: Path, tmp_path: Path
+) -> None:
     read_end, terminal = pty.openpty()
-    call = [sys.executable, "-m", "compress.cli", *arguments(place, tmp_path / "out")]
-    environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(call, stderr=terminal, stdout=subprocess.PIPE, env=environment) as process:
-        os.close(terminal)
-        raw = b""
-        while True:
-            try:
-                raw += (data := os.read(read_end, 65536))
-            except OSError:  # Linux's end of file on a terminal
-                break
-            if not data:
-                break
-        os.close(read_end)
-        assert process.stdout is not None
-        table = process.stdout.read().decode()
-    assert process.returncode == 0
-    assert "\x1b" not in table  # standard output is a pipe
-    drawn = raw.decode()
+    raw: list[bytes] = []
+
+    def read_all() -> None:
+        with suppress(OSError):  # Linux's end of file on a terminal
+            while data := os.read(read_end, 65536):
+                raw.append(data)
+
+    reader = Thread(target=read_all)
+    reader.start()
+    with monkeypatch.context() as patch, open(terminal, "w", encoding="utf-8") as stderr:
+        patch.setattr(sys, "stderr", stderr)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "100")
+        code, table, _ = compress(*arguments(place, tmp_path / "out"))
+    reader.join(timeout=60)
+    os.close(read_end)
+    assert code == 0
+    assert "\x1b" not in table  # standard output is no terminal
+    drawn = b"".join(raw).decode()
     assert re.search(r"block 2 of 2 .*\d+%.*left.*\d:\d\d:\d\d", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn))
     kept = _screen(drawn)
     stages = [line.split("  ")[0] for line in kept if " peak " in line]

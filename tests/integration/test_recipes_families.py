@@ -43,12 +43,13 @@ Models = Callable[[str, int, int], Path]
 
 
 def config(family: str, layers: int, width: int) -> dict[str, int]:
-    """The keys of WIDE that the family has, with so many blocks and columns."""
+    """The keys of WIDE that the family has, with so many blocks and columns; narrow models have two experts."""
     import transformers
 
     known = getattr(transformers, f"{FAMILIES[family][0]}Config")().to_dict()
     wide = {key: width if value == 128 else value for key, value in WIDE.items() if key in known}
-    return wide | {"num_hidden_layers": layers}
+    experts = {key: 2 for key in ("num_experts", "num_local_experts") if key in known and width < 128}
+    return wide | experts | {"num_hidden_layers": layers}
 
 
 def layers(recipe: Recipe) -> int:

@@ -11,8 +11,8 @@ from compress.engines import timing
 from compress.engines.timing import Job, time_in_turns, time_models
 from compress.errors import CompressError
 from compress.scoring.speed import Timing, summarise
-
-DEMO = Path(__file__).resolve().parents[3] / "models" / "tiny-qwen3-moe"
+from tests.integration.runs import carry_out, cheap, small
+from tests.tiny import tiny_model
 
 
 def test_medians_spreads_and_paired_ratios():
@@ -55,9 +55,13 @@ def test_ratios_are_to_the_original_of_the_same_turns(monkeypatch):
     assert (line.subject, line.used, line.reason) == ("lost", "not timed", "not installed")
 
 
-def test_a_real_engine_is_timed_in_a_process_of_its_own():
+def test_a_real_engine_is_timed_in_a_process_of_its_own(tmp_path):
     """Rates are those of the counts of tokens: a prompt takes its tokens over its rate."""
-    job = Job("transformers", (DEMO / "model.safetensors",))
+    pytest.importorskip("llama_cpp")
+    model = tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
+    recipe = small("gguf-q4-k-m", model, tmp_path / "out", *cheap("gguf-q4-k-m"))
+    carry_out(recipe)
+    job = Job("llama.cpp", (tmp_path / "out" / "model-Q4_K_M.gguf",))
     (found,) = time_in_turns({"demo": job}, list(range(1, 9)), generated=2, repetitions=1)[0]["demo"]
     assert found.load > 0 and found.first_token > 0 and found.prompt > 0 and found.generation > 0
     assert found.peak_bytes > 20 << 20
