@@ -70,7 +70,10 @@ def test_without_the_plugin_the_name_is_unknown(page: Path) -> None:
     assert result.returncode != 0 and "unknown codec 'e2m1-g32'" in result.stderr
 
 
-def test_a_plugin_cannot_take_a_name(page: Path) -> None:
+def test_a_plugin_cannot_take_a_name(
+    page: Path, forget_plugins: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     (page / "taken.py").write_text(block("python").replace("e2m1-g32", "q4_k"), encoding="utf-8")
-    result = compress("plan", str(page / "e2m1.yaml"), "--plugin", str(page / "taken.py"))
-    assert result.returncode != 0 and "already" in result.stderr and "Traceback" not in result.stderr
+    arguments = ("plan", str(page / "e2m1.yaml"), "--plugin", str(page / "taken.py"))
+    code, _, err = command(monkeypatch, capfd, *arguments)
+    assert code != 0 and "already" in err and "Traceback" not in err
