@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.engines import timing
+from compress.engines import timed_process, timing
+from compress.engines.timed_process import Request
 from compress.engines.timing import Job, time_in_turns, time_models
 from compress.errors import CompressError
 from compress.scoring.speed import Timing, summarise
@@ -72,3 +73,12 @@ def test_an_engine_that_refuses_says_why(tmp_path):
     (file := tmp_path / "broken.gguf").write_bytes(b"GGUF nothing")
     _, failed = time_in_turns({"broken": Job("llama.cpp", (file,))}, [1], generated=1, repetitions=1)
     assert re.match(r"llama.cpp could not be timed on broken.gguf: .*cannot load", failed["broken"])
+
+
+def test_transformers_is_timed_as_people_run_it(tmp_path):
+    """In the folder's float type, with a cache: here in this process."""
+    model = tiny_model("llama", tmp_path / "model")
+    request = Request("transformers", [str(model / "model.safetensors")], list(range(1, 9)), 2, 1, True)
+    found = Timing(**timed_process.timed(request))
+    assert min(found.load, found.first_token, found.prompt, found.generation) > 0
+    assert found.peak_bytes > 20 << 20
