@@ -3,7 +3,6 @@ allocated for what they claim."""
 
 from __future__ import annotations
 
-import resource
 import struct
 import subprocess
 import sys
@@ -114,7 +113,7 @@ def test_damage_is_one_line(case: str, tmp_path: Path) -> None:
 
 
 def test_what_a_header_claims_takes_no_memory(tmp_path: Path) -> None:
-    """All cases again where 1 GB more would end the process, and a file of 8 GB that claims one list."""
+    """All cases again, and a file of 8 GB that claims one list: the process grows by less than 64 MiB."""
     names = []
     for index, (made, _) in enumerate(BAD.values()):
         if not callable(made):
@@ -125,17 +124,17 @@ def test_what_a_header_claims_takes_no_memory(tmp_path: Path) -> None:
         file.write(with_field(b"k", 9, struct.pack("<IQ", 0, 2**33)))
         file.truncate(2**33)
     code = (
-        "import resource, sys, gguf; from pathlib import Path\n"
+        "import re, sys, gguf; from pathlib import Path\n"
         "from compress.errors import CheckpointError; from compress.models.gguf.header import read_header\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "before = peak()\n"
         "for name in sys.argv[1:]:\n"
         "    try: read_header(Path(name)); raise SystemExit(f'{name} was read')\n"
         "    except CheckpointError: pass\n"
-        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "grown = peak() - before\n"
         "assert grown < 65536, grown\n"
     )
     subprocess.run([sys.executable, "-c", code, *map(str, names)], check=True, cwd=ROOT)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20
 
 
 def test_a_set_belongs_together(tmp_path: Path) -> None:
