@@ -72,12 +72,12 @@ def cache_folder(kind: str) -> Path:
     return (Path(named) if named else Path(usual) / "compress") / kind
 
 
-def kept_folder(folder: Path, files: Mapping[str, bytes] | Callable[[], Mapping[str, bytes]]) -> Path:
+def kept_folder(folder: Path, files: Callable[[], Mapping[str, bytes]]) -> Path:
     """A cached folder with these files, made in one step where it is not there or is not what was made; their names are
     relative. Its checksums lie beside them."""
     if _is_kept(folder):
         return folder
-    wanted = files() if callable(files) else files
+    wanted = files()
     with disk_errors(folder.parent, f"name another folder in {CACHE}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}-", dir=folder.parent))
@@ -140,7 +140,7 @@ def sha256_each(paths: Iterable[Path]) -> dict[Path, str]:
 def fingerprint(paths: Iterable[Path]) -> str:
     """sha256 (hex) that changes when one of these files does, by their paths, sizes and times: nothing is read."""
     facts = [(str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(paths)]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    return checksum(repr(facts).encode())
 
 
 # -- one process a folder ----------------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from compress.containers import CONTAINERS, Container, Engine, original_layout
 from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource, whole_model
 from compress.errors import CheckpointError, UnsupportedModel
-from compress.models.checkpoint import Checkpoint, checkpoint_problems
+from compress.files import fingerprint
+from compress.models.checkpoint import Checkpoint, checkpoint_problems, deciding_files
 from compress.models.gguf.header import is_gguf
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
+from compress.scoring.cache import Remembered
 from compress.scoring.results import Fallback
 from compress.scoring.source import Generates, LogitSource
 
@@ -179,6 +181,11 @@ ENGINES: Mapping[str, Callable[[Sequence[Path]], AbstractContextManager[LogitSou
 
 VOCABULARIES: Mapping[str, Callable[[Path], AbstractContextManager[Tokenizes]]] = {"llama.cpp": _llama_vocabulary}
 """By the same name: what reads text as an engine does, from a file that may hold the vocabulary alone."""
+
+
+def remembered(source: StreamedSource, weights: Sequence[Path], folder: Path) -> Remembered:
+    """An original that is asked once: known again by its weight files, what decides beside them in its folder, and the device."""
+    return Remembered(source, f"{fingerprint(deciding_files(weights, folder))} {source.placement.device}")
 
 
 def continues(folder: Path, files: Sequence[Path], parameters: int) -> Callable[[], Generates] | None:

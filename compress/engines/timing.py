@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from compress.containers import TRANSFORMERS, Container
+from compress.containers import TRANSFORMERS, Container, original_layout
 from compress.engines.llama_api import default_threads
-from compress.engines.open import why_not
+from compress.engines.open import file_container, why_not
 from compress.engines.timed_process import Request
 from compress.errors import CompressError
 from compress.scoring.results import Fallback, Speed
@@ -43,6 +43,11 @@ class Job:
         """An artifact in the engine that people run it with: its container's, else transformers."""
         engine = container.engine or TRANSFORMERS
         return cls(engine.name, tuple(files), why_not(engine, parameters))
+
+    @classmethod
+    def of_original(cls, files: Sequence[Path], parameters: int) -> Job:
+        """A dense model as it came: in its file's engine, else in transformers."""
+        return cls.of(file_container(str(files[0])) or original_layout(), files, parameters)
 
 
 @dataclass(frozen=True)

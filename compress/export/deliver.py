@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress.containers import CONTAINERS, original_layout
+from compress.containers import CONTAINERS
 from compress.decode import decode
-from compress.engines.open import artifact_source, continues, file_container
+from compress.engines.open import artifact_source, continues, remembered
 from compress.engines.streamed import StreamedSource
 from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
@@ -21,8 +21,7 @@ from compress.export.gate import limits, measured
 from compress.export.text import plan_tokenizer, prove_tokenizer, require_suite
 from compress.export.verify import check, check_windows
 from compress.export.write import write
-from compress.files import fingerprint
-from compress.models.checkpoint import Checkpoint, deciding_files
+from compress.models.checkpoint import Checkpoint
 from compress.models.companions import LEGAL, copy_companions
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
@@ -30,7 +29,6 @@ from compress.report import scorecard as scorecards
 from compress.report.checksums import checksums, combined
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Check
-from compress.scoring.cache import Remembered
 from compress.scoring.divergence import Scores
 from compress.scoring.original import Original
 from compress.scoring.results import Fallback, Speed, TaskScore
@@ -113,11 +111,9 @@ def deliver(
                 if CONTAINERS[export.container].suffix:
                     roots += copy_companions(plan.source, staging, LEGAL)
                 written.append(_Written(export, files, roots, checksums(roots, staging)))
-        whole = continues(plan.source, checkpoint.weight_files, sum(t.parameters for t in plan.original.tensors()))
-        original = Remembered(
-            StreamedSource(plan.original, checkpoint.load, "original", placement, generator=whole),
-            f"{fingerprint(deciding_files(checkpoint.weight_files, checkpoint.folder))} {placement.device}",
-        )
+        whole = continues(plan.source, checkpoint.weight_files, plan.original_parameters)
+        source = StreamedSource(plan.original, checkpoint.load, "original", placement, generator=whole)
+        original = remembered(source, checkpoint.weight_files, checkpoint.folder)
         solved = lambda name: decode(journal.fetch(name))  # noqa: E731
         memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
         for one in written:
@@ -178,8 +174,7 @@ def _time(
         f"{number} {one.export.container}": Job.of(CONTAINERS[one.export.container], one.files, plan.parameters)
         for number, one in enumerate(written)
     }
-    layout = file_container(str(checkpoint.place)) or original_layout()
-    original = Job.of(layout, checkpoint.weight_files, plan.original_parameters)
+    original = Job.of_original(checkpoint.weight_files, plan.original_parameters)
     prompt = speed_prompt(load_suite(plan.recipe.score.suite), plan_tokenizer(plan), plan.spec.max_positions)
     with reporter.stage("speed") as progress:
         timed = time_models(jobs, original, prompt, progress=lambda done, total: progress(done / total))

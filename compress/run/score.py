@@ -9,17 +9,14 @@ from math import isfinite
 from pathlib import Path
 
 from compress import __version__
-from compress.engines.open import OpenedModel, file_container
+from compress.engines.open import OpenedModel, remembered
 from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CompressError
 from compress.export.text import source_lines, tokenizer_lines
-from compress.files import fingerprint
-from compress.models.checkpoint import deciding_files
 from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
-from compress.run.targets import Target, expanded, open_target, source_of, streamed
-from compress.scoring.cache import Remembered
+from compress.run.targets import Target, expanded, open_original, open_target, source_of, streamed
 from compress.scoring.measure import Measured, measure
 from compress.scoring.original import Fresh, Original
 from compress.scoring.results import Fallback
@@ -74,7 +71,8 @@ def score_targets(
     """
     placement, suite = Placement.choose(settings.device), load_suite(settings.suite)
     with reporter.stage("open"):
-        opened = [open_target(target, against) for target in expanded(targets)]
+        original = None if against is None else open_original(against)
+        opened = [open_target(target, original) for target in expanded(targets)]
         notes = [require_unchanged(found.name) for found in opened]
     cards = []
     for found, note in zip(opened, notes, strict=True):
@@ -119,19 +117,14 @@ def _original(found: Target, settings: Settings, placement: Placement) -> Origin
     if original is None:
         return None
     source = streamed(original, "original", placement)
-    if not settings.remember:
-        return Fresh(source)
-    return Remembered(source, f"{fingerprint(deciding_files(original.files, original.folder))} {placement.device}")
+    return remembered(source, original.files, original.folder) if settings.remember else Fresh(source)
 
 
 def _timed(cards: Sequence[Scorecard], opened: Sequence[Target], suite: Suite, reporter: Reporter) -> list[Scorecard]:
     """The scorecards with the throughput of every target, and of the original beside them, all in turns."""
     model, original = opened[0].model, opened[0].original
     jobs = {found.name: Job.of(found.container, found.files, found.model.parameters) for found in opened}
-    before = None
-    if original is not None:
-        layout = file_container(str(original.files[0])) or original.container
-        before = Job.of(layout, original.files, original.parameters)
+    before = None if original is None else Job.of_original(original.files, original.parameters)
     prompt = speed_prompt(suite, load_tokenizer(model.folder, model.spec.vocab_size), model.spec.max_positions)
     with reporter.stage("speed") as progress:
         timed = time_models(jobs, before, prompt, progress=lambda done, total: progress(done / total))

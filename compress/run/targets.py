@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.containers import TRANSFORMERS, Container, Engine
+from compress.containers import Container
 from compress.engines.open import OpenedModel, artifact_source, continues, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError
@@ -40,18 +40,18 @@ class Target:
             return self.weight_bytes
         return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
 
-    @property
-    def engine(self) -> Engine:
-        """What people run it with."""
-        return self.container.engine or TRANSFORMERS
 
-
-def open_target(target: str, against: str | None) -> Target:
-    """The target and its original. Raises CheckpointError where one is missing or not what it should be."""
-    container = file_container(target)
-    original = None if against is None else open_model(against)
-    if original is not None and not original.container.original:
+def open_original(against: str) -> OpenedModel:
+    """What targets are compared with. Raises CheckpointError where it is missing or not what it should be."""
+    original = open_model(against)
+    if not original.container.original:
         raise CheckpointError(f"{against} is itself quantized; give the original to --against")
+    return original
+
+
+def open_target(target: str, original: OpenedModel | None) -> Target:
+    """A target. Raises CheckpointError where it is missing or not what it should be."""
+    container = file_container(target)
     if container is not None:
         files = tuple(file_set(container, Path(target)))
         return Target(target, container, files, None, original or open_model(target), original)

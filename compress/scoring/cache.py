@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.errors import OutputError
-from compress.files import cache_folder, write_synced
+from compress.files import cache_folder, checksum, write_synced
 from compress.reading import Unreadable, parse_json
 from compress.scoring.divergence import Computed, TokenStats, WindowReference, counted_rows
 from compress.scoring.kept import Kept, compare, keep, kept_tokens
@@ -70,7 +70,7 @@ class Remembered(Computed):
 
     def answers(self, question: str, compute: Callable[[], Answers]) -> Answers:
         """See Original.answers; what is on disk is not computed."""
-        key = hashlib.sha256(f"{VERSION} {self.fingerprint} {question}".encode()).hexdigest()
+        key = checksum(f"{VERSION} {self.fingerprint} {question}".encode())
         path = cache_folder(ANSWERS) / f"{key}.json"
         try:
             saved = parse_json(path.read_text(encoding="utf-8"))

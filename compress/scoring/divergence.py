@@ -152,11 +152,9 @@ def token_stats(ref_logits: np.ndarray, cand_logits: np.ndarray, targets: np.nda
     rows, vocabulary = ref_logits.shape
     nll_ref, nll_cand, kld = np.empty(rows), np.empty(rows), np.empty(rows)
     same = np.empty(rows, bool)
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        reference, mass, log_mass = _softmax_parts(ref_logits[part])
-        candidate, _, log_mass_cand = _softmax_parts(cand_logits[part])
+    for part in row_slices(rows, vocabulary):
+        reference, mass, log_mass = softmax_parts(ref_logits[part])
+        candidate, _, log_mass_cand = softmax_parts(cand_logits[part])
         index = np.arange(len(reference)), np.asarray(targets[part])
         nll_ref[part] = log_mass - reference[index]
         nll_cand[part] = log_mass_cand - candidate[index]
@@ -171,15 +169,19 @@ def token_stats(ref_logits: np.ndarray, cand_logits: np.ndarray, targets: np.nda
 def token_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Negative log-likelihood in nats, float64 [T], of targets [T] under logits [T, V]."""
     out = np.empty(len(logits))
-    step = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(logits), step):
-        part = slice(start, min(start + step, len(logits)))
-        shifted, _, log_mass = _softmax_parts(logits[part])
+    for part in row_slices(*logits.shape):
+        shifted, _, log_mass = softmax_parts(logits[part])
         out[part] = log_mass - shifted[np.arange(len(shifted)), np.asarray(targets[part])]
     return out
 
 
-def _softmax_parts(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def row_slices(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Rows of logits in pieces of CHUNK_ELEMENTS, one row at least."""
+    step = max(1, CHUNK_ELEMENTS // vocabulary)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def softmax_parts(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits less their row maximum [T, V], the exponentials [T, V], log of their row sums [T]; float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)

@@ -8,12 +8,11 @@ Natural logarithms; a position is a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from compress.scoring.divergence import CHUNK_ELEMENTS, TokenStats
+from compress.scoring.divergence import TokenStats, row_slices, softmax_parts
 
 LEAST, DRAWN = 256, 64  # tokens that are kept of a position at least, and drawn from the others
 
@@ -48,7 +47,7 @@ def keep(logits: np.ndarray, targets: np.ndarray, k: int, seed: int = 0) -> Kept
     start = np.random.default_rng(seed).random((rows,))
     kind = _ids(vocabulary)
     parts = []
-    for part in _slices(rows, vocabulary):
+    for part in row_slices(rows, vocabulary):
         log_all = _log_softmax(logits[part])
         top = np.argpartition(logits[part], vocabulary - k, axis=1)[:, vocabulary - k :] if k < vocabulary else None
         top = np.sort(top, axis=1) if top is not None else np.broadcast_to(np.arange(vocabulary), log_all.shape)
@@ -75,7 +74,7 @@ def compare(kept: Kept, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
     where all tokens are kept."""
     rows, vocabulary = logits.shape
     nll, kld = np.empty(rows), np.empty(rows)
-    for part in _slices(rows, vocabulary):
+    for part in row_slices(rows, vocabulary):
         log_all = _log_softmax(logits[part])
         kld[part] = _terms(kept.log_p[part], log_all, kept.ids[part], weighted=True).sum(axis=1)
         if kept.ids.shape[1] < vocabulary:
@@ -97,14 +96,7 @@ def _ids(vocabulary: int) -> np.dtype:
     return np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
 
 
-def _slices(rows: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     """Float64 [T, V]."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
+    shifted, _, log_mass = softmax_parts(logits)
+    return shifted - log_mass[:, None]

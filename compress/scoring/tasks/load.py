@@ -10,7 +10,6 @@ that stands for the task), `group` (the field that names a document's group), `o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CalibrationError, CompressError
+from compress.files import checksum
 from compress.scoring.results import Fallback
 from compress.scoring.tasks.find import TASK_SUFFIXES, Definition, find_task
 from compress.text import TaskChoice, task_documents
@@ -61,7 +61,7 @@ class AskedTask:
             for label, part in self.parts.items()
         ]
         told = json.dumps([version("lm_eval"), facts], sort_keys=True, default=repr)
-        return hashlib.sha256(told.encode()).hexdigest()
+        return checksum(told.encode())
 
     def places(self, label: str) -> Sequence[int]:
         """Of a part's documents that are asked."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +11,15 @@ from compress.errors import CalibrationError
 from compress.text import (
     PROTOCOLS,
     Protocol,
-    data_root,
     eval_windows,
     find_data,
     load_definition,
     load_documents,
     load_suite,
-    load_tokenizer,
 )
 from compress.text import evaluation as module
 from compress.text.documents import articles
 from tests.unit.text.test_text import DOCUMENTS, Characters, packed
-
-
-@pytest.fixture
-def jsonl(tmp_path: Path) -> Path:
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def demo_tokenizer():
-    return load_tokenizer(data_root("models") / "tiny-qwen3-moe")
 
 
 def text(ids: np.ndarray) -> str:

@@ -23,7 +23,6 @@ from compress.text import (
     load_definition,
     load_documents,
     load_suite,
-    load_tokenizer,
     sets,
     task_documents,
 )
@@ -52,18 +51,6 @@ class Characters:
 
 DOCUMENTS = ["alpha beta", "gamma", "delta epsilon zeta", "eta", "theta iota"] * 9
 DOCUMENTS = [f"{number} {document}" for number, document in enumerate(DOCUMENTS)]
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def demo_tokenizer():
-    return load_tokenizer(data_root("models") / "tiny-qwen3-moe")
 
 
 def packed(documents: list[str]) -> list[int]:
