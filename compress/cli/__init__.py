@@ -1,0 +1,15 @@
+"""The command line: thin. Parses, calls the library, prints; every CompressError becomes one line and an exit code."""
+
+from __future__ import annotations
+
+from compress.cli.app import app, main
+from compress.cli.check import verify
+from compress.cli.judge import compare, score
+from compress.cli.lists import methods
+from compress.cli.talk import generate
+from compress.cli.work import plan, run
+
+__all__ = ["app", "main"]
+
+for command in (run, plan, methods, score, compare, generate, verify):  # the order of --help
+    app.command()(command)
