@@ -20,7 +20,7 @@ FOLDER_LENGTH = 255  # bytes of one part of a path
 TENSOR_LENGTH = 512  # of the names of a tensor and of its file
 PATTERN_LENGTH = 1000  # characters behind `re:`
 PATTERN_BYTES = 2**20  # of its compiled form
-MOST_STEPS, MOST_RULES, MOST_TARGETS, MOST_EXPORTS = 32, 1000, 1000, 32
+MOST_STEPS, MOST_RULES, MOST_TARGETS, MOST_EXPORTS, MOST_PARTS = 32, 1000, 1000, 32, 64
 MOST_PROBLEMS = 50  # that one error lists
 
 JSON_BYTES = 16 * 2**20  # config.json and its kin

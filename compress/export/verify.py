@@ -100,7 +100,7 @@ def check_windows(plan: Plan) -> np.ndarray:
         ).tokens
     calibration = plan.recipe.calibration
     return calibration_windows(
-        calibration.dataset,
+        calibration.source,
         tokenizer,
         samples=min(CHECK_WINDOWS, calibration.samples),
         length=min(longest, calibration.length),

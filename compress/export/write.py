@@ -41,7 +41,7 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
 def provenance(plan: Plan) -> dict[str, str]:
     """What a file says about where it comes from."""
     text = plan.recipe.calibration
-    read = f"{Path(text.dataset).name}, {text.samples} x {text.length} tokens, seed {plan.recipe.seed}"
+    read = f"{text.source.label}, {text.samples} x {text.length} tokens, seed {plan.recipe.seed}"
     return {
         "compress.version": __version__,
         "compress.model": plan.identity.version,

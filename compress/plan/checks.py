@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import SPARSE_VALUES, codec_info
@@ -12,7 +11,7 @@ from compress.models.layers import rope
 from compress.models.spec import ModelSpec
 from compress.plan.factors import KNAPSACK_SHARES
 from compress.recipe.schema import STEP_ORDER, Factorize, Prune, Recipe
-from compress.text import find_data, load_definition, load_suite
+from compress.text import load_suite, text_set
 from compress.transforms.options import TransformOptions
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
     if kind not in rope.TYPES:
         problems.append(f"rope scaling {kind!r} is not supported; supported: {', '.join(rope.TYPES)}")
     calibration = recipe.calibration
-    find_data("calibration", calibration.dataset)
+    text_set(calibration.source)
     if calibration.length > spec.max_positions:
         problems.append(
             f"calibration.length {calibration.length} is longer than the model's limit of "
@@ -119,11 +118,11 @@ def narrow_calibration(recipe: Recipe) -> list[str]:
     """A line where experts are ranked by text of one source: those of other domains look idle there and go."""
     if recipe.step("prune_experts") is None:
         return []
-    text = load_definition(find_data("calibration", recipe.calibration.dataset))
-    if len(text.mix) > 1:
+    source = recipe.calibration.source
+    if len(text_set(source).mix) > 1:
         return []
     return [
-        f"prune_experts ranks experts by {Path(recipe.calibration.dataset).name} alone, one source: experts that only code, chat or other "
+        f"prune_experts ranks experts by {source.label} alone, one source: experts that only code, chat or other "
         "languages use look idle there and go; name a calibration set that mixes what the model is for"
     ]
 

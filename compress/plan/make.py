@@ -18,6 +18,7 @@ from compress.plan.outline import Outline
 from compress.plan.plan import Plan
 from compress.plan.planner import Planner
 from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
+from compress.plan.texts import choose_text
 from compress.reading import in_words
 from compress.recipe.schema import Recipe
 from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
@@ -31,6 +32,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
     """
     checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
+    recipe, chosen = choose_text(recipe, checkpoint.folder)
     original = load_spec(checkpoint.config)
     if settings := checkpoint.config.get("quantization_config"):
         method = in_words(settings.get("quant_method", "by a method without a name")).strip("'")
@@ -61,7 +63,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     warnings += _warnings(recipe, original, outline, own) + [str(line) for line in savings if line.nothing]
     warnings += narrow_calibration(recipe) + doubts + [*checkpoint.notes, *_folder_notes(checkpoint, own)]
     files = [(file.name, file.stat()) for file in {entry.file for entry in checkpoint.entries.values()}]
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         original=original,
         outline=outline,
@@ -76,6 +78,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         shapes=shapes,
         place=checkpoint.place,
     )
+    return plan.saying((chosen,)) if chosen is not None and plan.needs_calibration else plan
 
 
 def _folder_notes(checkpoint: Checkpoint, own: str) -> list[str]:

@@ -51,6 +51,13 @@ class Plan:
     """Where steps change the model's shape: those that a survey may choose, all of about the same size."""
     place: Path = Path()
     """Where the weights are read: `source`, or the GGUF file whose metadata `source` was written from."""
+    chosen: tuple[str, ...] = ()
+    """The warnings that say what was chosen where the recipe says nothing: it now does, and another plan of it would not
+    know."""
+
+    def saying(self, chosen: tuple[str, ...]) -> Plan:
+        """The same with more lines that say what was chosen."""
+        return replace(self, chosen=(*self.chosen, *chosen), warnings=(*self.warnings, *chosen))
 
     @property
     def spec(self) -> ModelSpec:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from compress.plan.plan import Plan
+from compress.recipe.schema import Recipe
 from compress.text import (
+    BASE_TEXT,
+    CHAT_TEXT,
     SuiteText,
-    calibration_windows,
+    calibration_text,
     eval_windows,
     find_data,
     has_tokenizer,
     load_definition,
     load_suite,
     load_tokenizer,
+    read_files,
     reads_hub,
+    text_set,
 )
 from compress.text.probes import prove
+
+
+def choose_text(recipe: Recipe, folder: Path) -> tuple[Recipe, str | None]:
+    """A recipe that names its calibration text, and a line where that is not what the recipe says itself: one that names
+    none is read as the tokenizer in the model's folder has it. CheckpointError for a damaged tokenizer."""
+    text = recipe.calibration
+    if text.dataset is not None or text.mix is not None:
+        return recipe, None
+    talks = has_tokenizer(folder) and "default" in read_files(folder).chat_templates
+    name = CHAT_TEXT if talks else BASE_TEXT
+    chosen = recipe.model_copy(update={"calibration": text.model_copy(update={"dataset": name})})
+    why = "the recipe names none, and the tokenizer has a chat template (calibration.dataset names another)"
+    return chosen, f"calibration text is {name}, with talks in it: {why}" if talks else None
 
 
 def read_texts(plan: Plan) -> list[str]:
@@ -39,11 +58,12 @@ def read_texts(plan: Plan) -> list[str]:
     tokenizer = load_tokenizer(plan.source, plan.original.vocab_size)
     lines = [str(departure) for departure in prove(tokenizer)]
     text, remote = recipe.calibration, list(_remote(plan))
-    if plan.needs_calibration and text.dataset not in remote:
-        calibration_windows(
-            text.dataset, tokenizer, samples=text.samples, length=text.length, seed=recipe.seed,
+    if plan.needs_calibration and text.source.label not in remote:
+        found = calibration_text(
+            text.source, tokenizer, samples=text.samples, length=text.length, seed=recipe.seed,
             max_positions=plan.spec.max_positions,
         )  # fmt: skip
+        lines += [f"calibration text: {line}" for line in found.lines]
     for scored in _scored(plan):
         if scored.text not in remote:
             eval_windows(scored.text, tokenizer, windows=scored.windows, protocol=scored.protocol)
@@ -56,8 +76,8 @@ def _scored(plan: Plan) -> Iterable[SuiteText]:
 
 def _remote(plan: Plan) -> Iterator[str]:
     """Texts that would have to be downloaded."""
-    if plan.needs_calibration and reads_hub(load_definition(find_data("calibration", plan.recipe.calibration.dataset))):
-        yield plan.recipe.calibration.dataset
+    if plan.needs_calibration and reads_hub(text_set(plan.recipe.calibration.source)):
+        yield plan.recipe.calibration.source.label
     for name in dict.fromkeys(scored.text for scored in _scored(plan)):
         if reads_hub(load_definition(find_data("eval", name))):
             yield name

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from compress.containers import CONTAINERS, Container
-from compress.limits import MOST_EXPORTS, MOST_RULES, MOST_STEPS, NAME_LENGTH
+from compress.limits import MOST_EXPORTS, MOST_PARTS, MOST_RULES, MOST_STEPS, NAME_LENGTH
 from compress.reading import in_words, path_problem
 from compress.recipe.rules import (
     LINEARS,
@@ -49,6 +49,7 @@ from compress.solvers.options import (
     SparseGptOptions,
 )
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
+from compress.text.sources import BASE_TEXT, TextSource, told
 from compress.transforms.options import SCALINGS, AwqOptions, RotateOptions, SmoothOptions, TransformOptions
 
 if TYPE_CHECKING:
@@ -120,11 +121,52 @@ class Section(BaseModel):
 
 
 class Calibration(Section):
-    """Text the model reads while it is compressed: `samples` windows of `length` tokens from `dataset`."""
+    """Text the model reads while it is compressed: `samples` windows of `length` tokens from `dataset` or `mix`.
 
-    dataset: Location = "mixed"
+    dataset: a set's name, a file, a folder, "-" for standard input or a set of the hub (owner/name, owner/name:config); mix:
+    several of these by weight; neither: what goes with the model's tokenizer.
+    """
+
+    dataset: Location | None = None
+    mix: (
+        Annotated[dict[Location, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(max_length=MOST_PARTS)]
+        | None
+    ) = None
+    column: Location | None = None
+    """What of a row holds the text, where its keys do not tell."""
+    split: Location | None = None
+    """Of a set of the hub; train by default."""
+    template: bool | None = None
+    """Whether talks are written in the model's chat template; by default where it has one."""
     samples: int = Field(256, ge=1)
     length: int = Field(512, ge=2)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Calibration:
+        if self.dataset is not None and self.mix is not None:
+            raise problem(
+                "dataset and mix exclude each other; drop one (--set calibration.dataset=null drops the recipe's)"
+            )
+        if self.mix is not None and not self.mix:
+            raise problem("mix names no text; give weights, e.g. mix: {chat: 1, wikipedia: 2}")
+        return self
+
+    @property
+    def source(self) -> TextSource:
+        """Which text that is."""
+        return TextSource(self.dataset, self.mix or {}, self.column, self.split, self.template)
+
+    def portable(self) -> dict[str, Any]:
+        """For files that ship: what is said, of the user's own text the name alone."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        if self.mix is not None:
+            names = [told(name) for name in self.mix]
+            twice = {name for name in names if names.count(name) > 1}
+            unique = [f"{name} ({n})" if name in twice else name for n, name in enumerate(names, start=1)]
+            plain["mix"] = dict(zip(unique, self.mix.values(), strict=True))
+        elif self.dataset is not None:
+            plain["dataset"] = told(self.dataset)
+        return plain
 
 
 class Quantize(Section):
@@ -311,7 +353,7 @@ class Recipe(Section):
     def portable(self) -> dict[str, Any]:
         """The same for files that ship: no output folder, and of text files their names alone."""
         plain = self.as_dict()
-        plain["calibration"]["dataset"] = Path(self.calibration.dataset).name
+        plain["calibration"] = self.calibration.portable()
         if self.score is not None:
             plain["score"]["suite"] = Path(self.score.suite).name
         return {key: value for key, value in plain.items() if key != "output"}
@@ -322,4 +364,6 @@ class Recipe(Section):
         for step in decisive["steps"]:  # recipes without one keep the digest they had before there were any
             if step["scaling"] is None:
                 del step["scaling"]
+        text = {key: value for key, value in decisive["calibration"].items() if value is not None}
+        decisive["calibration"] = text if "mix" in text else {"dataset": BASE_TEXT, **text}  # as above
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

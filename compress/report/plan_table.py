@@ -144,7 +144,7 @@ def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
         table.add_row("artifact", Text.assemble(f"{container.name}, ", (told, "bold"), where))
     if plan.needs_calibration:
         c = plan.recipe.calibration
-        table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.dataset}")
+        table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.source.label}")
     else:
         table.add_row("calibration", "none needed")
     if plan.open:

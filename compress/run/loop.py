@@ -41,7 +41,7 @@ from compress.streaming.activations import Activations
 from compress.streaming.journal import LOCK, Journal, discard
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import BlockAt, Streams, advance, embed, walk
-from compress.text import calibration_windows
+from compress.text import CalibrationText, calibration_text
 from compress.weights import Loader, Packed
 
 if TYPE_CHECKING:
@@ -110,9 +110,16 @@ def _carry_out(
     try:
         checkpoint = Checkpoint.open(plan.place)
         result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
+        ids = None
+        if plan.needs_calibration:  # before the weights: what is wrong with it is known in seconds
+            with reporter.stage("calibration text") as progress:
+                text = read_calibration(plan, progress)
+            for line in text.lines:
+                reporter.say(f"note: calibration text: {line}")
+            ids, plan = text.ids, plan.saying(tuple(f"calibration text: {line}" for line in text.lines))
         _inspect(plan, checkpoint, journal, reporter, strict)
         with torch.inference_mode():
-            plan = compress_model(plan, checkpoint, journal, reporter, placement)
+            plan = compress_model(plan, checkpoint, journal, reporter, placement, ids)
             results = deliver(plan, checkpoint, journal, output, reporter, placement, result)
     except CompressError:
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
@@ -162,15 +169,20 @@ def _write_recipe(plan: Plan, output: Path) -> None:
 
 
 def compress_model(
-    plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter, placement: Placement = CPU
+    plan: Plan,
+    checkpoint: Checkpoint,
+    journal: Journal,
+    reporter: Reporter,
+    placement: Placement = CPU,
+    ids: np.ndarray | None = None,
 ) -> Plan:
     """Every unit that the journal does not hold yet: what the plan leaves open, embeddings, blocks, head, what end-to-end
-    recovery moved. Returns the plan as it was carried out."""
-    ids: np.ndarray | None = None
-    if plan.needs_calibration:
-        with reporter.stage("calibration text"):
-            ids = load_calibration(plan)
-            journal.agree(TEXT, ids.tobytes())
+    recovery moved. ids: calibration windows [samples, length] where they are read already. Returns the plan as it was
+    carried out."""
+    if ids is None and plan.needs_calibration:
+        ids = load_calibration(plan)
+    if ids is not None:
+        journal.agree(TEXT, ids.tobytes())
     plan, load = settle(plan, checkpoint, journal, ids, reporter, placement)
     spec = plan.spec
     if not plan.solves:
@@ -205,15 +217,21 @@ def compress_model(
 
 
 def load_calibration(plan: Plan) -> np.ndarray:
-    """Token windows [samples, length] of the recipe's calibration set."""
+    """Token windows [samples, length] of the recipe's calibration text."""
+    return read_calibration(plan).ids
+
+
+def read_calibration(plan: Plan, progress: Callable[[float, str], None] | None = None) -> CalibrationText:
+    """The same with what deserves a line of how it was read."""
     settings = plan.recipe.calibration
-    return calibration_windows(
-        settings.dataset,
+    return calibration_text(
+        settings.source,
         plan_tokenizer(plan),
         samples=settings.samples,
         length=settings.length,
         seed=plan.recipe.seed,
         max_positions=plan.spec.max_positions,
+        progress=progress,
     )
 
 

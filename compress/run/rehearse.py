@@ -140,7 +140,7 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal, placement: P
         count = min(settings.samples, -(-max(settings.samples // SHARE, 4) // batch) * batch)
         with clock("text"):
             ids = calibration_windows(
-                settings.dataset,
+                settings.source,
                 plan_tokenizer(plan),
                 samples=count,
                 length=settings.length,

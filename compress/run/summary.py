@@ -85,12 +85,18 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         recipe_digest=plan.recipe.digest(),
         run_digest=run_digest(journal.digest, journal.inputs.get(TEXT), plan.recipe),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        calibration=plan.recipe.portable()["calibration"] if plan.needs_calibration else {},
+        calibration=_text_read(plan),
         versions={"compress": __version__, "torch": torch.__version__},
         notes=(*plan.warnings, *journal.units[INSPECTED]["doubts"], *results.doubts, *structure_notes(plan, journal)),
         errors=tuple(layer_errors(plan, solved)),
         suite=None if plan.recipe.score is None else Path(plan.recipe.score.suite).stem,
     )
+
+
+def _text_read(plan: Plan) -> dict[str, Any]:
+    """What the recipe says of its calibration text; of a mix, dataset is its name for people."""
+    text = plan.recipe.calibration
+    return {**text.portable(), "dataset": text.source.label} if plan.needs_calibration else {}
 
 
 def layer_errors(plan: Plan, solved: Sequence[Mapping[str, Any]]) -> Iterator[LayerError]:

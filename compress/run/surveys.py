@@ -69,7 +69,7 @@ def settle(
                 journal.keep(_state_file(journal))
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
             cut = Restructured.restore(plan.turned, *_read(_state_file(journal)))
-        plan = make_plan(plan.recipe, weights=True, spec=cut.spec)
+        plan = make_plan(plan.recipe, weights=True, spec=cut.spec).saying(plan.chosen)
         load = partial(cut.view.load, load=load)
     if "sparsity" in plan.open:
         assert ids is not None

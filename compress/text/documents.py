@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import lzma
 import os
 import random
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CalibrationError, MissingExtra
+from compress.errors import CalibrationError
+from compress.text.hub import Progress, hub_rows
+from compress.text.rows import STDIN, Row, json_lines, kind_of, read_text, rows, sniffed
 from compress.text.sets import TextSet, data_root, find_data, load_definition
+from compress.text.shapes import Misread, Talk, understood
+from compress.text.sources import part, parts
+from compress.text.talks import Document, Speaker
 
-HUB_SHUFFLE_BUFFER = 10_000
 _BLANK = r"(?:\n \n|\n{5})"  # a blank row in the file, and where rows are joined by blank lines
 _HEADING = re.compile(rf"{_BLANK} = (?!=)[^\n]*[^\n= ] = (?={_BLANK})")
 
@@ -23,42 +26,57 @@ _HEADING = re.compile(rf"{_BLANK} = (?!=)[^\n]*[^\n= ] = (?={_BLANK})")
 # ------------------------------------------------------------------------------------------ documents
 
 
+@dataclass
+class Reading:
+    """How calibration text is read, and what was met on the way: talks become text, lines are due.
+
+    progress: told how far a download is.
+    """
+
+    speaker: Speaker
+    progress: Progress | None = None
+    ended: list[str] = field(default_factory=list)
+    """Parts of a mix that had no more, in that order."""
+
+
 def load_documents(definition: TextSet, *, seed: int | None = None, as_file: bool = False) -> Iterator[str]:
-    """The non-empty documents of a set: in file order, or shuffled by `seed`. as_file: text files as they are, less a last
-    line end, also where the set's format words them otherwise.
+    """The non-empty documents of a set that holds no talks: in file order, or shuffled by `seed`. as_file: text files as they
+    are, less a last line end, also where the set's format words them otherwise.
 
     A mix takes the next document from the part that is furthest behind its weight, counted in characters, and
-    ends when that part has no more, so the proportions hold over any prefix.
+    ends when that part has no more, so the proportions hold over any prefix. With `ends: last` the others go on.
 
     Raises:
-        CalibrationError: a file is missing or damaged, a column is missing, the hub cannot be reached.
-        MissingExtra: a hub set without the `datasets` package.
+        CalibrationError: a file is missing or damaged, rows hold no text, the hub cannot be reached.
+        MissingExtra: a hub set without the `datasets` package, a Parquet file without pyarrow.
     """
+    return (document.text for document in read_documents(definition, seed=seed, as_file=as_file))
+
+
+def read_documents(
+    definition: TextSet, reading: Reading | None = None, *, seed: int | None = None, as_file: bool = False
+) -> Iterator[Document]:
+    """The same with talks, which `reading` makes text of; without one they are refused."""
     if definition.mix:
-        yield from _mixed(definition, seed, as_file)
+        yield from _mixed(definition, reading, seed, as_file)
     elif definition.hub:
-        yield from _hub_documents(definition, seed)
+        yield from _hub_documents(definition, reading, seed)
     else:
-        texts = (text for file in definition.files for text in _file_documents(file, definition, as_file))
-        documents = [text for text in texts if text.strip()]
+        found = [text for file in definition.files for text in _file_texts(file, definition, reading, as_file)]
         if seed is not None:
-            random.Random(seed).shuffle(documents)
-        yield from documents
+            random.Random(seed).shuffle(found)
+        yield from (_document(text, reading) for text in found)  # talks are rendered as far as they are wanted
 
 
-def _file_documents(file: Path, definition: TextSet, as_file: bool) -> Iterator[str]:
-    kind = definition.format or ("jsonl" if ".jsonl" in file.name else "text")
-    if kind == "jsonl":
-        for number, row in _json_lines(file):
-            text = row.get(definition.column)
-            if not isinstance(text, str):
-                fix = "set 'column' to the field that holds it"
-                if isinstance(row.get("messages") or row.get("conversations"), list):
-                    fix = "rows of chat messages are not read; render each with the model's chat template into one text"
-                raise CalibrationError(f"{file}, line {number}: no text in '{definition.column}'; {fix}")
-            yield text
+def _file_texts(file: Path, definition: TextSet, reading: Reading | None, as_file: bool) -> Iterator[Talk | str]:
+    """What a file holds, but for what is empty."""
+    kind = definition.format or (sniffed(file) if file == STDIN else kind_of(file.name) or "text")
+    if kind not in ("text", "wikitext"):
+        for row in rows(file, kind):
+            if text := _row_text(row, definition.column, str(file), reading):
+                yield text
         return
-    text = _read_text(file)
+    text = read_text(file)
     if as_file:
         text = text.removesuffix("\n")
     elif kind == "wikitext":
@@ -66,7 +84,31 @@ def _file_documents(file: Path, definition: TextSet, as_file: bool) -> Iterator[
         # a row is a line with its end, or nothing where the line is blank.
         lines = text.removesuffix("\n").split("\n")
         text = "\n\n".join(f"{line}\n" if line.strip() else "" for line in lines)
-    yield text
+    if text.strip():
+        yield text
+
+
+def _row_text(row: Row, column: str, source: str, reading: Reading | None) -> Talk | str:
+    """What a row says, empty where that is nothing."""
+    try:
+        found = understood(row.value, column)
+    except Misread as why:
+        raise CalibrationError(f"{source}, {row.place}: {why}") from None
+    if isinstance(found, str):
+        return found if found.strip() else ""
+    if reading is None:
+        raise CalibrationError(
+            f"{source}, {row.place}: talks are read for calibration only; render each with the model's chat template into "
+            "one text, and name it as 'column'"
+        )
+    return found if found.messages else ""
+
+
+def _document(text: Talk | str, reading: Reading | None) -> Document:
+    if isinstance(text, str):
+        return Document(text)
+    assert reading is not None  # see `_row_text`
+    return reading.speaker.text_of(text)
 
 
 def articles(definition: TextSet, document: str) -> list[int]:
@@ -81,7 +123,7 @@ def stamp(definition: TextSet) -> tuple[tuple[str, int, int], ...]:
     """What tells whether the files of a set are still the same: their names, sizes and times of change."""
     files = [*definition.files, *([definition.path] if definition.path else [])]
     own = tuple((str(file), found.st_size, found.st_mtime_ns) for file in files if (found := _stat(file)))
-    return sum((stamp(load_definition(_beside(definition, name))) for name in definition.mix), own)
+    return sum((stamp(part(definition, name)) for name in definition.mix), own)
 
 
 def _stat(file: Path) -> os.stat_result | None:
@@ -91,82 +133,36 @@ def _stat(file: Path) -> os.stat_result | None:
         return None
 
 
-def _read_text(file: Path) -> str:
-    try:
-        data = file.read_bytes()
-        text = (lzma.decompress(data) if file.suffix == ".xz" else data).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise CalibrationError(f"{file}: no such file; it is named by the set's definition") from None
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{file}: damaged or not UTF-8 text ({error})") from error
-    if "\0" in text:
-        raise CalibrationError(f"{file} is no text: it holds NUL characters; give UTF-8 text")
-    return text
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not str.splitlines(): a JSON string may hold U+2028, which that takes for a line end.
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise CalibrationError(f"{file}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise CalibrationError(f'{file}, line {number}: expected an object, e.g. {{"text": "..."}}')
-        yield number, row
-
-
-def _mixed(definition: TextSet, seed: int | None, as_file: bool) -> Iterator[str]:
-    parts = {}
-    for name in definition.mix:
-        part = load_definition(_beside(definition, name))
-        if part.mix:
-            raise CalibrationError(f"{definition.path}: '{name}' is itself a mix; name its parts instead")
-        parts[name] = load_documents(part, seed=seed, as_file=as_file)
-    taken = dict.fromkeys(parts, 0.0)
-    while True:
+def _mixed(definition: TextSet, reading: Reading | None, seed: int | None, as_file: bool) -> Iterator[Document]:
+    found = parts(definition)
+    open_parts = {name: read_documents(one, reading, seed=seed, as_file=as_file) for name, one in found.items()}
+    taken = dict.fromkeys(open_parts, 0.0)
+    while taken:
         behind = min(taken, key=lambda name: taken[name])
-        document = next(parts[behind], None)
+        document = next(open_parts[behind], None)
         if document is None:
-            return
-        taken[behind] += len(document) / definition.mix[behind]
+            del taken[behind]
+            if reading is not None:
+                reading.ended.append(behind)
+            if definition.ends == "first":
+                return
+            continue
+        taken[behind] += len(document.text) / definition.mix[behind]
         yield document
 
 
 def reads_hub(definition: TextSet) -> bool:
     """Whether a set, or a part of its mix, has to be downloaded."""
-    return bool(definition.hub) or any(load_definition(_beside(definition, name)).hub for name in definition.mix)
+    return bool(definition.hub) or any(one.hub for one in parts(definition).values())
 
 
-def _beside(definition: TextSet, name: str) -> Path:
-    folder = definition.path.parent if definition.path else data_root("calibration")
-    path = folder / f"{name}.yaml"
-    return path if path.is_file() else find_data("calibration", name)
-
-
-def _hub_documents(definition: TextSet, seed: int | None) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise MissingExtra("datasets", "hub", f"the set '{definition.name}'") from error
-    hub = definition.hub
-    column = hub.get("column", definition.column)
-    try:
-        rows = load_dataset(hub["path"], hub.get("name"), split=hub.get("split", "train"), streaming=True)
-        if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=HUB_SHUFFLE_BUFFER)
-        for row in rows:
-            if column not in row:
-                columns = ", ".join(row)
-                raise CalibrationError(f"hub set '{hub['path']}' has no column '{column}'; it has: {columns}")
-            if row[column].strip():
-                yield row[column]
-    except (OSError, ValueError) as error:  # no network, no such set, config or split
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fix = "check the name and the network, or use a local set"
-        raise CalibrationError(f"cannot read hub set '{hub['path']}': {reason}; {fix}") from error
+def _hub_documents(definition: TextSet, reading: Reading | None, seed: int | None) -> Iterator[Document]:
+    column = definition.hub.get("column", definition.column)
+    source = f"hub set '{definition.hub['path']}'"
+    found = hub_rows(definition.hub, seed, None if reading is None else reading.progress)
+    for number, row in enumerate(found, start=1):
+        if text := _row_text(Row(f"row {number}", row), column, source, reading):
+            yield _document(text, reading)
 
 
 def task_documents(name: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -180,8 +176,8 @@ def task_documents(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     definition = load_definition(find_data("eval", name))
     if not definition.files or not all(".jsonl" in file.name for file in definition.files):
         raise CalibrationError(f"'{name}' is not a task: it holds no JSON lines")
-    rows = (row for file in definition.files for _, row in _json_lines(file))
-    return list(islice(rows, limit))
+    found = (row.value for file in definition.files for row in json_lines(file) if isinstance(row.value, dict))
+    return list(islice(found, limit))
 
 
 def is_bundled_task(name: str) -> bool:

@@ -88,8 +88,7 @@ def _with_tokens(tokenizer: Tokenizer) -> Iterator[Probe]:
 
 def _chats(tokenizer: Tokenizer) -> Iterator[str]:
     """What the default chat template makes of a talk, with and without the beginning of an answer."""
-    template = tokenizer.files.chat_templates.get("default")
-    special = {f"{name}_token": text for name, text in tokenizer.files.special.items()}
+    template, special = tokenizer.chat_template, tokenizer.template_tokens
     for prompt in (False, True):
         if template is not None and (text := rendered(template, special, prompt=prompt)):
             yield text

@@ -4,11 +4,12 @@ A set is a YAML file in `calibration/` or `eval/`, found by name, or any file of
 
     name: mixed                 # required
     description: ...            # required; also licence and attribution
-    files: [text.jsonl.xz]      # beside the YAML: .txt, .jsonl, either with .xz
+    files: [text.jsonl.xz]      # beside the YAML: kinds in `text/rows.py`
     hub: {path: owner/set, name: config, split: train, column: text}     # or, instead of files, a hub set
     mix: {wikipedia: 4, novels: 1}       # or other sets, by weight
-    format: text | wikitext | jsonl      # of the files, when the suffix does not tell
-    column: text                         # the field of a JSON line that holds the document
+    ends: first | last                   # a mix: with the first part that has no more, or with the last, others going on
+    format: text | wikitext | jsonl | json | csv | tsv | parquet         # of the files, when the suffix does not tell
+    column: text                         # what of a row holds the document, where its keys do not tell (`text/shapes.py`)
 
 An evaluation suite is a YAML file in `eval/suites/`, or one of the user's own:
 
@@ -41,9 +42,9 @@ from compress.errors import CalibrationError
 from compress.limits import MOST_TARGETS, YAML_BYTES
 from compress.reading import Unreadable, Yaml, dotted, path_problem, read_text, shown, wrong
 from compress.text.protocol import DEFAULT, PROTOCOLS, Bos, Counted, Joiner, Protocol, ProtocolName
+from compress.text.rows import kind_of, suffixes
 
 DataKind = Literal["recipes", "calibration", "eval", "models"]
-TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
 HUB_KEYS = {"path", "name", "split", "column"}
 
 
@@ -63,13 +64,13 @@ def find_data(kind: Literal["calibration", "eval"], name: str) -> Path:
     Raises:
         CalibrationError: there is no such file or set; names the nearest sets and lists all.
     """
-    if (path := _own(name)) is not None:
+    if (path := own_file(name)) is not None:
         return path
     root = data_root(kind)
     return _named(name, root, "calibration set" if kind == "calibration" else "evaluation set")
 
 
-def _own(name: str) -> Path | None:
+def own_file(name: str) -> Path | None:
     """A file of the user's."""
     try:
         path = Path(name).expanduser()
@@ -105,9 +106,12 @@ class TextSet:
     files: tuple[Path, ...] = ()
     hub: Mapping[str, str] = field(default_factory=dict)
     mix: Mapping[str, float] = field(default_factory=dict)
+    ends: Literal["first", "last"] = "first"
     format: str = ""
-    column: str = "text"
+    column: str = ""
+    split: str = ""  # of parts on the hub
     path: Path | None = None  # the definition's own file; a mix looks for its parts beside it
+    notes: tuple[str, ...] = ()  # what deserves a line
 
 
 @dataclass(frozen=True)
@@ -147,11 +151,10 @@ def load_definition(path: Path) -> TextSet:
     Raises:
         CalibrationError: not YAML, unknown or missing keys, a file that is not there.
     """
-    if path.name.endswith(TEXT_SUFFIXES):
+    if kind_of(path.name) is not None:
         return TextSet(name=path.name, files=(path,), path=path)
     if path.suffix not in (".yaml", ".yml"):
-        suffixes = ", ".join(TEXT_SUFFIXES)
-        raise CalibrationError(f"{path}: expected a .yaml definition or a text file ({suffixes})")
+        raise CalibrationError(f"{path}: expected a .yaml definition or a text file ({suffixes()})")
     raw = _read_yaml(path, _Definition)
     if sum(bool(source) for source in (raw.files, raw.hub, raw.mix)) != 1:
         raise CalibrationError(f"{path}: needs exactly one of 'files', 'hub' and 'mix'")
@@ -166,7 +169,7 @@ def load_suite(name: str) -> Suite:
     Raises:
         CalibrationError: no such suite, unknown or missing keys.
     """
-    path = _own(name) or _named(name, data_root("eval") / "suites", "evaluation suite")
+    path = own_file(name) or _named(name, data_root("eval") / "suites", "evaluation suite")
     raw = _read_yaml(path, _Suite)
     if (raw.text is None) == (not raw.texts):
         raise CalibrationError(f"{path}: needs either 'texts', or 'text' with 'windows' and 'length'")
@@ -178,7 +181,7 @@ def load_suite(name: str) -> Suite:
         texts = {raw.text: _SuiteText(windows=raw.windows, length=raw.length)}
     elif raw.windows is not None or raw.length is not None:
         raise CalibrationError(f"{path}: 'windows' and 'length' belong to each of 'texts'")
-    named = {(Path(key).name if _own(key) else key): _suite_text(path, key, text) for key, text in texts.items()}
+    named = {(Path(key).name if own_file(key) else key): _suite_text(path, key, text) for key, text in texts.items()}
     if len(named) < len(texts):
         raise CalibrationError(
             f"{path}: two of 'texts' are files of one name; give each a name, and its file as 'text'"
@@ -220,8 +223,9 @@ class _Definition(_File):
     files: list[FileName] = Field([], max_length=MOST_TARGETS)
     hub: dict[str, str] = {}
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}
-    format: Literal["", "text", "wikitext", "jsonl"] = ""
-    column: str = "text"
+    ends: Literal["first", "last"] = "first"
+    format: Literal["", "text", "wikitext", "jsonl", "json", "csv", "tsv", "parquet"] = ""
+    column: str = ""
 
 
 Count = Annotated[int, Field(ge=1, le=2**31)]

@@ -84,6 +84,16 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self.token_id("eos")
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template that talks are written in unless another is asked for."""
+        return self.files.chat_templates.get("default")
+
+    @property
+    def template_tokens(self) -> Mapping[str, str]:
+        """Texts of the special tokens, by their names in chat templates."""
+        return {f"{name}_token": text for name, text in self.files.special.items()}
+
     @cached_property
     def unknown_id(self) -> int | None:
         """Id of what stands for text that no token spells."""

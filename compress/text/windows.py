@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from compress.errors import CalibrationError
-from compress.text.documents import load_documents
-from compress.text.sets import find_data, load_definition
+from compress.text.documents import Reading, read_documents
+from compress.text.hub import Progress
+from compress.text.sources import TextSource, text_set, told
+from compress.text.talks import Document, Speaker
 from compress.text.tokenizer import Tokenizer
 
 TOKENIZE_TOGETHER = 16
@@ -20,8 +23,16 @@ UNKNOWN_AT_MOST = 0.5
 # -------------------------------------------------------------------------------------------- windows
 
 
+@dataclass(frozen=True, eq=False)
+class CalibrationText:
+    """Windows of text. ids: int32 [samples, length]; lines: what deserves one of how the text was read."""
+
+    ids: np.ndarray
+    lines: tuple[str, ...] = ()
+
+
 def calibration_windows(
-    name: str,
+    text: TextSource | str,
     tokenizer: Tokenizer,
     *,
     samples: int,
@@ -29,26 +40,59 @@ def calibration_windows(
     seed: int,
     max_positions: int | None = None,
 ) -> np.ndarray:
-    """Token ids of calibration text, int32 [samples, length].
+    """The windows of `calibration_text` alone, int32 [samples, length]."""
+    wanted = {"samples": samples, "length": length, "seed": seed, "max_positions": max_positions}
+    return calibration_text(text, tokenizer, **wanted).ids  # type: ignore[arg-type]
+
+
+def calibration_text(
+    text: TextSource | str,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    max_positions: int | None = None,
+    progress: Progress | None = None,
+) -> CalibrationText:
+    """Token ids of calibration text. text: the name of a set alone, or all that a recipe says of it.
 
     Documents are shuffled by `seed`, tokenized without special tokens, each followed by the end-of-text token
-    (where the tokenizer has one), and packed into full windows: no padding, and the same arguments give the
-    same array. Fewer samples with the same seed are a prefix of more.
+    (where the tokenizer has one, and the chat template has not written it), and packed into full windows: no padding, and
+    the same arguments give the same array. Fewer samples with the same seed are a prefix of more.
 
     Raises:
         CalibrationError: no such set, no text, too few tokens, windows longer than `max_positions`, a token that the
             embedding has no row for, or mostly text that the tokenizer does not know.
     """
     check_sizes(samples, length, max_positions, "samples")
-    definition = load_definition(find_data("calibration", name))
-    documents = load_documents(definition, seed=seed)
-    tokens = _tokens(documents, tokenizer, samples * length)
+    source = TextSource(text) if isinstance(text, str) else text
+    definition = text_set(source)
+    reading = Reading(Speaker.of(tokenizer, source.template), progress)
+    wanted, name = samples * length, source.label
+    found: list[np.ndarray] = []
+    count = 0
+    for piece in _pieces(read_documents(definition, reading, seed=seed), tokenizer):
+        found.append(piece)
+        count += len(piece)
+        if progress is not None:
+            progress(min(1.0, count / wanted), f"tokens of {name}")
+        if count >= wanted:
+            break
+    tokens = np.concatenate(found)[:wanted] if found else np.empty(0, dtype=np.int32)
     if len(tokens) == 0:
         raise CalibrationError(f"calibration set '{name}' holds no text")
-    if len(tokens) < samples * length:
-        raise CalibrationError(too_few("calibration set", name, len(tokens), samples, length, "samples"))
+    ended = " and ".join(f"'{told(part)}'" for part in reading.ended)
+    if len(tokens) < wanted:
+        why = f"; its part {ended} has no more" if ended else ""
+        raise CalibrationError(too_few("calibration set", name, len(tokens), samples, length, "samples") + why)
     check_ids(tokens, tokenizer, f"calibration set '{name}'")
-    return tokens.reshape(samples, length)
+    lines = [*definition.notes, *reading.speaker.lines()]
+    if ended:
+        lines.append(f"{ended} of '{name}' has no more text: the other parts go on alone")
+    if source.template and not reading.speaker.done["talks"]:
+        lines.append(f"template: true changes nothing: '{name}' holds texts, no talks")
+    return CalibrationText(tokens.reshape(samples, length), tuple(lines))
 
 
 def prepends_bos(tokenizer: Tokenizer) -> bool:
@@ -72,16 +116,14 @@ def check_ids(ids: np.ndarray, tokenizer: Tokenizer, what: str) -> None:
         )
 
 
-def _tokens(documents: Iterator[str], tokenizer: Tokenizer, wanted: int | None) -> np.ndarray:
-    """Ids of `documents`, each closed by the end-of-text token; int32, cut at `wanted` (None: all)."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces: list[np.ndarray] = []
-    count = 0
-    while (wanted is None or count < wanted) and (batch := list(islice(documents, TOKENIZE_TOGETHER))):
-        for ids in tokenizer.encode_batch(batch, add_special_tokens=False):
-            pieces.append(np.asarray([*ids, *end], dtype=np.int32))
-            count += len(pieces[-1])
-    return np.concatenate(pieces)[:wanted] if pieces else np.empty(0, dtype=np.int32)
+def _pieces(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Ids of documents, int32 [n], each closed by the end-of-text token unless its chat template has done so."""
+    end = tokenizer.eos_token_id
+    while batch := list(islice(documents, TOKENIZE_TOGETHER)):
+        encoded = tokenizer.encode_batch([document.text for document in batch], add_special_tokens=False)
+        for document, ids in zip(batch, encoded, strict=True):
+            closed = end is None or (document.rendered and end in ids)
+            yield np.asarray(ids if closed else [*ids, end], dtype=np.int32)
 
 
 def check_sizes(count: int, length: int, max_positions: int | None, what: str) -> None:

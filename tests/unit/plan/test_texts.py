@@ -38,9 +38,10 @@ def test_enough_text_has_nothing_to_say(tmp_path: Path) -> None:
         ("t.txt", "", "holds no text"),
         ("t.txt", "word", "tokens, but 4 samples of 32 need 128"),
         ("t.txt", "\0" * 60_000, "NUL"),
-        ("t.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "chat template"),
+        ("t.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "tokens, but 4 samples of 32 need 128"),
+        ("t.jsonl", '{"title": "hi", "body": "ho"}\n', "line 1: no text among its keys .title, body."),
         ("t.jsonl", '{"text": ' + "[" * 50_000 + "\n", "not JSON"),
-        ("t.csv", "text\nhello\n", "expected a .yaml definition or a text file"),
+        ("t.docx", "text", "expected a .yaml definition or a text file"),
     ],
 )
 def test_texts_that_will_not_do(name: str, text: str, says: str, tmp_path: Path) -> None:

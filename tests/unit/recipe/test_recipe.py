@@ -60,7 +60,7 @@ def problems_of(path, *args, **options):
 def test_defaults_and_canonical_names(write):
     recipe = load_recipe(write(GOOD))
     assert (recipe.name, recipe.output, recipe.seed) == ("x", "out/x", 0)
-    assert (recipe.calibration.dataset, recipe.calibration.samples) == ("mixed", 64)
+    assert (recipe.calibration.dataset, recipe.calibration.samples) == (None, 64)
     step = recipe.steps[0]
     assert step.kind == "quantize" and step.options is step.quantize
     assert step.quantize.solver == GptqOptions(damping=0.05)

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from compress.scoring.tasks.find import bundled_tasks
-from compress.text import data_root, find_data, load_definition, load_documents, task_documents, task_texts
+from compress.text import data_root, find_data, load_definition, load_documents, task_documents, task_texts, text_set
+from compress.text.documents import Reading, read_documents
+from compress.text.talks import Speaker
 
 WORD = re.compile(r"[^\W_]+")  # letters and digits: case, punctuation and WikiText's " @-@ " do not count
 GRAM = 13
-CALIBRATION = ("wikipedia", "novels")
+CALIBRATION = ("wikipedia", "novels", "chat")
 EVALUATION = ("wikipedia", "wikitext2")
 
 
@@ -47,23 +49,36 @@ def test_no_run_of_words_is_in_calibration_and_evaluation():
     scored = all_grams(evaluation_texts())
     assert len(scored) > 300_000
     for name in CALIBRATION:
-        for document in load_documents(load_definition(find_data("calibration", name))):
-            shared = sum(gram in scored for gram in grams(document))
-            assert shared == 0, f"{name}: {shared} runs of {GRAM} words are scored too, in {document[:60]!r}"
+        for document in read_documents(text_set(name), Reading(Speaker())):
+            shared = sum(gram in scored for gram in grams(document.text))
+            assert shared == 0, f"{name}: {shared} runs of {GRAM} words are scored too, in {document.text[:60]!r}"
+
+
+def test_talks_repeat_nothing_of_the_articles_and_novels():
+    """What `mixed-chat` mixes is not the same text twice."""
+    others = all_grams(
+        d for name in ("wikipedia", "novels") for d in load_documents(load_definition(find_data("calibration", name)))
+    )
+    talks = task_rows("calibration", "chat")
+    told = [message["content"] for talk in talks for message in talk["messages"]]
+    assert not sum(gram in others for text in told for gram in grams(text))
+    openings = [talk["messages"][0]["content"] for talk in talks if "title" not in talk]
+    assert len({opening[:40] for opening in openings}) == len(openings) > 100
 
 
 def test_no_article_is_in_calibration_and_evaluation():
     calibration = {row["title"] for row in task_rows("calibration")}
+    calibration |= {row["title"] for row in task_rows("calibration", "chat") if "title" in row}
     evaluation = {row["title"] for row in task_rows("eval")}
     assert len(calibration) > 300 and len(evaluation) > 150
     assert not calibration & evaluation
 
 
-def task_rows(kind: str) -> list[dict]:
+def task_rows(kind: str, name: str = "wikipedia") -> list[dict]:
     import json
     import lzma
 
-    with lzma.open(data_root(kind) / "wikipedia.jsonl.xz", "rt", encoding="utf-8") as lines:
+    with lzma.open(data_root(kind) / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

@@ -19,6 +19,7 @@ from compress.text import (
     data_root,
     eval_windows,
     find_data,
+    hub,
     is_bundled_task,
     load_definition,
     load_documents,
@@ -32,7 +33,7 @@ class Characters:
     """A tokenizer whose tokens are characters."""
 
     eos_token_id = 0
-    rows = unknown_id = None
+    rows = unknown_id = chat_template = None
 
     def __init__(self, bos: int | None = None, adds_bos: bool = True):
         self.bos_token_id = bos
@@ -173,7 +174,7 @@ BAD_DEFINITIONS = {
     "expected a mapping": "- name\n",
     "not readable as YAML": "name: [x\n",
     "'files': expected a list, got 'a.txt'": "name: x\nfiles: a.txt\n",
-    "'format': .*'wikitext' or 'jsonl', got 'csv'": "name: x\nfiles: [a.csv]\nformat: csv\n",
+    "'format': .*'tsv' or 'parquet', got 'xls'": "name: x\nfiles: [a.xls]\nformat: xls\n",
     "'hub' takes": "name: x\nhub: {paht: a/b}\n",
     "'mix.novels': must be more than 0": "name: x\nmix: {novels: 0}\n",
     "'mix': expected a mapping": "name: x\nmix: [novels]\n",
@@ -193,8 +194,8 @@ def test_definitions_are_strict(tmp_path, expected):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    path = tmp_path / "x.parquet"
-    path.write_bytes(b"PAR1")
+    path = tmp_path / "x.docx"
+    path.write_bytes(b"PK")
     with pytest.raises(CalibrationError, match="expected a .yaml definition or a text file"):
         load_definition(find_data("eval", str(path)))
 
@@ -205,7 +206,11 @@ BAD_FILES = {
     "latin.txt": ("café".encode("latin-1"), "not UTF-8"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
     "list.jsonl": (b'["a"]\n', "line 1: expected an object"),
-    "column.jsonl": (b'{"body": "a"}\n', "line 1: no text in 'text'"),
+    "column.jsonl": (b'{"body": "a"}\n', r"line 1: no text among its keys \(body\); .*set 'column'"),
+    "talk.jsonl": (
+        b'{"messages": [{"role": "user", "content": "a"}]}\n',
+        "line 1: talks are read for calibration only",
+    ),
 }
 
 
@@ -287,6 +292,13 @@ class FakeHub:
 HUB = TextSet(name="web", hub={"path": "owner/web", "name": "small", "split": "test", "column": "body"})
 
 
+@pytest.fixture
+def _asked(monkeypatch):
+    """The hub knows every set."""
+    monkeypatch.setattr(hub, "ask", lambda path: None)
+
+
+@pytest.mark.usefixtures("_asked")
 def test_hub_sets_stream(monkeypatch):
     fake = FakeHub([{"body": d} for d in [*DOCUMENTS, "  "]])
     monkeypatch.setitem(sys.modules, "datasets", fake)
@@ -296,6 +308,7 @@ def test_hub_sets_stream(monkeypatch):
     assert shuffled != DOCUMENTS and sorted(shuffled) == sorted(DOCUMENTS)
 
 
+@pytest.mark.usefixtures("_asked")
 def test_hub_problems_are_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([], ConnectionError("no route\nlong story")))
     with pytest.raises(CalibrationError, match="cannot read hub set 'owner/web': no route; ") as error:
