@@ -63,6 +63,11 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _dash(value: Any) -> Any:
+    """'-' stands for standard input; without quotes it is YAML's for a list of nothing."""
+    return "-" if value == [None] else value
+
+
 def _size(value: Any) -> Any:
     """'5GB' or '512MiB' to bytes."""
     if not isinstance(value, str):
@@ -127,7 +132,7 @@ class Calibration(Section):
     several of these by weight; neither: what goes with the model's tokenizer.
     """
 
-    dataset: Location | None = None
+    dataset: Annotated[Location | None, BeforeValidator(_dash)] = None
     mix: (
         Annotated[dict[Location, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(max_length=MOST_PARTS)]
         | None

@@ -62,7 +62,9 @@ def ask(path: str) -> None:
         raise ValueError("its owner wants to be asked; accept its terms on the hub and log in") from None
     except RepositoryNotFoundError:
         raise ValueError("the hub has no such set, or does not show it to you") from None
-    except (OfflineModeIsEnabled, HFValidationError, OSError, ValueError):
+    except OfflineModeIsEnabled:
+        raise ConnectionError("HF_HUB_OFFLINE is set, so nothing is fetched") from None
+    except (HFValidationError, OSError, ValueError):
         raise
     except Exception as error:  # of whichever HTTP library the hub's client uses
         raise ConnectionError(f"no connection to the hub ({_reason(error)})") from None
