@@ -47,14 +47,13 @@ class Conversation:
 
     def _fitting(self) -> list[int]:
         """Ids of the talk, without the oldest exchanges that leave no room for an answer."""
-        while True:
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            ids = self.speaker.question([*system, *self.messages])
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        for gone in range(0, len(self.messages), 2):
+            ids = self.speaker.question([*system, *self.messages[gone:]])
             if len(ids) < self.context - min(self.most, self.context // 4):
+                del self.messages[:gone]
+                self.forgotten += gone // 2
                 return ids
-            if len(self.messages) < 3:
-                raise CheckpointError(
-                    f"the question takes {len(ids):,} of {self.context:,} tokens; raise --context, or ask shorter"
-                )
-            del self.messages[:2]
-            self.forgotten += 1
+        raise CheckpointError(
+            f"the question takes {len(ids):,} of {self.context:,} tokens; raise --context, or ask shorter"
+        )
