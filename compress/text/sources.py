@@ -3,6 +3,7 @@ set of the hub, or several of these by weight."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from compress.text.sets import TextSet, data_root, find_data, load_definition, o
 
 BASE_TEXT, CHAT_TEXT = "mixed", "mixed-chat"
 """What is read where nothing else is named: for a base model, and for one whose tokenizer has a chat template."""
-MOST_FILES = 10_000  # of a folder
+MOST_FILES = 20_000  # of a folder and those below it
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _with_options(found: TextSet, column: str | None, split: str | None) -> Text
 
 
 def _is_named(name: str) -> bool:
-    return own_file(name) is None and (data_root("calibration") / f"{name}.yaml").is_file()
+    return own_file(name) is None and any(path.stem == name for path in data_root("calibration").glob("*.yaml"))
 
 
 def _named(name: str) -> TextSet:
@@ -116,17 +117,17 @@ def _named(name: str) -> TextSet:
 
 def _folder(folder: Path) -> TextSet:
     """All files of a folder and those below it that are read, by path."""
-    found, others = [], set()
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder).parts
-        if any(name.startswith(".") for name in inside) or not path.is_file():
-            continue
-        if kind_of(path.name) is not None:
-            found.append(path)
-        else:
-            others.add("/".join(inside))
-        if len(found) > MOST_FILES:
-            raise CalibrationError(f"{folder}: more than {MOST_FILES:,} files of text; join them, one document a line")
+    found, others = [], []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [Path(place, name) for name in names if not name.startswith(".")]
+        found += [path for path in files if kind_of(path.name) is not None and path.is_file()]
+        others += [str(path.relative_to(folder)) for path in files if kind_of(path.name) is None]
+        if len(found) + len(others) > MOST_FILES:
+            raise CalibrationError(
+                f"{folder}: more than {MOST_FILES:,} files in this folder and below; name the one that holds the text, or join "
+                "its files, one document a line"
+            )
     if not found:
         raise CalibrationError(f"{folder}: no file in this folder is text that is read ({suffixes()})")
     notes = []
@@ -136,11 +137,11 @@ def _folder(folder: Path) -> TextSet:
         notes = [
             f"files of {folder.name} that are no text that is read, left out: {named}{more} (read: {', '.join(KINDS)})"
         ]
-    return TextSet(name=folder.name or str(folder), files=tuple(found), notes=tuple(notes))
+    return TextSet(name=folder.name or str(folder), files=tuple(sorted(found)), notes=tuple(notes))
 
 
 def _exists(name: str) -> bool:
     try:
-        return Path(name).expanduser().exists()
+        return bool(name) and Path(name).expanduser().exists()
     except (OSError, RuntimeError, ValueError):
         return False

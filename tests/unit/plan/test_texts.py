@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CalibrationError, CheckpointError
-from compress.plan import make_plan
+from compress.plan import Plan, make_plan
 from compress.plan.texts import read_texts
 from compress.recipe import load_recipe
 from tests.integration.runs import command
@@ -68,6 +68,41 @@ def test_hub_sets_are_left_for_the_run(tmp_path: Path) -> None:
     (tmp_path / "hub.yaml").write_text("{name: hub, hub: {path: nobody/nothing, column: text}}\n")
     lines = _read(demo_model(), tmp_path, str(tmp_path / "hub.yaml"))
     assert any("is on the hub" in line for line in lines)
+
+
+def _plan(model: Path, folder: Path, calibration: str, steps: str = "[{quantize: {scheme: W4A16G32}}]") -> Plan:
+    path = folder / "p.yaml"
+    path.write_text(
+        f"name: p\nmodel: {model}\nsteps: {steps}\nexport: [{{container: compress}}]\n"
+        f"calibration: {calibration}\nscore: false\n"
+    )
+    return make_plan(load_recipe(path))
+
+
+def test_a_recipe_that_names_no_text_reads_what_goes_with_the_tokenizer(tmp_path: Path) -> None:
+    """Talks where it has a chat template, and a line that says so where text is read at all."""
+    chat = shutil.copytree(demo_model(), tmp_path / "chat", ignore=shutil.ignore_patterns("*.safetensors"))
+    base = shutil.copytree(chat, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    plan = _plan(chat, tmp_path, "{}")
+    (line,) = [line for line in plan.warnings if "mixed-chat" in line]
+    assert plan.chosen == (line,) and plan.recipe.calibration.source.label == "mixed-chat"
+    assert make_plan(plan.recipe).saying(plan.chosen).warnings == plan.warnings  # as a survey plans it again
+    for model, calibration, label in (
+        (base, "{}", "mixed"),
+        (chat, "{dataset: mixed}", "mixed"),
+        (chat, "{mix: {chat: 1, novels: 1}}", "chat + novels (1:1)"),
+    ):
+        plan = _plan(model, tmp_path, calibration)
+        assert plan.recipe.calibration.source.label == label and not plan.chosen
+        assert not [line for line in plan.warnings if "calibration" in line]
+    assert not _plan(chat, tmp_path, "{}", steps="[]").chosen  # nothing is read
+
+
+def test_what_deserves_a_line_of_a_text(tmp_path: Path) -> None:
+    (folder := tmp_path / "notes").mkdir()
+    (folder / "a.txt").write_text(TEXT * 20)
+    (folder / "b.pdf").write_text("")
+    assert any("left out: b.pdf" in line for line in _read(demo_model(), tmp_path, str(folder)))
 
 
 def test_the_command_reads_them(

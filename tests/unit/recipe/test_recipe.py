@@ -355,6 +355,46 @@ def test_digest_follows_the_output_bytes_only(write):
     assert len({load_recipe(write(GOOD), [text]).digest() for text in other} | {base}) == len(other) + 1
 
 
+def test_recipes_from_before_text_could_be_mixed_keep_their_digest(write):
+    """Those that runs were begun with; the numbers are of that version."""
+    text = "name: x\nmodel: m\ncalibration: {samples: 64}\nsteps: [{quantize: {solver: rtn, scheme: Q8_0}}]\nexport: [{container: gguf}]\n"
+    old = "603fb956c4e418278d8570b8f56ea8fdb8d2418747b5c935d131ba6e788ebe47"
+    novels = "6daca61c865b237f15ac316eafb14a2954ffe473d663c0fa6e12c95fe65447ad"
+    assert load_recipe(write(text)).digest() == load_recipe(write(text), ["calibration.dataset=mixed"]).digest() == old
+    assert load_recipe(write(text), ["calibration.dataset=novels"]).digest() == novels
+    new = ["calibration.dataset=chat", "calibration.mix={chat: 1}", "calibration.mix={chat: 2}", "calibration.column=a",
+           "calibration.split=test", "calibration.template=true", "calibration.template=false"]  # fmt: skip
+    assert len({load_recipe(write(text), [one]).digest() for one in new} | {old}) == len(new) + 1
+
+
+def test_calibration_text_is_one_source_and_ships_without_its_place(write, tmp_path):
+    (mine := tmp_path / "mine.jsonl").write_text("")
+    base = "model: m\nexport: [{container: gguf}]\n"
+
+    def said(calibration, *sets):
+        return load_recipe(write(f"{base}calibration: {calibration}\n"), sets).calibration
+
+    assert said("{}").source.label == "" and said("{dataset: -}").dataset == "-"
+    assert said("{}", "calibration.dataset=-").dataset == "-"
+    assert said("{dataset: mixed}", "calibration.dataset=null", "calibration.mix={chat: 1}").mix == {"chat": 1}
+    assert said(f"{{dataset: {mine}, column: body}}").portable() == {
+        "dataset": "mine.jsonl", "column": "body", "samples": 256, "length": 512,
+    }  # fmt: skip
+    mix = f"{{mix: {{{mine}: .5, 'owner/set:config': 1, {tmp_path}/more/mine.jsonl: 2}}}}"
+    assert said(mix).portable()["mix"] == {"mine.jsonl (1)": 0.5, "owner/set:config": 1, "mine.jsonl (3)": 2}
+    for wrong, what in (
+        ("{dataset: chat, mix: {chat: 1}}", "x.yaml:3: calibration: dataset and mix exclude each other"),
+        ("{mix: {}}", "x.yaml:3: calibration: mix names no text"),
+        ("{mix: {chat: 0}}", "x.yaml:3: calibration.mix.chat: must be more than 0"),
+        ("{mix: {chat: -.inf}}", "x.yaml:3: calibration.mix.chat: -.inf is no finite number"),
+        ("{mix: [chat]}", "x.yaml:3: calibration.mix: expected a mapping"),
+        ("{template: 1}", "x.yaml:3: calibration.template: expected true or false"),
+        ("{columns: a}", "x.yaml:3: calibration.columns: unknown key 'columns'; nearest: column"),
+    ):
+        (found,) = problems_of(write(f"{base}calibration: {wrong}\n"))
+        assert what in found
+
+
 def test_names_are_found_and_misnamed_ones_suggested(tmp_path):
     assert load_recipe("qwen-moe-2bit").name == "qwen-moe-2bit"
     assert "qwen-moe-2bit" in problems_of("qwen-moe-2bits")[0]

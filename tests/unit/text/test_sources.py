@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CalibrationError
-from compress.text import TextSource, hub, load_definition, load_documents, rows, text_set
+from compress.text import TextSource, hub, load_definition, load_documents, rows, sources, text_set
 from compress.text.documents import Reading, read_documents
 from compress.text.talks import Speaker
 
@@ -96,7 +96,7 @@ def test_files_that_are_wrong(name: str, content: bytes, says: str, tmp_path: Pa
 # ------------------------------------------------------------------------------------ folders and names
 
 
-def test_a_folder_is_its_files_by_path(tmp_path: Path) -> None:
+def test_a_folder_is_its_files_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "notes"
     for name, content in (("b.txt", "second"), ("a/z.md", "first"), ("c.jsonl", '{"text": "third"}'), ("d.pdf", "x"),
                           ("a/e.docx", "x"), (".git/f.txt", "x")):  # fmt: skip
@@ -106,6 +106,10 @@ def test_a_folder_is_its_files_by_path(tmp_path: Path) -> None:
     assert documents(str(folder)) == ["first", "second", "third"]
     (note,) = found.notes
     assert "left out: a/e.docx, d.pdf" in note and found.name == "notes"
+    monkeypatch.setattr(sources, "MOST_FILES", 4)
+    with pytest.raises(CalibrationError, match="more than 4 files in this folder") as error:
+        text_set(str(folder))
+    one_line(error)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CalibrationError, match="no file in this folder is text") as error:
         text_set(str(tmp_path / "empty"))
@@ -119,6 +123,9 @@ def test_a_folder_is_its_files_by_path(tmp_path: Path) -> None:
         (TextSource("data/nothing.csv"), "no file or folder 'data/nothing.csv'"),
         (TextSource("~nobody-of-that-name"), "no file or folder"),
         (TextSource("mixd"), "did you mean 'mixed'"),
+        (TextSource(""), "no calibration set ''"),
+        (TextSource("x" * 252), "no calibration set 'xxx"),
+        (TextSource("a\0b"), "no calibration set"),
         (TextSource(mix={"mixed": 1, "chat": 1}), "'mixed' is itself a mix"),
         (TextSource(mix={"chat": 1, "chta": 1}), "did you mean 'chat'"),
         (TextSource("chat", split="train"), "split goes with sets of the hub"),
