@@ -26,8 +26,8 @@ from compress.text.probes import prove
 
 
 def choose_text(recipe: Recipe, folder: Path) -> tuple[Recipe, str | None]:
-    """A recipe that names its calibration text, and a line where that is not what the recipe says itself: one that names
-    none is read as the tokenizer in the model's folder has it. CheckpointError for a damaged tokenizer."""
+    """The recipe with its calibration text named. One that names none gets talks where the tokenizer in the model's folder has a
+    chat template, and a line that says so. CheckpointError for a damaged tokenizer."""
     text = recipe.calibration
     if text.dataset is not None or text.mix is not None:
         return recipe, None

@@ -13,7 +13,7 @@ from typing import Any
 
 from compress.errors import CalibrationError
 from compress.text.hub import Progress, hub_rows
-from compress.text.rows import STDIN, Row, json_lines, kind_of, read_text, rows, sniffed
+from compress.text.rows import STDIN, Row, json_lines, kind_of, named, read_text, rows, sniffed
 from compress.text.sets import TextSet, data_root, find_data, load_definition
 from compress.text.shapes import Misread, Talk, understood
 from compress.text.sources import part, parts
@@ -73,7 +73,7 @@ def _file_texts(file: Path, definition: TextSet, reading: Reading | None, as_fil
     kind = definition.format or (sniffed(file) if file == STDIN else kind_of(file.name) or "text")
     if kind not in ("text", "wikitext"):
         for row in rows(file, kind):
-            if text := _row_text(row, definition.column, str(file), reading):
+            if text := _row_text(row, definition.column, named(file), reading):
                 yield text
         return
     text = read_text(file)

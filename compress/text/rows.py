@@ -84,9 +84,9 @@ def json_lines(file: Path) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{file}, line {number}: not JSON ({error})") from error
+            raise CalibrationError(f"{named(file)}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise CalibrationError(f'{file}, line {number}: expected an object, e.g. {{"text": "..."}}')
+            raise CalibrationError(f'{named(file)}, line {number}: expected an object, e.g. {{"text": "..."}}')
         yield Row(f"line {number}", row)
 
 
@@ -99,12 +99,14 @@ def _json(file: Path) -> Iterator[Row]:
         if error.msg == "Extra data":
             yield from json_lines(file)
             return
-        raise CalibrationError(f"{file}: not JSON ({error})") from error
+        raise CalibrationError(f"{named(file)}: not JSON ({error})") from error
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{file}: not JSON ({error})") from error
+        raise CalibrationError(f"{named(file)}: not JSON ({error})") from error
     for number, row in enumerate(found if isinstance(found, list) else [found], start=1):
         if not isinstance(row, dict | str):
-            raise CalibrationError(f'{file}, row {number}: expected an object, e.g. {{"text": "..."}}, or a text')
+            raise CalibrationError(
+                f'{named(file)}, row {number}: expected an object, e.g. {{"text": "..."}}, or a text'
+            )
         yield Row(f"row {number}", row)
 
 
@@ -118,11 +120,15 @@ def _table(file: Path) -> Iterator[Row]:
         for cells in reader:
             if cells and len(cells) != len(columns):
                 told = f"{len(cells)} cells under {len(columns)} columns"
-                raise CalibrationError(f"{file}, line {reader.line_num}: {told}; quote cells that hold a separator")
+                raise CalibrationError(
+                    f"{named(file)}, line {reader.line_num}: {told}; quote cells that hold a separator"
+                )
             if cells:
                 yield Row(f"line {reader.line_num}", dict(zip(columns, cells, strict=True)))
     except csv.Error as error:
-        raise CalibrationError(f"{file}, line {reader.line_num}: not a table ({error}); correct its quotes") from None
+        raise CalibrationError(
+            f"{named(file)}, line {reader.line_num}: not a table ({error}); correct its quotes"
+        ) from None
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -156,9 +162,9 @@ def read_text(file: Path) -> str:
     except FileNotFoundError:
         raise _missing(file) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{_told(file)}: damaged or not UTF-8 text ({error})") from error
+        raise CalibrationError(f"{named(file)}: damaged or not UTF-8 text ({error})") from error
     if "\0" in text:
-        raise CalibrationError(f"{_told(file)} is no text: it holds NUL characters; give UTF-8 text")
+        raise CalibrationError(f"{named(file)} is no text: it holds NUL characters; give UTF-8 text")
     return text
 
 
@@ -174,7 +180,8 @@ def standard_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _told(file: Path) -> str:
+def named(file: Path) -> str:
+    """A file for people."""
     return "standard input" if file == STDIN else str(file)
 
 

@@ -67,7 +67,9 @@ def find_data(kind: Literal["calibration", "eval"], name: str) -> Path:
     if (path := own_file(name)) is not None:
         return path
     root = data_root(kind)
-    return _named(name, root, "calibration set" if kind == "calibration" else "evaluation set")
+    if kind == "eval":
+        return _named(name, root, "evaluation set")
+    return _named(name, root, "calibration set", "a file, a folder or a hub set (owner/name)")
 
 
 def own_file(name: str) -> Path | None:
@@ -79,12 +81,12 @@ def own_file(name: str) -> Path | None:
         return None
 
 
-def _named(name: str, folder: Path, what: str) -> Path:
+def _named(name: str, folder: Path, what: str, else_: str = "a file") -> Path:
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name in names:
         return folder / f"{name}.yaml"
     known = ", ".join(names) or "none"
-    raise CalibrationError(f"no {what} '{shown(name)}'{_suggest(name, names)}; there are: {known}, or give a file")
+    raise CalibrationError(f"no {what} '{shown(name)}'{_suggest(name, names)}; there are: {known}, or give {else_}")
 
 
 def _suggest(name: str, names: Iterable[str]) -> str:

@@ -41,8 +41,8 @@ def calibration_windows(
     max_positions: int | None = None,
 ) -> np.ndarray:
     """The windows of `calibration_text` alone, int32 [samples, length]."""
-    wanted = {"samples": samples, "length": length, "seed": seed, "max_positions": max_positions}
-    return calibration_text(text, tokenizer, **wanted).ids  # type: ignore[arg-type]
+    found = calibration_text(text, tokenizer, samples=samples, length=length, seed=seed, max_positions=max_positions)
+    return found.ids
 
 
 def calibration_text(
@@ -84,11 +84,11 @@ def calibration_text(
         raise CalibrationError(f"calibration set '{name}' holds no text")
     ended = " and ".join(f"'{told(part)}'" for part in reading.ended)
     if len(tokens) < wanted:
-        why = f"; its part {ended} has no more" if ended else ""
+        why = f"; it ends with its part {ended}" if ended and definition.ends == "first" else ""
         raise CalibrationError(too_few("calibration set", name, len(tokens), samples, length, "samples") + why)
     check_ids(tokens, tokenizer, f"calibration set '{name}'")
     lines = [*definition.notes, *reading.speaker.lines()]
-    if ended:
+    if ended and definition.ends == "last":
         lines.append(f"{ended} of '{name}' has no more text: the other parts go on alone")
     if source.template and not reading.speaker.done["talks"]:
         lines.append(f"template: true changes nothing: '{name}' holds texts, no talks")

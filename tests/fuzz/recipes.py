@@ -18,7 +18,7 @@ from tests.fuzz.harness import Case, hostile, mutated, scrambled
 from tests.tiny import demo_model
 
 KEYS = (*Recipe.model_fields, *STEP_KINDS, "solver", "scheme", "rules", "ignore", "targets", "codec", "layers", "sparsity", "ratio",
-        "container", "max_shard_size", "incoherence", "activations", "suite", "samples", "length", "dataset")  # fmt: skip
+        "container", "max_shard_size", "incoherence", "activations", "suite", "samples", "length", "dataset", "mix", "column", "split", "template")  # fmt: skip
 WORDS = (
     b"&a ", b"*a", b"*a, *a, *a", b"<<: *a", b"!!python/object:os.system ", b"!x ", b"\t", b"\n", b": ", b"- ", b"[", b"]", b"{", b"}", b"|", b">",
     b"#", b"'", b'"', b"?", b"---", b"...", b"%YAML 9.9", b"\\", b"\0", b"\xff", b"\xef\xbb\xbf", b"null", b"1", b"9", b"re:(a+)+", b"\r",

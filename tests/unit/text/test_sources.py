@@ -209,6 +209,12 @@ def test_standard_input_is_what_it_holds(send, content: bytes, expected: list[st
     assert documents("-") == expected  # a plan and its run see the same
 
 
+def test_what_is_wrong_with_standard_input_is_said_of_it(send) -> None:
+    send(b'{"text": "a"}\n{"body": "b"}\n')
+    with pytest.raises(CalibrationError, match="^standard input, line 2: no text among its keys"):
+        documents("-")
+
+
 def test_a_terminal_is_no_text(send) -> None:
     send(b"", terminal=True)
     with pytest.raises(CalibrationError, match=r"nothing is sent to standard input; .* \| compress run") as error:
