@@ -7,7 +7,8 @@ CompressError                 exit 1   anything we can name; one line that says 
 │   └── ConfigError           exit 2   config.json is wrong or contradicts itself: all problems at once, with key
 ├── CheckpointError           exit 1   missing, truncated or non-finite weights
 │   └── NoSuchModel           exit 2   what was named is no model: nothing at all, an adapter, another kind of file
-├── CalibrationError          exit 1   no such set, empty text, sequences longer than the model allows
+├── CalibrationError          exit 1   empty or damaged text, sequences longer than the model allows
+│   └── NoSuchText            exit 2   what was named is no calibration text: nothing at all, or nothing that the hub has
 ├── NumericalError            exit 1   non-finite activations, gram that no damping repairs
 ├── OutputError               exit 1   output folder holds something else or is in use, disk full
 ├── ResumeError               exit 1   the work folder belongs to another recipe, or is not what was written
@@ -62,6 +63,12 @@ class NoSuchModel(CheckpointError):
 
 class CalibrationError(CompressError):
     pass
+
+
+class NoSuchText(CalibrationError):
+    """What was named as calibration text is none; the message says what would do."""
+
+    exit_code = 2
 
 
 class NumericalError(CompressError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CalibrationError, MissingExtra
+from compress.errors import MissingExtra, NoSuchText
 from compress.text.rows import kind_of
 
 SHUFFLE_BUFFER = 10_000  # rows that are held to draw from
@@ -31,7 +31,7 @@ def hub_id(name: str) -> dict[str, str] | None:
 def hub_rows(hub: Mapping[str, str], seed: int | None, progress: Progress | None = None) -> Iterator[Mapping[str, Any]]:
     """The rows of a set, in its order or shuffled by `seed` as far as a buffer goes.
 
-    hub: path, and if they are known name (of the configuration) and split. Raises CalibrationError where the hub cannot be
+    hub: path, and if they are known name (of the configuration) and split. Raises NoSuchText where the hub cannot be
     reached or does not have it, MissingExtra without the `datasets` package.
     """
     path = hub["path"]
@@ -48,7 +48,7 @@ def hub_rows(hub: Mapping[str, str], seed: int | None, progress: Progress | None
         yield from rows
     except (OSError, ValueError) as error:  # no network, no such set, configuration or split
         fix = "check its name (owner/name or owner/name:config), 'split' and the network, or use a local set"
-        raise CalibrationError(f"cannot read hub set '{path}': {_reason(error)}; {fix}") from error
+        raise NoSuchText(f"cannot read hub set '{path}': {_reason(error)}; {fix}") from error
 
 
 def ask(path: str) -> None:

@@ -38,7 +38,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, NoSuchText
 from compress.limits import MOST_TARGETS, YAML_BYTES
 from compress.reading import Unreadable, Yaml, dotted, path_problem, read_text, shown, wrong
 from compress.text.protocol import DEFAULT, PROTOCOLS, Bos, Counted, Joiner, Protocol, ProtocolName
@@ -69,7 +69,10 @@ def find_data(kind: Literal["calibration", "eval"], name: str) -> Path:
     root = data_root(kind)
     if kind == "eval":
         return _named(name, root, "evaluation set")
-    return _named(name, root, "calibration set", "a file, a folder or a hub set (owner/name)")
+    try:
+        return _named(name, root, "calibration set", "a file, a folder or a hub set (owner/name)")
+    except CalibrationError as error:
+        raise NoSuchText(str(error)) from None
 
 
 def own_file(name: str) -> Path | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, NoSuchText
 from compress.reading import shown
 from compress.text.hub import hub_id
 from compress.text.rows import KINDS, STDIN, kind_of, suffixes
@@ -111,7 +111,7 @@ def _named(name: str) -> TextSet:
         if (hub := hub_id(name)) is not None:
             return TextSet(name=name, hub=hub)
         if kind_of(name) is not None or name.startswith((".", "/", "~")):
-            raise CalibrationError(f"calibration text: no file or folder '{shown(name)}'; check the path")
+            raise NoSuchText(f"calibration text: no file or folder '{shown(name)}'; check the path")
     return load_definition(find_data("calibration", name))
 
 

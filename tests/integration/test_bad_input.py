@@ -184,7 +184,7 @@ def test_no_such_recipe(bench: Bench, model: Path) -> None:
 
 
 def test_no_such_calibration_set(bench: Bench, model: Path) -> None:
-    line = bench.fails(model, "calibration.dataset=wikipedie")
+    line = bench.fails(model, "calibration.dataset=wikipedie", code=2)
     assert "wikipedie" in line and "'wikipedia'" in line
     assert not bench.output.exists()
 

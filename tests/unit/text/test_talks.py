@@ -136,3 +136,12 @@ def test_the_default_for_talks_fills_what_recipes_ask_for(tmp_path: Path) -> Non
     more = calibration_text("mixed-chat", own, samples=1024, length=512, seed=0)
     assert np.array_equal(more.ids[:256], text.ids)
     assert more.lines == ("'chat' of 'mixed-chat' has no more text: the other parts go on alone",)
+
+
+def test_progress_is_told_as_tokens_come(talks: Path, tmp_path: Path) -> None:
+    told: list[tuple[float, str]] = []
+    own = tokenizer(tmp_path / "t", TEMPLATES["turns"])
+    calibration_text(str(talks), own, samples=4, length=100, seed=0, progress=lambda *said: told.append(said))
+    done = [fraction for fraction, _ in told]
+    assert done == sorted(done) and 0 < done[0] < 0.5 and done[-1] == 1.0
+    assert {what for _, what in told} == {"tokens of talks.jsonl"}
