@@ -46,7 +46,7 @@ def hub_rows(hub: Mapping[str, str], seed: int | None, progress: Progress | None
         if seed is not None:
             rows = _shuffled(rows.shuffle(seed=seed, buffer_size=1), seed, path, progress)
         yield from rows
-    except (OSError, ValueError) as error:  # no network, no such set, configuration or split
+    except Exception as error:  # many types: no network, no such set, configuration or split, a set that is a program
         fix = "check its name (owner/name or owner/name:config), 'split' and the network, or use a local set"
         raise NoSuchText(f"cannot read hub set '{path}': {_reason(error)}; {fix}") from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, NoSuchText
 from compress.text import TextSource, hub, load_definition, load_documents, rows, sources, text_set
 from compress.text.documents import Reading, read_documents
 from compress.text.talks import Speaker
@@ -245,6 +245,21 @@ def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch: pytest.Monk
         with pytest.raises(CalibrationError, match="cannot read hub set 'owner/set': no connection") as error:
             documents("owner/set")
         assert waited is None and "local set" in one_line(error)
+
+
+def test_sets_are_streamed_by_the_real_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` takes a folder for a set of the hub, and needs no network for it."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "set").mkdir(parents=True)
+    (tmp_path / "owner" / "set" / "train.jsonl").write_bytes(LINES)
+    (tmp_path / "s.yaml").write_text("name: s\nhub: {path: owner/set}\n")
+    assert documents("s.yaml") == TEXTS
+    shuffled = [document.text for document in read_documents(text_set("s.yaml"), seed=1)]
+    assert sorted(shuffled) == sorted(TEXTS)
+    with pytest.raises(NoSuchText, match="Available splits: .'train'.") as error:
+        documents(TextSource("s.yaml", split="tset"))
+    one_line(error)
 
 
 def test_rows_of_the_hub_are_drawn_from_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -314,6 +314,10 @@ def test_hub_problems_are_one_line(monkeypatch):
     with pytest.raises(CalibrationError, match="cannot read hub set 'owner/web': no route; ") as error:
         list(load_documents(HUB))
     one_line(error)
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub([], RuntimeError("Dataset scripts are no longer supported")))
+    with pytest.raises(CalibrationError, match="Dataset scripts are no longer supported; ") as error:
+        list(load_documents(HUB))
+    one_line(error)
     monkeypatch.setitem(sys.modules, "datasets", FakeHub([{"text": "a", "id": 1}]))
     with pytest.raises(CalibrationError, match="no column 'body'; it has: text, id"):
         list(load_documents(HUB))
