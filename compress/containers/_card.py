@@ -60,5 +60,5 @@ def _front_matter(identity: Identity) -> str:
 def _licence(identity: Identity) -> str:
     name = identity.license_name or identity.license
     if not name:
-        return "Licence: the original's model card names none; its own terms hold."
+        return "Licence: no model card of the original names one; its own terms hold."
     return f"Licence: {' '.join(name.split())}, says the original's model card (`README-original.md`)."
