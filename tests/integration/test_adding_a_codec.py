@@ -41,6 +41,12 @@ def test_the_page(
     (artifact,) = card["artifacts"]
     folder = page / "out" / artifact["path"]
     forget_plugins()
+    speak = ("generate", str(folder), "the", "--tokens", "2")
+    code, _, err = command(monkeypatch, capfd, *speak)
+    assert code != 0 and "codec 'e2m1-g32' is not known" in err
+    code, said, err = command(monkeypatch, capfd, *speak, "--plugin", plugin)
+    assert code == 0 and said.startswith("the"), err
+    forget_plugins()
     with pytest.raises(CheckpointError, match="e2m1-g32"):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plugins.load(plugin)
