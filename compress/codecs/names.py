@@ -231,7 +231,8 @@ def register_info(info: CodecInfo) -> None:
     if info.name != info.name.strip().lower() or not info.name:
         raise ValueError(f"{info.name!r}: names of codecs are written in lower case")
     known = _REGISTERED.get(info.name)
-    if info.name in _FIXED or _UNIFORM.fullmatch(info.name) or known not in (None, info):
+    patterns = (_UNIFORM, _SPARSE, _FACTORS)
+    if info.name in _FIXED or any(p.fullmatch(info.name) for p in patterns) or known not in (None, info):
         raise ValueError(f"there is a codec called {info.name} already; give yours another name")
     _REGISTERED[info.name] = info
 

@@ -110,6 +110,7 @@ def test_a_file_registers_all_kinds(tmp_path: Path) -> None:
             "register_info(CodecInfo('q4_k', 'block', 32, 18))",
             r"whole.py, line \d+: ValueError: there is a codec called",
         ),
+        ("register_info(CodecInfo('sparse-bf16', 'block', 32, 18))", "there is a codec called sparse-bf16 already"),
         ("register_info(CodecInfo('Own', 'block', 32, 18))", "names of codecs are written in lower case"),
         ("register_family(None)", r"whole.py, line \d+: AttributeError"),
         ("class X(solvers.SolverOptions): ...\nsolvers.register(X)", "X: its name is `name: Literal"),
