@@ -51,7 +51,7 @@ def _front_matter(identity: Identity) -> str:
         "license": identity.license,
         "license_name": identity.license_name,
         "license_link": identity.license_link,
-        "base_model": identity.id if identity.owner else "",
+        "base_model": identity.id if identity.commit else "",  # what has a commit came from the hub
     }
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in said.items() if value]
     return "".join(("---\n", *lines, "---\n\n")) if lines else ""

@@ -29,6 +29,7 @@ from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, load_spec
+from compress.models.identity import Identity
 from compress.plan.tensor import PlannedTensor
 from compress.runtime.embedding import PackedEmbedding, TiedHead
 from compress.runtime.linear import PackedLinear
@@ -314,11 +315,15 @@ def test_the_readme_says_what_to_import_and_the_licence(tmp_path: Path) -> None:
     spec = load_spec({**config_of(model), "auto_map": {"AutoConfig": "theirs.C"}, "transformers_weights": "theirs.bin"})
     plan = planned(spec, lambda *_: "int4-g32")
     fetch = rounded(plan, model).__getitem__
-    for name in ("compress", "safetensors"):
-        CONTAINERS[name].write(WriteRequest(tmp_path / name, spec, plan, fetch, source=model))
+    of = Identity("m", "owner", "0" * 40, "other", "odd: [name]")
+    for name, identity in (("compress", None), ("safetensors", None), ("hub", of)):
+        container = CONTAINERS["compress" if name == "hub" else name]
+        container.write(WriteRequest(tmp_path / name, spec, plan, fetch, source=model, of=identity))
     text = (tmp_path / "compress" / "README.md").read_text()
     front, _, body = text.removeprefix("---\n").partition("---\n")
     assert yaml.safe_load(front) == {"license": "other", "license_name": "odd: [name]"}
+    hub = yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---\n")[1])
+    assert hub == {"license": "other", "license_name": "odd: [name]", "base_model": "owner/m"}
     assert "import compress\nfrom transformers" in body and "`int4-g32`" in body and "Licence: odd: [name]" in body
     assert (tmp_path / "compress" / "README-original.md").read_text().endswith("# Original\n")
     # of files that do not go along nothing is left, whatever the container
