@@ -92,7 +92,7 @@ def _prove(before: Registered) -> None:
     """Raise ValueError for options, registered since, that a run could not use."""
     for registry, entries in zip(_REGISTRIES, before, strict=True):
         function = next((function for known, function in _FUNCTIONS if known is registry), "")
-        for name in registry.keys() - entries.keys() if function else ():
+        for name in (name for name in registry if function and name not in entries):
             options = registry[name]
             if not isinstance(name, str) or name != name.strip().lower():
                 raise ValueError(f'{options.__name__}: its name is `name: Literal["..."] = "..."`, in lower case')

@@ -134,6 +134,7 @@ def _protect_what_is_saved(kind: type[PreTrainedModel]) -> None:
     @wraps(save)
     def save_pretrained(self: PreTrainedModel, save_directory: str, *args: Any, **options: Any) -> None:
         packed = isinstance(getattr(self, "hf_quantizer", None), CompressQuantizer)
+        packed = packed and not getattr(self, "_hf_peft_config_loaded", False)  # then adapters alone are saved
         if packed and options.get("push_to_hub"):
             raise OutputError("push_to_hub=True sends an unfinished folder; save without it, or call model.push_to_hub")
         save(self, save_directory, *args, **options)
