@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from compress.recover.sensitivity import output_sensitivity
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
-from compress.run.claim import TEXT, WORK, check_settings, claim, finished, recipe_as_told, run_digest
+from compress.run.claim import TEXT, WORK, claim, finished, open_journal, run_digest, write_recipe
 from compress.run.head import head_statistics, survey_head
 from compress.run.inspect import INSPECTED, inspect_weights
 from compress.run.records import jsonl, tensor_records, told
@@ -85,12 +84,8 @@ def run(
             held.enter_context(locked(output / WORK / LOCK, output))
             plan = make_plan(recipe, weights=True)
             claim(output, plan, fresh=fresh)
-            if not fresh:
-                check_settings(output, plan)
             card = None if fresh else _finished(plan, output)
-            journal = Journal.open(output / WORK, plan.digest, fresh=fresh) if card is None else None
-            if journal is not None:
-                _write_recipe(plan, output / WORK)
+            journal = open_journal(output, plan, fresh=fresh) if card is None else None
         if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
@@ -133,7 +128,7 @@ def _carry_out(
     card = make_scorecard(plan, journal, results, reporter)
     write_synced(output / scorecards.TENSORS_FILE, jsonl(tensor_records(plan, journal)))
     scorecards.write(card, output)
-    _write_recipe(plan, output)
+    write_recipe(plan, output)
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
         raise GateFailed(
@@ -165,12 +160,8 @@ def _finished(plan: Plan, output: Path) -> Scorecard | None:
 
     card = finished(output, digest)
     if card is not None and not (output / scorecards.RECIPE_FILE).exists():  # killed just behind its scorecard
-        _write_recipe(plan, output)
+        write_recipe(plan, output)
     return card
-
-
-def _write_recipe(plan: Plan, folder: Path) -> None:
-    write_synced(folder / scorecards.RECIPE_FILE, json.dumps(recipe_as_told(plan), indent=2).encode())
 
 
 def compress_model(
