@@ -10,7 +10,7 @@ from compress.errors import CompressError
 
 
 def verify(
-    target: Annotated[str, typer.Argument(help="The folder of a finished run, or an artifact in it.")],
+    target: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run, or an artifact in it.")],
 ) -> None:
     """Recompute the checksums of what a run delivered: per file ok, changed, missing or unexpected."""
     from compress.report.checksums import OK

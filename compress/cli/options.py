@@ -6,22 +6,44 @@ from typing import Annotated
 
 import typer
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Folder, GGUF file or hub id, instead of the recipe's model.")
+
+def _recipes(incomplete: str) -> list[str]:
+    """Bundled recipes, for completion."""
+    from compress.recipe.load import bundled_recipes
+
+    return [name for name in bundled_recipes() if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.", autocompletion=_recipes),
 ]
-OutputOption = Annotated[str | None, typer.Option("--output", help="Output folder, instead of the recipe's.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value, as calibration.samples=64; repeatable.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Folder, GGUF file or hub id, instead of the recipe's model."),
+]
+OutputOption = Annotated[
+    str | None, typer.Option("--output", metavar="FOLDER", help="Output folder, instead of the recipe's.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value of the recipe, as seed=1; repeatable."),
+]
 PluginOption = Annotated[
     list[str] | None,
-    typer.Option("--plugin", help="A Python file that registers codecs or containers; its code runs. Repeatable."),
+    typer.Option(
+        "--plugin", metavar="FILE", help="A Python file that registers codecs or containers; its code runs. Repeatable."
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps; by default COMPRESS_DEVICE, else the CPU."),
+    typer.Option(
+        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps; by default $COMPRESS_DEVICE, else the CPU."
+    ),
 ]
 StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Stop at what speaks against the original instead of noting it.")
+    bool,
+    typer.Option("--strict", help="Stop at what speaks against the original instead of noting it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]

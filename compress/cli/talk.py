@@ -10,9 +10,11 @@ from compress.errors import CompressError
 
 
 def generate(
-    file: Annotated[str, typer.Argument(help="A GGUF file.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most this many new tokens.")] = 64,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", min=1, metavar="N", help="At most this many new tokens.")
+    ] = 64,
 ) -> None:
     """Let llama.cpp continue a prompt with a GGUF file, greedily."""
     if not prompt:

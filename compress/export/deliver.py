@@ -197,7 +197,7 @@ def described(plan: Plan, written: _Written) -> Artifact:
         path=written.roots[0].name,
         bytes=shipped,
         bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
-        ratio=shipped / plan.source_bytes,
+        ratio=shipped / plan.original_bytes,
         sha256=combined(written.sha256),
         files=dict(written.sha256),
     )

@@ -35,6 +35,13 @@ def companions(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
     return (name for name in files_in(folder) if _matches(name, patterns))
 
 
+def companion_bytes(folder: Path) -> int:
+    """Bytes of what lies beside the weights in a model's folder and goes along with them, its config.json and index among
+    it."""
+    names = companions(folder, (*LEGAL, *LAYOUT, *_RENAMED.values(), "config.json", "*.safetensors.index.json"))
+    return sum((folder / name).stat().st_size for name in names)
+
+
 def left_behind(folder: Path) -> list[str]:
     """The files that no artifact takes along: code, pickled weights, pictures, whatever else lies there."""
     return [name for name in files_in(folder) if not _matches(name, (*LEGAL, *LAYOUT, *_REPLACED))]

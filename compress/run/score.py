@@ -177,8 +177,13 @@ def _described(found: Target) -> Scorecard:
     original = found.original
     base = Base(bytes=None)
     if original is not None:
-        parameters = original.parameters
-        base = Base(bytes=original.bytes, bits_per_weight=8 * original.bytes / parameters, parameters=parameters)
+        parameters, weights = original.parameters, original.weight_bytes
+        base = Base(
+            bytes=original.bytes,
+            weight_bytes=weights,
+            bits_per_weight=8 * weights / parameters,
+            parameters=parameters,
+        )
     artifact = Artifact(
         container=found.container.name,
         path=found.name,
