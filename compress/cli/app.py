@@ -116,7 +116,7 @@ def _terminate(*_: object) -> NoReturn:
 def _run() -> int:
     """The exit code of the command that was asked for; its errors are told."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="compress", standalone_mode=False)
     except CompressError as error:
         code = _fail(error.exit_code, *str(error).splitlines())
     except _Terminated:

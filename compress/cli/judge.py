@@ -39,11 +39,13 @@ def score(
     """Perplexity, KL divergence and task accuracy of files and folders against the original."""
     from compress.report.progress import Reporter
     from compress.report.scorecard import write_each
-    from compress.run.score import Settings, score_targets
 
     load_plugins(plugin)
+    reporter = Reporter(0 if quiet or as_json else 1)
+    with reporter.stage("start"):  # torch takes seconds to import
+        from compress.run.score import Settings, score_targets
     settings = Settings(suite, device, strict=strict, speed=speed, remember=not no_cache)
-    cards = score_targets(targets, against, settings, Reporter(0 if quiet or as_json else 1))
+    cards = score_targets(targets, against, settings, reporter)
     written = [] if output is None else write_each(cards, output)
     if as_json:
         texts = [card.to_json().rstrip() for card in cards]

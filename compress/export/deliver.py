@@ -19,7 +19,7 @@ from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
 from compress.export.gate import limits, measured
 from compress.export.text import plan_tokenizer, prove_tokenizer, require_suite
-from compress.export.verify import check, check_windows
+from compress.export.verify import Compared, check, check_windows
 from compress.export.write import write
 from compress.models.checkpoint import Checkpoint
 from compress.models.companions import LEGAL, copy_companions
@@ -144,8 +144,8 @@ def _proved(
     container = CONTAINERS[export.container]
     try:
         with artifact_source(container, files, plan.spec, plan.parameters, result.fallbacks) as source:
-            with reporter.stage(f"check {container.name}"):
-                result.checks += check(plan, export, files, journal, source, memory)
+            with reporter.stage(f"check {container.name}") as progress:
+                result.checks += check(plan, export, files, journal, Compared(source, memory), progress)
             if plan.recipe.score is not None:
                 with reporter.stage(f"score {container.name}") as progress:
                     found = measured(plan, source, original, progress)

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from compress.codecs.names import FIXED_NAMES, codec_info, fits, row_bytes
+from compress.codecs.names import FIXED_NAMES, codec_info, fits, row_bytes, stored_bytes
 from compress.plan.tensor import PlannedTensor
 from compress.recipe.rules import Rule
 from compress.recipe.schema import Quantize, Recipe
 
 GROUPS = (64, 32)  # columns that share a scale, where 128 do not divide a row
+BLOCKS = (16, 256)  # a shape that every codec's blocks divide
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,23 @@ class Cures:
         return next((number for number, own in enumerate(rules) if own is rule), -1)
 
     def _named(self, number: int, tensors: Sequence[PlannedTensor]) -> str:
-        """What names the codecs that tensors of a rule (-1: of the scheme) can be stored in, where they fall back."""
-        by_codec: dict[str, list[PlannedTensor]] = {}
+        """What names the codecs that tensors of a rule (-1: of the scheme) can be stored in, where they fall back. A role has
+        the largest that any of its tensors can do with."""
+        codecs: dict[str, str] = {}
+        fallen = dict.fromkeys(t.spec.role for t in tensors if t.wanted is not None)
         for t in tensors:
-            if t.wanted is not None:
-                by_codec.setdefault(nearest_codec(t), []).append(t)
-        if self._step is None or not by_codec:
+            role, name = t.spec.role, nearest_codec(t)
+            if role in fallen:
+                codecs[role] = max(codecs.get(role, name), name, key=lambda n: stored_bytes(n, BLOCKS))
+        if self._step is None or not fallen:
             return ""
         where, step = self._step
+        by_codec: dict[str, list[str]] = {}
+        for role, codec in codecs.items():
+            by_codec.setdefault(codec, []).append(role)
         if number >= 0 and len(by_codec) == 1 and all(t.wanted is not None for t in tensors):
             return _set(f"{where}.rules[{number}].codec={next(iter(by_codec))}")
-        rules = ", ".join(_rule(fallen, codec) for codec, fallen in by_codec.items())
+        rules = ", ".join(_rule(roles, codec) for codec, roles in by_codec.items())
         return f"rules in front of the others: {rules}" if step.rules else _set(f"{where}.rules=[{rules}]")
 
     def _asked(
@@ -147,18 +154,17 @@ class Cures:
         info = codec_info(codec)
         if info.kind == "uniform" and info.block:
             return _set(f"{where}.scheme=W{info.bits}A16_G{info.block}{'' if info.symmetric else '_ASYM'}")
-        if step.rules:
-            return f"a rule of its own: {_rule(tensors, codec)}"
-        return _set(f"{where}.rules=[{_rule(tensors, codec)}]")
+        told = _rule(dict.fromkeys(t.spec.role for t in tensors), codec)
+        return f"a rule of its own: {told}" if step.rules else _set(f"{where}.rules=[{told}]")
 
 
 def _set(option: str) -> str:
     return f"--set '{option}'"
 
 
-def _rule(tensors: Iterable[PlannedTensor], codec: str) -> str:
-    roles = list(dict.fromkeys(t.spec.role for t in tensors))
-    return f"{{targets: {roles[0] if len(roles) == 1 else '[' + ', '.join(roles) + ']'}, codec: {codec}}}"
+def _rule(roles: Iterable[str], codec: str) -> str:
+    names = list(roles)
+    return f"{{targets: {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}, codec: {codec}}}"
 
 
 def _smaller_group(codec: str, columns: Sequence[int]) -> str | None:

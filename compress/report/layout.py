@@ -25,7 +25,7 @@ _WHOLE = tuple(
             rf"{_INTERVAL}\S*",
             rf"(?<![^\s(])[-+~]?\d[\d.,]*%? (?:{_UNITS})\b\S*",
             r"`[^`]{1,40}`\S*",
-            r"--[\w-]+ [^\s']\S*",  # an option and its value
+            r"--[\w-]+ (?:'[^']{1,60}'|[^\s']\S*)",  # an option and its value
         ),
     )
 )

@@ -51,8 +51,8 @@ def _exchange_lines(plan: Plan) -> Iterator[RenderableType]:
     yield Prose(f"Fallbacks: {count_of(total)} that the recipe's codec cannot hold", indent=0)
     for exchange in plan.exchanges:
         yield Prose(f"  {exchange}", indent=4)
-    for cure in dict.fromkeys(exchange.cure for exchange in plan.exchanges if exchange.cure):
-        yield Prose(f"  to name what they get: {cure}", indent=4)
+    if cures := dict.fromkeys(exchange.cure for exchange in plan.exchanges if exchange.cure):
+        yield Prose(f"  avoided by {' '.join(cures)}", indent=4)
 
 
 def _role_table(plan: Plan) -> Grid:

@@ -266,13 +266,14 @@ def _fallback_lines(scorecard: Scorecard) -> Iterator[RenderableType]:
         yield Prose(f"  {fallback_line(first, count)}", indent=4)
     if len(kinds) > SHOWN_FALLBACKS:
         yield Text(f"  and {len(kinds) - SHOWN_FALLBACKS} more kinds in scorecard.json")
+    for cure in dict.fromkeys(first.cure for first, _ in kinds if first.cure):
+        yield Prose(f"  avoided by {cure}", indent=4)
 
 
 def fallback_line(first: Fallback, count: int) -> str:
     """One of `Scorecard.fallback_kinds` in words."""
     several = "" if count == 1 else f" ({count})" if first.role else f" and {count - 1} more"
-    cure = f"; {first.cure}" if first.cure else ""
-    return f"{first.subject}{several}: {first.wanted} -> {first.used} ({first.reason}){cure}"
+    return f"{first.subject}{several}: {first.wanted} -> {first.used} ({first.reason})"
 
 
 def _gate_lines(scorecard: Scorecard) -> Iterator[RenderableType]:

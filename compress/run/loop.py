@@ -18,6 +18,7 @@ from compress.export.deliver import Delivery, deliver, require_texts
 from compress.export.text import plan_tokenizer
 from compress.files import checksum, locked, write_synced
 from compress.models.checkpoint import Checkpoint
+from compress.plan.causes import count_of
 from compress.plan.make import make_plan
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, surveys_head
@@ -86,6 +87,8 @@ def run(
             claim(output, plan, fresh=fresh)
             card = None if fresh else _finished(plan, output)
             journal = Journal.open(output / WORK, plan.digest, fresh=fresh) if card is None else None
+            if journal is not None:
+                reporter.continue_times(journal.folder, plan.digest)
         if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
@@ -100,6 +103,12 @@ def _carry_out(
     plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement, strict: bool
 ) -> Scorecard:
     """All of a run once there is something to do: solve, deliver, tell. Raises GateFailed when that is told."""
+    if plan.exchanges:
+        total, roles = sum(e.tensors for e in plan.exchanges), dict.fromkeys(e.role for e in plan.exchanges)
+        told = (
+            f"{count_of(total)} of {', '.join(roles)} get another codec than the recipe's, which their rows do not fit"
+        )
+        reporter.say(f"note: {told}; compress plan says which, and what avoids it")
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
     if journal.units:

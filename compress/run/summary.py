@@ -84,7 +84,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         experts=tuple(_rounded(layer) for layer in experts),
         fallbacks=tuple(fallbacks),
         gate=Gate(passed=results.passed, checks=tuple(results.checks)),
-        stages=tuple(reporter.stages),
+        stages=reporter.all_stages,
         recipe_digest=plan.recipe.digest(),
         run_digest=run_digest(journal.digest, journal.inputs.get(TEXT), plan.recipe),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -209,7 +209,7 @@ def test_what_cures_a_fallback_does(
     [
         ((), 96, "scheme=W4A16_G32"),
         (("steps[0].quantize.scheme=W3A16_ASYM",), 192, "scheme=W3A16_G64_ASYM"),
-        ((), 200, "rules=[{targets: routed_experts.down, codec: int4-row}]"),
+        (("export=[{container: compress}]",), 200, "rules=[{targets: routed_experts.down, codec: int4-row}]"),
         (
             ("steps[0].quantize.scheme=", "steps[0].quantize.rules=[{targets: routed_experts, codec: int4-g128}]"),
             96, "rules[0].codec=int4-g32",
