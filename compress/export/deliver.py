@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,8 +144,11 @@ def _proved(
     artifact = described(plan, written)
     container = CONTAINERS[export.container]
     try:
-        with artifact_source(container, files, plan.spec, plan.parameters, result.fallbacks) as source:
+        with ExitStack() as held:
             with reporter.stage(f"check {container.name}") as progress:
+                source = held.enter_context(
+                    artifact_source(container, files, plan.spec, plan.parameters, result.fallbacks)
+                )
                 result.checks += check(plan, export, files, journal, Compared(source, memory), progress)
             if plan.recipe.score is not None:
                 with reporter.stage(f"score {container.name}") as progress:

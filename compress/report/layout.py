@@ -21,7 +21,7 @@ _WHOLE = tuple(
     map(
         re.compile,
         (
-            rf"\S+ {_INTERVAL}\S*",  # an estimate and its interval; where that is wider than the line, the interval
+            rf"\S+(?: (?:{_UNITS}))? {_INTERVAL}\S*",  # an estimate and its interval; where that is wider than the line, the interval
             rf"{_INTERVAL}\S*",
             rf"(?<![^\s(])[-+~]?\d[\d.,]*%? (?:{_UNITS})\b\S*",
             r"`[^`]{1,40}`\S*",

@@ -118,7 +118,8 @@ def _carry_out(
         reporter.say(f"continuing: {done} of {len(units)} units are already done")
     try:
         checkpoint = Checkpoint.open(plan.place)
-        result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
+        with reporter.stage("tokenizer"):
+            result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
         _inspect(plan, checkpoint, journal, reporter, strict)
         with torch.inference_mode():
             plan = compress_model(plan, checkpoint, journal, reporter, placement)

@@ -92,7 +92,7 @@ def _score_one(found: Target, suite: Suite, settings: Settings, placement: Place
     tokenizer = load_tokenizer(found.model.folder, found.model.spec.vocab_size)
     lines = tokenizer_lines(tokenizer)
     fallbacks: list[Fallback] = []
-    with source_of(found, fallbacks, placement) as source, reporter.stage(f"score {Path(found.name).name}") as progress:
+    with reporter.stage(f"score {Path(found.name).name}") as progress, source_of(found, fallbacks, placement) as source:
         measured = measure(
             source,
             _original(found, settings, placement),

@@ -42,7 +42,9 @@ def test_figures_are_whole_at_any_width(width: int) -> None:
         if name in ("plan-fallbacks", "plan-large") and width not in WIDTHS:
             continue  # laid out at these only
         whole = set(FIGURE.findall(text(made(), 200 if width not in WIDTHS else 120)))
-        assert set(FIGURE.findall(text(made(), width))) <= whole, name
+        shown = text(made(), width)
+        assert set(FIGURE.findall(shown)) <= whole, name
+        assert not [line for line in shown.splitlines() if re.search(r"\[-?\d[^\]]*$", line)], "an interval is split"
 
 
 def test_units_and_intervals_stay_with_their_numbers() -> None:
