@@ -6,11 +6,11 @@ from compress.cli.app import Command, app, main
 from compress.cli.check import verify
 from compress.cli.examples import EXAMPLES, epilog
 from compress.cli.judge import compare, score
-from compress.cli.lists import methods
-from compress.cli.talk import generate
+from compress.cli.lists import methods, recipes
+from compress.cli.talk import chat, generate
 from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (run, plan, methods, score, compare, generate, verify):  # the order of --help
+for command in (run, plan, recipes, methods, score, compare, chat, generate, verify):  # the order of --help
     app.command(cls=Command, epilog=epilog(EXAMPLES.get(command.__name__, ())))(command)

@@ -35,11 +35,12 @@ class Group(TyperGroup):
 
 
 def _untyped(parameter: Any) -> Any:
-    """An argument is called by its metavar alone; an option without one is a flag."""
+    """An argument is called by its metavar alone, a flag has no value."""
     if parameter.param_type_name == "argument":
         parameter.display_type_rich = lambda ctx: None
-    elif parameter.metavar is None:
+    elif parameter.is_flag:
         parameter.metavar = ""
+    parameter._get_number_range_help_str = lambda: None  # an error says it, and narrow screens have no room
     return parameter
 
 

@@ -13,6 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress plan gguf-q4-k-m --model model.gguf",
         "compress plan qwen-moe-2bit --rehearse --json",
     ),
+    "recipes": ("compress recipes", "compress recipes --json"),
     "methods": ("compress methods", "compress methods --json"),
     "score": (
         "compress score a.gguf --against ORIGINAL",
@@ -23,6 +24,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress compare out",
         "compress compare out --memory 4GB --html report.html",
         "compress compare A=out/a B=out/b --md -",
+    ),
+    "chat": (
+        "compress chat out/qwen-moe-2bit",
+        "compress chat model.gguf --system 'Be brief.' --temp 0",
     ),
     "generate": (
         "compress generate model.gguf 'The city of London'",

@@ -16,7 +16,11 @@ def _recipes(incomplete: str) -> list[str]:
 
 RecipeArgument = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a bundled recipe.", autocompletion=_recipes),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, a bundled recipe, or a type: Q4_K_M, W4A16, EXPERTS_2BIT, gptq, ...",
+        autocompletion=_recipes,
+    ),
 ]
 ModelOption = Annotated[
     str | None,
@@ -27,7 +31,11 @@ OutputOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Another value of the recipe, as seed=1; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A value of the recipe, by its key or the last parts of it, as scheme=Q5_K_M; repeatable.",
+    ),
 ]
 PluginOption = Annotated[
     list[str] | None,
@@ -46,5 +54,7 @@ StrictOption = Annotated[
     typer.Option("--strict", help="Stop at what speaks against the original instead of noting it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the path of what was made.")
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print what every stage does.")]

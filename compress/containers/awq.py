@@ -213,6 +213,7 @@ def _holds(info: CodecInfo) -> bool:
 CONTAINER = Container(
     name="awq",
     rank=3,
+    usual="awq-w4-g128",
     engines="vLLM, SGLang, gptqmodel",
     kinds=frozenset({"float", "uniform"}),
     holds=_holds,

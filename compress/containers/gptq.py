@@ -258,6 +258,7 @@ def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
 CONTAINER = Container(
     name="gptq",
     rank=2,
+    usual="W4A16",
     engines="vLLM, SGLang, gptqmodel",
     kinds=frozenset({"float", "uniform"}),
     float_roles=("embeddings",),  # engines look them up as plain rows; no loader of these formats unpacks them

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rich.console import Group, RenderableType
 
 from compress import catalog as methods
 from compress.containers import CONTAINERS
+from compress.recipe.load import About
 from compress.recipe.schemes import SCHEMES
-from compress.report.layout import Facts, Grid, Head, Line
+from compress.report.layout import Facts, Grid, Head, Line, Prose
 
 NAMES = 17  # columns that a list of codecs may be folded to
+
+
+def recipes_table(recipes: Sequence[About]) -> RenderableType:
+    """Each bundled recipe, what it writes, and when to choose it; for any width."""
+    lines = [Line((recipe.name, ", ".join(recipe.containers), recipe.when), section=True) for recipe in recipes]
+    heads = (
+        Head("recipe", right=False),
+        Head("writes", right=False, folds=12),
+        Head("when to choose it", right=False, folds=24),
+    )
+    other = "A scheme, codec or container that `compress methods` lists is a recipe, too: compress run Q4_K_M --model M"
+    return Group(Grid(heads, lines), Prose(other))
 
 
 def methods_table() -> RenderableType:

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.plan.make import make_plan
-from compress.recipe import load_recipe
+from compress.recipe import about_recipes, load_recipe
 from compress.report.advice import advise
 from compress.report.compare import Run, compare
 from compress.report.compare_table import CompareTable
-from compress.report.methods_table import methods_table
+from compress.report.methods_table import methods_table, recipes_table
 from compress.report.plan_table import plan_table
 from compress.report.table import scorecard_table
 from compress.scoring.results import Fallback
@@ -40,7 +40,7 @@ LARGE = {
     "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "vocab_size": 151936, "max_position_embeddings": 40960,
     "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-COMMANDS = ("run", "plan", "methods", "score", "compare", "generate", "verify")
+COMMANDS = ("run", "plan", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
 
 
 def _plan(recipe: str, *overrides: str) -> Any:
@@ -105,6 +105,7 @@ SCREENS: dict[str, Callable[[], Any]] = {
     "plan-fallbacks": lambda: _plan_of({**LARGE, "hidden_size": 320, "moe_intermediate_size": 96}, "qwen-moe-2bit"),
     "plan-large": lambda: _plan_of(LARGE, "sparsegpt-50-int4"),
     "methods": methods_table,
+    "recipes": lambda: recipes_table(about_recipes()),
     "compare": _compared,
     "run": _run,
 }
