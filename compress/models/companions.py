@@ -36,9 +36,10 @@ def companions(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
 
 
 def companion_bytes(folder: Path) -> int:
-    """Bytes of what lies beside the weights in a model's folder and goes along with them, its config.json and index among
-    it."""
-    names = companions(folder, (*LEGAL, *LAYOUT, *_RENAMED.values(), "config.json", "*.safetensors.index.json"))
+    """Bytes of what belongs to a model beside the weights in its folder: what goes along, and what an artifact has its own
+    of."""
+    own = (name for name in _REPLACED if name != "*.safetensors")
+    names = companions(folder, (*LEGAL, *LAYOUT, *_RENAMED.values(), *own))
     return sum((folder / name).stat().st_size for name in names)
 
 
