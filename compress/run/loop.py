@@ -192,9 +192,9 @@ def compress_model(
         if "embeddings" not in journal:
             _embeddings(run, ids)
     if plan.recover is not None and plan.recover.loss == "sensitivity" and ids is not None:
-        with reporter.stage("sensitivity"):
+        with reporter.stage("sensitivity") as progress:
             if SENSITIVITY not in journal:
-                _survey_sensitivity(run, ids)
+                _survey_sensitivity(run, ids, progress)
     with reporter.stage("blocks") as progress:
         left = [layer for layer in range(spec.layers) if f"block-{layer:05d}" not in journal]
         for block in walk(spec, load, placement, layers=left):
@@ -361,13 +361,14 @@ def _recover(
     return dict(recovered.outcomes)
 
 
-def _survey_sensitivity(run: Run, ids: np.ndarray) -> None:
+def _survey_sensitivity(run: Run, ids: np.ndarray, progress: Callable[[float], None]) -> None:
     """What the original's loss feels of an error at each block's output, as a unit of its own."""
     recover = run.plan.recover
     assert recover is not None
     ids = ids[: recover.survey]
     few = replace(run, shape=(*ids.shape, run.plan.spec.hidden_size))
-    metrics = output_sensitivity(run.plan.spec, run.load, ids, few.activations, run.plan.recipe.seed, run.placement)
+    plan = run.plan
+    metrics = output_sensitivity(plan.spec, run.load, ids, few.activations, plan.recipe.seed, run.placement, progress)
     exact = float_codec("f32")
     run.journal.finish(SENSITIVITY, {f"{SENSITIVITY}.{n}": exact.encode(m) for n, m in enumerate(metrics)}, {})
 
