@@ -132,6 +132,12 @@ def _run() -> int:
     except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]  # UsageError, which typer does not export
         error.show()
         code = error.exit_code
+    except (Exception, SystemExit) as error:
+        from compress.plugins import blamed
+
+        if (line := blamed(error)) is None:
+            raise
+        code = _fail(1, line)
     return code if isinstance(code, int) else 0
 
 

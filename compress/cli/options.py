@@ -40,7 +40,9 @@ SetOption = Annotated[
 PluginOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--plugin", metavar="FILE", help="A Python file that registers codecs or containers; its code runs. Repeatable."
+        "--plugin",
+        metavar="FILE",
+        help="A Python file that adds codecs, methods, containers or families; its code runs. Repeatable.",
     ),
 ]
 DeviceOption = Annotated[

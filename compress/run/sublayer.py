@@ -27,12 +27,14 @@ from compress.weights import Loader, Packed
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of every sub-layer. transforms: scalings that come first; seed: the recipe's."""
+    """What is asked of every sub-layer. transforms: scalings that come first; seed: the recipe's; tell: hears of every tensor
+    that is solved."""
 
     load: Loader
     transforms: Sequence[TransformOptions] = ()
     seed: int = 0
     placement: Placement = CPU
+    tell: Callable[[Solved], None] = lambda report: None
 
 
 @dataclass(frozen=True)
@@ -111,4 +113,5 @@ def _solve(
         for number, (planned, (outcome, packed, dense)) in enumerate(solved, start=1):
             name = planned.name
             result.outcomes[name], result.packed[name], result.weights[name] = outcome, packed, dense
+            job.tell(outcome.report)
             progress(observed + number / 2)

@@ -31,7 +31,7 @@ MOMENTS = (
     "before_scorecard",
 )
 LONG = 1e6  # seconds, as no stage of these tests takes
-DELIVERED = {FILE, "scorecard.json", "recipe.json"}
+DELIVERED = {FILE, "scorecard.json", "recipe.json", "tensors.jsonl"}
 
 
 @pytest.fixture(scope="module")

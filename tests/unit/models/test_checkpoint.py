@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.errors import CheckpointError
-from compress.models.checkpoint import INDEX, SINGLE, Checkpoint, read_header
+from compress.errors import CheckpointError, NoSuchModel
+from compress.models import known_families, spec
+from compress.models.checkpoint import INDEX, SINGLE, Checkpoint, checkpoint_problems, read_header
+from compress.models.surplus import surplus
 from tests.tiny import tiny_model
 
 SMALL = {"vocab_size": 300, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "tokenizer": False}
@@ -23,7 +26,7 @@ SMALL = {"vocab_size": 300, "hidden_size": 48, "bos_token_id": 1, "eos_token_id"
 
 def _one_line(error: pytest.ExceptionInfo[CheckpointError], *words: str) -> None:
     text = str(error.value)
-    assert "\n" not in text and error.value.exit_code == 1
+    assert "\n" not in text and error.value.exit_code == (2 if isinstance(error.value, NoSuchModel) else 1)
     for word in words:
         assert word in text, text
 
@@ -108,7 +111,7 @@ def test_both_files_and_index_are_the_file(sharded: Path) -> None:
 def test_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(tmp_path)
-    _one_line(error, "config.json", "does not exist")
+    _one_line(error, "without a config.json")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,27 @@ def test_non_finite_weights(single: Path, bad: float) -> None:
     _one_line(error, name, " 2 ")
 
 
+def test_tensors_under_other_names(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose checkpoints call tensors otherwise reads them in one piece, keeps its own name where both are there,
+    and sees a wrong shape."""
+    llama, names = known_families()["llama"], {"mlp.up_proj.weight": "ffn.w3.weight", "no.such.weight": "x"}
+    block = lambda config, layer: tuple(part.stored_as(names) for part in llama.block(config, layer))  # noqa: E731
+    monkeypatch.setitem(spec._FOUND, "llama", replace(llama, block=block))
+    weights = load_file(single / SINGLE)
+    up, theirs = "model.layers.0.mlp.up_proj.weight", "model.layers.0.ffn.w3.weight"
+    weights[theirs] = weights.pop(up)
+    save_file(weights, single / SINGLE)
+    checkpoint = Checkpoint.open(single)
+    assert torch.equal(checkpoint.load(up), weights[theirs])
+    model = spec.load_spec(checkpoint.config)
+    assert checkpoint_problems(model, checkpoint) == [] == surplus(model, checkpoint)[0]
+    save_file({**weights, theirs: weights[theirs][1:].clone()}, single / SINGLE)
+    (problem,) = checkpoint_problems(model, Checkpoint.open(single))
+    assert problem == f"{up} is [95, 48] in the checkpoint, config.json implies [96, 48]"
+    save_file({**weights, up: weights[theirs].clone()}, single / SINGLE)
+    assert any(theirs in line for line in surplus(model, Checkpoint.open(single))[0])
+
+
 def test_absent_tensor(single: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(single).load("model.layers.9.mlp.up_proj.weight")
@@ -316,3 +340,27 @@ def test_headers_that_do_not_describe_their_data(single: Path, change: Callable[
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(single)
     _one_line(error, SINGLE, "fetch it again")
+
+
+def test_what_is_no_model_is_named_for_what_it_is(tmp_path: Path) -> None:
+    def refused(place: Path) -> str:
+        with pytest.raises(NoSuchModel) as error:
+            Checkpoint.open(place)
+        assert error.value.exit_code == 2
+        _one_line(error, str(place))
+        return str(error.value)
+
+    folders = {name: tmp_path / name for name in ("adapter", "files", "run", "empty")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["adapter"] / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (folders["files"] / "x-Q8_0.gguf").write_bytes(b"GGUF")
+    (folders["run"] / "scorecard.json").write_text("{}")
+    (folders["run"] / "x-gptq").mkdir()
+    (folders["run"] / "x-gptq" / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "adapter (LoRA) of owner/base" in refused(folders["adapter"])
+    assert refused(folders["files"]).endswith(f"give the file: {folders['files'] / 'x-Q8_0.gguf'}")
+    assert refused(folders["run"]).endswith(f"what it made is {folders['run'] / 'x-gptq'}")
+    assert "without a config.json" in refused(folders["empty"])
+    assert "one file of a model" in refused(tmp_path / "model.safetensors")
