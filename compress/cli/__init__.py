@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from compress.cli.app import app, main
+from compress.cli.app import Command, app, main
 from compress.cli.check import verify
+from compress.cli.examples import EXAMPLES, epilog
 from compress.cli.judge import compare, score
 from compress.cli.lists import methods, recipes
 from compress.cli.talk import chat, generate
@@ -12,4 +13,4 @@ from compress.cli.work import plan, run
 __all__ = ["app", "main"]
 
 for command in (run, plan, recipes, methods, score, compare, chat, generate, verify):  # the order of --help
-    app.command()(command)
+    app.command(cls=Command, epilog=epilog(EXAMPLES.get(command.__name__, ())))(command)

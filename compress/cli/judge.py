@@ -13,12 +13,19 @@ from compress.errors import GateFailed
 
 
 def score(
-    targets: Annotated[list[str], typer.Argument(help="GGUF files, Hugging Face folders, hub ids, folders of runs.")],
-    against: Annotated[str | None, typer.Option("--against", help="The original: folder, file or hub id.")] = None,
-    suite: Annotated[str, typer.Option("--suite", help="quick, standard, full, safety, or a suite file.")] = "quick",
+    targets: Annotated[
+        list[str], typer.Argument(metavar="TARGET", help="GGUF files, Hugging Face folders, hub ids, folders of runs.")
+    ],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="The original: folder, file or hub id.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option("--suite", metavar="SUITE", help="quick, standard, full, safety, or a suite file.")
+    ] = "quick",
     speed: Annotated[bool, typer.Option("--speed", help="Time each in its engine, too, in turns.")] = False,
     output: Annotated[
-        str | None, typer.Option("--output", help="A folder for a scorecard of each, for compress compare.")
+        str | None,
+        typer.Option("--output", metavar="FOLDER", help="A folder for a scorecard of each, for compress compare."),
     ] = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Neither keep what the original predicts nor use what was kept.")
@@ -32,11 +39,13 @@ def score(
     """Perplexity, KL divergence and task accuracy of files and folders against the original."""
     from compress.report.progress import Reporter
     from compress.report.scorecard import write_each
-    from compress.run.score import Settings, score_targets
 
     load_plugins(plugin)
+    reporter = Reporter(0 if quiet or as_json else 1)
+    with reporter.stage("start"):  # torch takes seconds to import
+        from compress.run.score import Settings, score_targets
     settings = Settings(suite, device, strict=strict, speed=speed, remember=not no_cache)
-    cards = score_targets(targets, against, settings, Reporter(0 if quiet or as_json else 1))
+    cards = score_targets(targets, against, settings, reporter)
     written = [] if output is None else write_each(cards, output)
     if as_json:
         texts = [card.to_json().rstrip() for card in cards]
@@ -68,16 +77,22 @@ def _side_by_side(cards: list[Any]) -> None:
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(help="Folders of finished runs, scorecards, or folders of either; LABEL=RUN names one."),
+        typer.Argument(
+            metavar="RUN", help="Folders of finished runs, scorecards, or folders of either; LABEL=RUN names one."
+        ),
     ],
     memory: Annotated[
-        str | None, typer.Option("--memory", help="What the model may take, as 4GB: what to choose.")
+        str | None, typer.Option("--memory", metavar="SIZE", help="What the model may take, as 4GB: what to choose.")
     ] = None,
-    html: Annotated[str | None, typer.Option("--html", help="Write a page with plots here; - is stdout.")] = None,
-    md: Annotated[str | None, typer.Option("--md", help="Write Markdown here; - is stdout.")] = None,
-    csv: Annotated[str | None, typer.Option("--csv", help="Write all numbers as CSV here; - is stdout.")] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page with plots here; - is stdout.")
+    ] = None,
+    md: Annotated[str | None, typer.Option("--md", metavar="FILE", help="Write Markdown here; - is stdout.")] = None,
+    csv: Annotated[
+        str | None, typer.Option("--csv", metavar="FILE", help="Write all numbers as CSV here; - is stdout.")
+    ] = None,
     picture: Annotated[
-        str | None, typer.Option("--picture", help="Write the plot of size and KL here (.png, .svg).")
+        str | None, typer.Option("--picture", metavar="FILE", help="Write the plot of size and KL here (.png, .svg).")
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="The same as --md -.")] = False,
     as_json: JsonOption = False,

@@ -12,7 +12,7 @@ from compress.cli.options import JsonOption, PluginOption
 
 
 def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
-    """List what a recipe can be made of: steps, solvers, codecs with bits a weight, containers and their engines."""
+    """List what a recipe can be made of: steps, solvers, codecs with bits per weight, containers and their engines."""
     load_plugins(plugin)
     if as_json:
         from compress.catalog import as_dict

@@ -6,32 +6,54 @@ from typing import Annotated
 
 import typer
 
+
+def _recipes(incomplete: str) -> list[str]:
+    """Bundled recipes, for completion."""
+    from compress.recipe.load import bundled_recipes
+
+    return [name for name in bundled_recipes() if name.startswith(incomplete)]
+
+
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe file, a bundled recipe, or a type: Q4_K_M, W4A16, EXPERTS_2BIT, gptq, ...")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, a bundled recipe, or a type: Q4_K_M, W4A16, EXPERTS_2BIT, gptq, ...",
+        autocompletion=_recipes,
+    ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Folder, GGUF file or hub id, instead of the recipe's model.")
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Folder, GGUF file or hub id, instead of the recipe's model."),
 ]
-OutputOption = Annotated[str | None, typer.Option("--output", help="Output folder, instead of the recipe's.")]
+OutputOption = Annotated[
+    str | None, typer.Option("--output", metavar="FOLDER", help="Output folder, instead of the recipe's.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="key=value of the recipe, in full or its last parts: calibration.samples=64, scheme=Q5_K_M; repeatable.",
+        metavar="KEY=VALUE",
+        help="A value of the recipe, by its key or the last parts of it, as scheme=Q5_K_M; repeatable.",
     ),
 ]
 PluginOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--plugin", help="A Python file that adds codecs, methods, containers or families; its code runs. Repeatable."
+        "--plugin",
+        metavar="FILE",
+        help="A Python file that adds codecs, methods, containers or families; its code runs. Repeatable.",
     ),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps; by default COMPRESS_DEVICE, else the CPU."),
+    typer.Option(
+        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps; by default $COMPRESS_DEVICE, else the CPU."
+    ),
 ]
 StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Stop at what speaks against the original instead of noting it.")
+    bool,
+    typer.Option("--strict", help="Stop at what speaks against the original instead of noting it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[

@@ -21,24 +21,27 @@ if TYPE_CHECKING:
 TargetArgument = Annotated[
     str, typer.Argument(help="A GGUF file, a folder of a model, or of a finished run.", metavar="MODEL")
 ]
-TokensOption = Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most this many new tokens.")]
+TokensOption = Annotated[int, typer.Option("--tokens", "-n", min=1, metavar="N", help="At most this many new tokens.")]
 ContextOption = Annotated[
-    int, typer.Option("--context", "-c", min=16, help="Tokens that question and answer may take.")
+    int, typer.Option("--context", "-c", min=16, metavar="N", help="Tokens that question and answer may take.")
 ]
-SystemOption = Annotated[str, typer.Option("--system", help="What the model is told first.")]
-TemperatureOption = Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 takes the likeliest token.")]
-TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many tokens; 0: all.")]
+SystemOption = Annotated[str, typer.Option("--system", metavar="TEXT", help="What the model is told first.")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temp", min=0.0, metavar="T", help="Temperature; 0 takes the likeliest token.")
+]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, metavar="N", help="Draw from so many tokens; 0: all.")]
 TopPOption = Annotated[
-    float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the fewest with this probability.")
+    float, typer.Option("--top-p", min=0.0, max=1.0, metavar="P", help="Draw from the fewest with this probability.")
 ]
 MinPOption = Annotated[
-    float, typer.Option("--min-p", min=0.0, max=1.0, help="Leave out tokens below this share of the likeliest.")
+    float,
+    typer.Option("--min-p", min=0.0, max=1.0, metavar="P", help="Leave out tokens below this share of the likeliest."),
 ]
 PenaltyOption = Annotated[
-    float, typer.Option("--repeat-penalty", min=0.01, help="Above 1: less of what was said already.")
+    float, typer.Option("--repeat-penalty", min=0.01, metavar="P", help="Above 1: less of what was said already.")
 ]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", min=0, help="Of the draws; without it they differ every time.")
+    int | None, typer.Option("--seed", min=0, metavar="N", help="Of the draws; without it they differ every time.")
 ]
 
 COMMANDS = """\
@@ -51,7 +54,8 @@ Ctrl-C          stop an answer"""
 def generate(
     model: TargetArgument,
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue; without it, or as -, it is read from stdin.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text to continue; without it, or as -, it is read from stdin."),
     ] = None,
     tokens: TokensOption = 64,
     chat: Annotated[

@@ -44,10 +44,12 @@ def run(
     load_plugins(plugin)
     loaded = load_recipe(recipe, set or (), model=model, output=output)
     from compress.report.progress import Reporter
-    from compress.report.table import scorecard_table
-    from compress.run.loop import run as run_recipe
 
     reporter = Reporter(0 if quiet else 2 if verbose else 1)
+    reporter.say(f"recipe {loaded.name}, model {loaded.model}, output {loaded.output}")
+    with reporter.stage("start"):  # torch takes seconds to import
+        from compress.report.table import scorecard_table
+        from compress.run.loop import run as run_recipe
     card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=reporter, device=device, strict=strict)
     if as_json:
         typer.echo(json.dumps({"folder": loaded.output, **json.loads(card.to_json())}))
@@ -78,9 +80,12 @@ def plan(
     made = replace(made, warnings=(*made.warnings, *read_texts(made)))
     estimate = None
     if rehearse:
-        from compress.run.rehearse import rehearse as rehearse_plan
+        from compress.report.progress import Reporter
 
-        estimate = rehearse_plan(made, device)
+        with Reporter(0 if as_json else 1).stage("rehearsal", told=False):
+            from compress.run.rehearse import rehearse as rehearse_plan
+
+            estimate = rehearse_plan(made, device)
     if as_json:
         typer.echo(json.dumps({**made.as_dict(), **({"estimated_seconds": estimate.as_dict()} if estimate else {})}))
         return

@@ -257,5 +257,8 @@ class Container:
 
     def file_bytes(self, tensors: Counted, own: str, source: Path) -> int:
         """About the bytes of the weight files. own: the checkpoint's float codec; source: the model folder."""
-        entries = sum(count * self.entry_bytes(t) for t, count in tensors)
-        return self.bytes_of(tensors, own) + entries + self.copied_bytes(source)
+        return self.bytes_of(tensors, own) + self.beside_bytes(tensors, source)
+
+    def beside_bytes(self, tensors: Counted, source: Path) -> int:
+        """About what the weight files hold beside tensors: their names, and what is copied of the model folder."""
+        return sum(count * self.entry_bytes(t) for t, count in tensors) + self.copied_bytes(source)

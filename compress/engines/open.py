@@ -15,6 +15,7 @@ from compress.engines.transformers import TransformersSource, whole_model
 from compress.errors import CheckpointError, UnsupportedModel
 from compress.files import fingerprint
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, deciding_files
+from compress.models.companions import companion_bytes
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
 from compress.scoring.cache import Remembered
@@ -51,9 +52,13 @@ class OpenedModel:
         return self.spec.parameters
 
     @property
-    def bytes(self) -> int:
-        """Of the weight files."""
+    def weight_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files that are needed to run it: the weights and, in a folder, what lies beside them."""
+        return self.weight_bytes + (companion_bytes(self.folder) if self.files[0].parent == self.folder else 0)
 
 
 def open_model(name: str) -> OpenedModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CalibrationError, CompressError, MissingExtra, OutputError
 from compress.export.gate import limits, measured
 from compress.export.text import plan_tokenizer, prove_tokenizer, require_suite
-from compress.export.verify import check, check_windows
+from compress.export.verify import Compared, check, check_windows
 from compress.export.write import write
 from compress.models.checkpoint import Checkpoint
 from compress.models.companions import LEGAL, copy_companions
@@ -143,9 +144,12 @@ def _proved(
     artifact = described(plan, written)
     container = CONTAINERS[export.container]
     try:
-        with artifact_source(container, files, plan.spec, plan.parameters, result.fallbacks) as source:
-            with reporter.stage(f"check {container.name}"):
-                result.checks += check(plan, export, files, journal, source, memory)
+        with ExitStack() as held:
+            with reporter.stage(f"check {container.name}") as progress:
+                source = held.enter_context(
+                    artifact_source(container, files, plan.spec, plan.parameters, result.fallbacks)
+                )
+                result.checks += check(plan, export, files, journal, Compared(source, memory), progress)
             if plan.recipe.score is not None:
                 with reporter.stage(f"score {container.name}") as progress:
                     found = measured(plan, source, original, progress)
@@ -197,7 +201,7 @@ def described(plan: Plan, written: _Written) -> Artifact:
         path=written.roots[0].name,
         bytes=shipped,
         bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
-        ratio=shipped / plan.source_bytes,
+        ratio=shipped / plan.original_bytes,
         sha256=combined(written.sha256),
         files=dict(written.sha256),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from compress.streaming.journal import Journal
 from compress.text import calibration_windows, eval_windows, load_suite
 
 CHECK_WINDOWS, CHECK_LENGTH = 4, 256
+TENSORS_SHARE = 0.5  # of the progress bar; the rest goes to logits
 # Engines compute in their own precision (llama.cpp rounds activations to 8 bits a block): median KL divergence between
 # the engine's logits and those of the in-memory compressed model, nats a token. The median, because wrong metadata
 # (rope, heads, norms) moves every token, while rounding now and then sends one token to another expert, far away.
@@ -30,17 +32,33 @@ ENGINE_TOLERANCE = 0.02
 SAME_ARITHMETIC_TOLERANCE = 1e-6
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What runs an artifact, and the in-memory model that it should be."""
+
+    source: LogitSource
+    memory: LogitSource
+
+
 def check(
-    plan: Plan, export: Export, files: Sequence[Path], journal: Journal, source: LogitSource, memory: LogitSource
+    plan: Plan,
+    export: Export,
+    files: Sequence[Path],
+    journal: Journal,
+    compared: Compared,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> list[Check]:
     """Every planned tensor present, finite and decoding to what was solved; logits as computed in memory."""
-    container = CONTAINERS[export.container]
+    container, source = CONTAINERS[export.container], compared.source
     try:
-        checks = [_check_tensors(plan, container, files, journal)]
+        checks = [_check_tensors(plan, container, files, journal, lambda done: progress(TENSORS_SHARE * done))]
     except CompressError as error:
         return [_tensors(container, False, str(error))]
     windows = check_windows(plan)
-    scores, _ = score(memory, source, windows)
+    rest = 1 - TENSORS_SHARE
+    scores, _ = score(
+        compared.memory, source, windows, progress=lambda done, total: progress(TENSORS_SHARE + rest * done / total)
+    )
     assert scores.kld is not None
     # the same arithmetic on the same values; else an engine, or values that a dense container has rounded
     exact = isinstance(source, StreamedSource) and not container.dense
@@ -56,14 +74,16 @@ def _tensors(container: Container, passed: bool, detail: str) -> Check:
     return Check(name=f"{container.name} tensors", passed=passed, detail=detail)
 
 
-def _check_tensors(plan: Plan, container: Container, files: Sequence[Path], journal: Journal) -> Check:
+def _check_tensors(
+    plan: Plan, container: Container, files: Sequence[Path], journal: Journal, progress: Callable[[float], None]
+) -> Check:
     load = container.open_dense(files, plan.spec)
     stored: Mapping[str, str] = {} if container.inventory is None else container.inventory(files, plan.spec)
     for planned in plan.tensors:
         if (codec := stored.get(planned.name, planned.codec)) != planned.codec:
             return _tensors(container, False, f"{planned.name} is {codec}, planned {planned.codec}")
     worst = 0.0
-    for planned in plan.tensors:
+    for number, planned in enumerate(plan.tensors, start=1):
         values, wanted = load(planned.name).float(), decode(journal.fetch(planned.name))
         if values.shape != wanted.shape or not torch.isfinite(values).all():
             return _tensors(container, False, f"{planned.name} is not finite or misshapen")
@@ -75,6 +95,7 @@ def _check_tensors(plan: Plan, container: Container, files: Sequence[Path], jour
                 f"{planned.name} decodes {gap:.2g} (relative) off what was solved, limit {container.tolerance:.2g}",
             )
         worst = max(worst, gap)
+        progress(number / len(plan.tensors))
     return _tensors(
         container,
         True,

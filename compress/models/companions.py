@@ -35,6 +35,14 @@ def companions(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
     return (name for name in files_in(folder) if _matches(name, patterns))
 
 
+def companion_bytes(folder: Path) -> int:
+    """Bytes of what belongs to a model beside the weights in its folder: what goes along, and what an artifact has its own
+    of."""
+    own = (name for name in _REPLACED if name != "*.safetensors")
+    names = companions(folder, (*LEGAL, *LAYOUT, *_RENAMED.values(), *own))
+    return sum((folder / name).stat().st_size for name in names)
+
+
 def left_behind(folder: Path) -> list[str]:
     """The files that no artifact takes along: code, pickled weights, pictures, whatever else lies there."""
     return [name for name in files_in(folder) if not _matches(name, (*LEGAL, *LAYOUT, *_REPLACED))]

@@ -9,6 +9,7 @@ from compress.codecs.names import SPARSE_VALUES, codec_info
 from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
 from compress.models.layers import rope
 from compress.models.spec import ModelSpec
+from compress.plan.causes import Problem, of_step, problem_of, unfit
 from compress.plan.factors import KNAPSACK_SHARES
 from compress.recipe.schema import STEP_ORDER, Factorize, Prune, Recipe
 from compress.text import load_suite, text_set
@@ -127,58 +128,52 @@ def narrow_calibration(recipe: Recipe) -> list[str]:
     ]
 
 
-def tensor_problems(planned: PlannedTensor, containers: Sequence[Container]) -> list[str]:
+def tensor_problems(planned: PlannedTensor, containers: Sequence[Container]) -> list[Problem]:
     """Why a tensor cannot be stored as planned."""
-    info, shape, name = codec_info(planned.values or planned.codec), planned.spec.shape, planned.name
+    info, shape = codec_info(planned.values or planned.codec), planned.spec.shape
     problems = shrinking_problems(planned)
     if info.kind == "uniform" and info.block and shape[-1] % info.block:
-        problems.append(
-            f"{name}: rows of {shape[-1]} do not divide into groups of {info.block}; "
-            f"use a smaller group or int{info.bits}-row"
-        )
+        problems.append(unfit(planned, f"rows of {shape[-1]} do not divide into groups of {info.block}"))
     elif info.kind in ("bnb", "vector", "block") and shape[-1] % info.block:
-        problems.append(f"{name}: rows of {shape[-1]} do not divide into {info.name}'s {info.block} columns; ignore it")
+        problems.append(unfit(planned, f"rows of {shape[-1]} do not divide into {info.name}'s {info.block} columns"))
     elif len(shape) > 1 and shape[-2] % info.rows:
-        problems.append(f"{name}: {info.name} codes {info.rows} rows together, this one has {shape[-2]}; ignore it")
+        problems.append(unfit(planned, f"{info.name} codes {info.rows} rows together, this has {shape[-2]}"))
+    told = []
     if planned.activations and planned.spec.role == "embeddings":
-        problems.append(f"{name}: embeddings are looked up and have no inputs to round; drop activations for them")
+        told.append("embeddings are looked up and have no inputs to round; drop activations for them")
     if planned.ordered and (others := sorted(c.name for c in containers if not (c.pieces or c.dense))):
         pieces = next(c.name for c in containers if c.pieces)
-        problems.append(
-            f"{name}: {pieces} wants its columns in another order than {others[0]} does, and blocks follow the columns; "
+        told.append(
+            f"{pieces} wants its columns in another order than {others[0]} does, and blocks follow the columns; "
             "give each container a recipe of its own"
         )
     for container in sorted(containers, key=lambda c: c.name):
         if planned.incoherence and (why := incoherence_problem(container)):
-            problems.append(f"{name}: {why}")
+            told.append(why)
         if planned.activations and (why := activation_problem(container)):
-            problems.append(f"{name}: {why}")
-    return problems
+            told.append(why)
+    return problems + [problem_of(planned, why) for why in told]
 
 
-def shrinking_problems(planned: PlannedTensor) -> list[str]:
-    """Why a tensor cannot be pruned or factorised as planned; one line for all tensors of a role."""
+def shrinking_problems(planned: PlannedTensor) -> list[Problem]:
+    """Why a tensor cannot be pruned or factorised as planned."""
     if planned.pruner is None and planned.factorizer is None:
         return []
     role, values = planned.spec.role, planned.values
     step = "prune" if planned.pruner is not None else "factorize"
-    problems = []
+    told, problems = [], []
     if role == "embeddings":
-        problems.append(
-            f"{step}: embeddings are looked up and have no inputs to weigh them by; take them off the targets"
-        )
+        told.append(f"{step}: embeddings are looked up and have no inputs to weigh them by; take them off the targets")
     if codec_info(values).kind not in SPARSE_VALUES:
-        problems.append(
+        told.append(
             f"{step}: {planned.wanted or values} goes with neither masks nor factors; use an intN codec or a float, or "
             "make the model smaller with prune_experts, prune_structured or drop_layers, which go with every codec"
         )
     if planned.factorizer is not None and planned.activations:
-        problems.append(f"{step}: inputs of factors are not rounded; drop activations for {role}")
+        told.append(f"{step}: inputs of factors are not rounded; drop activations for them")
     if planned.incoherence:
-        problems.append(f"{step}: incoherence mixes the columns of {role}, where masks have no meaning; drop it")
+        told.append(f"{step}: incoherence mixes the columns, where masks have no meaning; drop it")
     if planned.pattern is not None and planned.pattern.of and planned.spec.shape[-1] % planned.pattern.of:
-        problems.append(
-            f"{planned.name}: rows of {planned.spec.shape[-1]} do not divide into groups of {planned.pattern.of} "
-            f"columns for {planned.pattern}; give it a share instead"
-        )
-    return problems
+        why = f"rows of {planned.spec.shape[-1]} do not divide into groups of {planned.pattern.of} columns"
+        problems.append(problem_of(planned, f"{why} for {planned.pattern}; give it a share instead"))
+    return [of_step(why) for why in told] + problems

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from compress.codecs.names import codec_info
@@ -19,7 +18,7 @@ from compress.plan.plan import Plan
 from compress.plan.planner import Planner
 from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
 from compress.plan.texts import choose_text
-from compress.reading import in_words
+from compress.reading import in_words, shortened
 from compress.recipe.schema import Recipe
 from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
 
@@ -56,7 +55,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         problems += found + checkpoint_problems(original, checkpoint)
     problems += _storage_problems(recipe, outline)
     if problems := list(dict.fromkeys(problems)):
-        raise PlanError(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise PlanError(shortened(problems))
     savings = _structural_savings(planner, turned)
     savings += shrinking(outline, recipe.containers, own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
@@ -70,6 +69,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         source=checkpoint.folder,
         identity=identify(recipe.model, checkpoint.folder),
         warnings=tuple(warnings),
+        exchanges=decided.exchanges,
         source_bytes=sum(stat.st_size for _, stat in files) or 2 * original.parameters,
         own_codec=own,
         stamp=tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)),
@@ -167,15 +167,4 @@ def _warnings(recipe: Recipe, original: ModelSpec, outline: Outline, own: str) -
             for container in recipe.containers
             if container.dense
         ]
-    fallbacks: Counter[tuple[str, str, bool]] = Counter()
-    for t, count in outline.counted:
-        if t.wanted:
-            fallbacks[t.wanted, t.codec, t.taken_apart] += count
-    for (wanted, codec, apart), count in fallbacks.items():
-        why = (
-            "are stored in pieces that only floats can be"
-            if apart
-            else f"have rows that do not divide into {wanted} blocks"
-        )
-        warnings.append(f"{count} tensors {why} and {'stay' if apart else 'fall back to'} {codec}")
     return warnings

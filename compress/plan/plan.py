@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__, plugins
-from compress.models.companions import LAYOUT, LEGAL, companions
+from compress.models.companions import companion_bytes
 from compress.models.identity import Identity
 from compress.models.spec import ModelSpec
 from compress.plan import resources as footprint
+from compress.plan.causes import Exchange
 from compress.plan.outline import Outline
 from compress.plan.savings import STRUCTURAL, Saving
-from compress.plan.tensor import PlannedTensor, factored, packed_bytes, pruned
+from compress.plan.tensor import PlannedTensor, codes_container, factored, packed_bytes, pruned
 from compress.recipe.schema import Recipe
 from compress.solvers.options import RecoverOptions
 from compress.structured.shapes import Reduction
@@ -39,12 +40,15 @@ class Plan:
     identity: Identity
     warnings: tuple[str, ...]
     source_bytes: int
+    """Of the original's weight files."""
     own_codec: str = "bf16"
     """The checkpoint's own float type."""
     stamp: tuple[tuple[str, int, int], ...] = ()
     """Name, size and modification time of the weight files, so that a changed checkpoint does not resume."""
     doubts: tuple[str, ...] = ()
     """What speaks against the original: the warnings that a strict run stops at."""
+    exchanges: tuple[Exchange, ...] = ()
+    """Roles with tensors that are stored in another codec than the recipe's."""
     savings: tuple[Saving, ...] = ()
     """What steps that make the model smaller save, in every container."""
     shapes: tuple[Reduction, ...] = ()
@@ -126,8 +130,19 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored for every weight of the original."""
-        return 8.0 * self.bytes / self.original_parameters
+        """Bits stored for every weight of the original, in the weight files of the container that `bytes` counts."""
+        return 8.0 * (self.bytes + self.beside_tensors) / self.original_parameters
+
+    @cached_property
+    def beside_tensors(self) -> int:
+        """About what those files hold beside their tensors: names, and what is copied of the tokenizer."""
+        container = codes_container(self.recipe.containers)
+        return container.beside_bytes(self.counted, self.source)
+
+    @cached_property
+    def original_bytes(self) -> int:
+        """Of all files that are needed to run the original, the base of every share; of a GGUF file its own."""
+        return self.source_bytes + (0 if self.place.is_file() else companion_bytes(self.source))
 
     def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
         """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""
@@ -207,7 +222,7 @@ class Plan:
     @cached_property
     def artifact_bytes(self) -> Mapping[str, int]:
         """About all files that are needed to run each container: what a scorecard calls its bytes."""
-        beside = sum((self.source / name).stat().st_size for name in companions(self.source, LEGAL + LAYOUT))
+        beside = companion_bytes(self.source)
         return {c.name: self.file_bytes[c.name] + (0 if c.suffix else beside) for c in self.recipe.containers}
 
     @cached_property
@@ -236,11 +251,14 @@ class Plan:
             "bytes": self.bytes,
             "bits_per_weight": self.bits_per_weight,
             "source_bytes": self.source_bytes,
+            "original_bytes": self.original_bytes,
+            "artifact_bytes": dict(self.artifact_bytes),
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_bytes": self.disk_bytes,
             "containers": [e.container for e in self.recipe.export],
             "file_bytes": dict(self.file_bytes),
             "warnings": list(self.warnings),
+            "fallbacks": [asdict(exchange) for exchange in self.exchanges],
             "savings": [{**asdict(line), "nothing": line.nothing} for line in self.savings],
             "tensors": [
                 {

@@ -10,6 +10,7 @@ from typing import Any
 from compress.containers import Container
 from compress.models.checkpoint import Checkpoint
 from compress.models.spec import ModelSpec, TensorSpec
+from compress.plan.causes import Cures, Exchange, Problem, problem_of
 from compress.plan.checks import tensor_problems
 from compress.plan.outline import Outline
 from compress.plan.tensor import PlannedTensor, Rules, in_pieces, packed_bytes, planned_tensor, precise_float
@@ -53,8 +54,20 @@ class Decisions:
 
     @cached_property
     def problems(self) -> tuple[str, ...]:
-        """Why tensors cannot be stored as planned, each by itself."""
-        return () if self.sound else tuple(line for t in self.outline.tensors for line in self._problems(t))
+        """Why tensors cannot be stored as planned, each by itself; a line for each role and cause."""
+        return (
+            () if self.sound else tuple(self._cures.told([p for t in self.outline.tensors for p in self._problems(t)]))
+        )
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Roles with tensors in another codec than the recipe's."""
+        return self._cures.exchanged(self.outline.counted)
+
+    @property
+    def _cures(self) -> Cures:
+        matcher = self._matchers.get("quantize")
+        return Cures(self.planner.recipe, lambda t: None if matcher is None else matcher.match(t.spec))
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -109,12 +122,12 @@ class Decisions:
             return planned
         return replace(planned, bytes=packed_bytes(planned, containers, own))
 
-    def _problems(self, planned: PlannedTensor) -> list[str]:
+    def _problems(self, planned: PlannedTensor) -> list[Problem]:
         """Why a tensor cannot be stored as planned."""
         found = tensor_problems(planned, self.planner.containers)
         shrinking = [self._matchers[kind] for kind in ("prune", "factorize") if kind in self._matchers]
         if len(shrinking) == 2 and all(matcher.match(planned.spec) for matcher in shrinking):
-            found.insert(0, f"{planned.spec.role}: prune and factorize both name it; factors have a mask already")
+            found.insert(0, problem_of(planned, "prune and factorize both name it; factors have a mask already"))
         return found
 
     def _unmatched(self, tensor: TensorSpec) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress.codecs.names import codec_info
 from compress.limits import BATCH_TOKENS, CODES_FROM_BITS, LOGIT_VALUES, MOMENTS_BYTES, RUNTIME_BYTES
-from compress.models.companions import LAYOUT, LEGAL, companions
+from compress.models.companions import companion_bytes
 from compress.plan.tensor import PlannedTensor, moments_bytes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def disk_bytes(plan: Plan) -> int:
     """Work folder (packed blocks; activations of both models at three places; what recovery keeps) and one copy of
     every artifact with all that lies beside its weights."""
     work = sum(n * (t.spec.parameters if codec_info(t.codec).kind == "uniform" else t.bytes) for t, n in plan.counted)
-    beside = sum((plan.source / name).stat().st_size for name in companions(plan.source, LEGAL + LAYOUT))
+    beside = companion_bytes(plan.source)
     out = sum(plan.file_bytes[e.container] + beside for e in plan.recipe.export)
     if plan.structural:  # matrices that are no mere selections of the original's
         work += sum(2 * n * t.spec.parameters for t, n in plan.counted if t.spec.role.endswith((".o", ".down")))

@@ -156,10 +156,14 @@ def in_pieces(planned: PlannedTensor, own: str, containers: Iterable[Container])
     return replace(planned, ordered=planned.spec.column_order is not None)
 
 
+def codes_container(containers: Sequence[Container]) -> Container:
+    """The first container that stores codes; our own where a recipe only writes decoded values."""
+    return next((c for c in containers if not c.dense), packed_layout())
+
+
 def packed_bytes(planned: PlannedTensor, containers: Sequence[Container], own: str) -> int:
-    """Bytes of one tensor in the first container that stores codes, with everything needed to read it back; as our own
-    would store it where a recipe only writes decoded values."""
-    container = next((c for c in containers if not c.dense), packed_layout())
+    """Bytes of one tensor in the first container that stores codes, with everything needed to read it back."""
+    container = codes_container(containers)
     if not container.takes(planned.codec):  # its `check_plan` will say why
         return 0
     return container.tensor_bytes(planned, own)

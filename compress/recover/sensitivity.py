@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,12 +24,13 @@ def output_sensitivity(
     scratch: Scratch,
     seed: int = 0,
     placement: Placement = CPU,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> list[Tensor]:
     """E[g g^T] of every block's output, float32 [hidden, hidden] each, g the gradient of the next-token loss there.
 
     Next tokens are drawn from the original's own prediction, which makes this the Fisher information. load(name) gives
     a checkpoint tensor; ids: [windows, length]; scratch(name): activation files of the ids' shape, deleted when done.
-    One pass forward and one backward, one block in memory at a time.
+    One pass forward and one backward, one block in memory at a time; progress receives the share that is done.
     """
     streams = [scratch(f"survey-{layer:05d}") for layer in range(spec.layers + 1)]
     parts = streams[0].batches
@@ -39,6 +42,7 @@ def output_sensitivity(
             with torch.no_grad(), streams[block.layer + 1].writing() as out:
                 for at in parts:
                     out.append(block.forward(streams[block.layer].read(*at)))
+            progress((block.layer + 1) / (3 * spec.layers))  # backward takes twice as long
         gradient = scratch("survey-gradient")
         head = placement.weight(table if spec.tied else load(spec.head))
         _head_gradient(spec, placement.weight(load(spec.final_norm)), head, streams[-1], gradient, seed)
@@ -59,6 +63,7 @@ def output_sensitivity(
             gradient.delete()
             streams[block.layer].delete()
             gradient = below
+            progress(1 - 2 * block.layer / (3 * spec.layers))
         gradient.delete()
     return metrics[::-1]
 

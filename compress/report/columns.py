@@ -15,12 +15,13 @@ from compress.scoring.results import Speed, Spread, TaskScore, task_title
 
 @dataclass(frozen=True)
 class Column:
-    """heading; what it shows of a row; a line that explains it."""
+    """heading; what it shows of a row; a line that explains it. key: it stands in front where there is room for few."""
 
     heading: str
     cell: Callable[[Row], Cell]
     about: str = ""
     left: bool = False
+    key: bool = False
 
 
 def columns(comparison: Comparison) -> list[Column]:
@@ -32,9 +33,17 @@ def columns(comparison: Comparison) -> list[Column]:
 def _of_files() -> list[Column]:
     return [
         Column("container", lambda row: Cell(shown(row.container) or DASH), left=True),
-        Column("size", lambda row: Cell(human_bytes(row.bytes)), "all files that are needed to run it"),
-        Column("share", lambda row: Cell(percent(row.share)), "of the bytes of the original's weight files"),
-        Column("bits", lambda row: Cell(bits(row.bits_per_weight)), "all that is stored, per weight of the original"),
+        Column("size", lambda row: Cell(human_bytes(row.bytes)), "all files that are needed to run it", key=True),
+        Column(
+            "share of original",
+            lambda row: Cell(percent(row.share)),
+            "bytes of all files that are needed to run it, over those of the original",
+        ),
+        Column(
+            "bits per weight",
+            lambda row: Cell(bits(row.bits_per_weight)),
+            "bits of its weight files per weight of the original",
+        ),
     ]
 
 
@@ -50,11 +59,14 @@ def _of_text() -> list[Column]:
             "KL",
             lambda row: interval(row.kld),
             "mean KL divergence from the original's predictions, nats per token; 0 is the same",
+            key=True,
         ),
         Column("KL 99.9%", scored(tail), "999 of 1000 tokens are closer than this"),
         Column("perplexity", scored(lambda s: interval(s.perplexity)), "of tokens"),
-        Column("of words", scored(lambda s: interval(s.word_perplexity)), "perplexity per word"),
-        Column("ratio", scored(lambda s: interval(s.perplexity_ratio)), "perplexity over the original's, paired"),
+        Column("word perplexity", scored(lambda s: interval(s.word_perplexity)), "perplexity per word"),
+        Column(
+            "perplexity ratio", scored(lambda s: interval(s.perplexity_ratio)), "perplexity over the original's, paired"
+        ),
         Column(
             "top-1",
             scored(lambda s: interval(s.top1_agreement, 100, "%")),

@@ -34,7 +34,7 @@ class Run:
 class Row:
     """One line: a variant, or an original.
 
-    share: bytes of all its files over those of the original's weight files. scores: on the suite's first text; texts: on
+    share: bytes of all its files over those of the original. scores: on the suite's first text; texts: on
     all of them. mark: "" if its figures compare with those of the other unmarked rows. failed: it did not pass its gate.
     on_front: no other variant that compares is smaller and closer to the original.
     """
@@ -151,13 +151,18 @@ class _Group:
 
 def same_original(a: Scorecard, b: Scorecard) -> bool:
     """Whether two cards hold variants of one model: name and size say so, and its perplexity where both know it."""
-    if (model_name(a.model), a.base.bytes, a.base.parameters) != (model_name(b.model), b.base.bytes, b.base.parameters):
+    if (model_name(a.model), _weights(a), a.base.parameters) != (model_name(b.model), _weights(b), b.base.parameters):
         return False
     one, other = _first(a), _first(b)
     if one is None or other is None or one.text_digest != other.text_digest:
         return True
     before, after = one.base_perplexity, other.base_perplexity
     return before is None or after is None or math.isclose(before.value, after.value, rel_tol=SAME)
+
+
+def _weights(card: Scorecard) -> int | None:
+    """Bytes of the original's weight files."""
+    return card.base.bytes if card.base.weight_bytes is None else card.base.weight_bytes
 
 
 def _groups(runs: Sequence[tuple[Run, Sequence[str]]]) -> list[_Group]:

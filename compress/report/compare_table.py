@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
 from compress.report.advice import Advice
 from compress.report.columns import Column, columns
 from compress.report.compare import Comparison, Row, text_facts
+from compress.report.layout import GAP, Grid, Head, Line, Prose
 
-GAP = 2  # between columns
 NAME_SHARE, NAME_LEAST = 0.3, 18  # of the width, or so many columns, before names are folded
 
 
@@ -51,48 +49,56 @@ def marked(row: Row) -> str:
 
 
 class CompareTable:
-    """One line a variant. Columns that do not fit beside each other go on in a further block, so that none is cut."""
+    """One line a variant. Columns that do not fit beside each other go on in a further block, so that none is cut; size and
+    KL divergence stand in the first."""
 
     def __init__(self, comparison: Comparison, advice: Advice):
         self.comparison, self.advice = comparison, advice
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self.comparison.model, style="bold")
+        yield Prose(self.comparison.model, "bold")
         for warning in self.comparison.warnings:
-            yield Text(warning, style="yellow")
+            yield Prose(warning, "yellow")
         for number, block in enumerate(self._blocks(options.max_width)):
             if number:
                 yield Text()
-            yield self._table(block, options.max_width)
+            yield self._table(block, self._name_width(options.max_width))
         yield Text()
         for sentence in self.advice.sentences:
-            yield Text(sentence)
+            yield Prose(sentence)
         yield Text()
-        yield Group(*(Text(note, style="dim") for note in notes(self.comparison)))
+        for note in notes(self.comparison):
+            yield Prose(note, "dim")
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(20, options.max_width)
+        return Measurement(min(20, options.max_width), options.max_width)
 
     def _blocks(self, width: int) -> list[list[Column]]:
-        left = room = self._room(width)
-        blocks: list[list[Column]] = [[]]
-        for column in columns(self.comparison):
+        """Columns that stand beside each other, in their order but for key ones, which are all in the first block."""
+        shown = columns(self.comparison)
+        room = width - self._name_width(width) - self._marks_width - 2 * GAP + GAP
+        first = {id(column) for column in shown if column.key}
+        left = room - sum(self._width(column) for column in shown if column.key)
+        for column in shown:
+            if not column.key and (wanted := self._width(column)) <= left:
+                first.add(id(column))
+                left -= wanted
+            elif not column.key and not column.left:
+                break  # the others in their order; names of containers may wait
+        blocks, left = [[column for column in shown if id(column) in first]], 0
+        for column in (column for column in shown if id(column) not in first):
             wanted = self._width(column)
-            if wanted > room and blocks[-1]:
+            if wanted > left:
                 blocks.append([])
-                room = left
+                left = room
             blocks[-1].append(column)
-            room -= wanted
-        return blocks
+            left -= wanted
+        return [block for block in blocks if block]
 
     def _width(self, column: Column) -> int:
-        return GAP + max(
-            cell_len(text) for text in (column.heading, *(str(column.cell(row)) for row in self.comparison.rows))
-        )
-
-    def _room(self, width: int) -> int:
-        """Beside marks and names."""
-        return width - self._name_width(width) - self._marks_width - 2 * GAP
+        """With the gap in front of it."""
+        cells = (str(column.cell(row)) for row in self.comparison.rows)
+        return GAP + max(map(cell_len, (*column.heading.split(), *cells)))
 
     @property
     def _marks_width(self) -> int:
@@ -102,22 +108,18 @@ class CompareTable:
         longest = max(cell_len(row.name) for row in self.comparison.rows)
         return min(longest, max(int(width * NAME_SHARE), NAME_LEAST))
 
-    def _table(self, block: Sequence[Column], width: int) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
-        table.add_column("", width=self._marks_width, no_wrap=True)
-        table.add_column("", min_width=self._name_width(width), overflow="fold")
-        fits = sum(map(self._width, block)) <= self._room(
-            width
-        )  # else names give way, then a column on its own is folded
-        for column in block:
-            heading = Text(column.heading)
-            table.add_column(heading, justify="left" if column.left else "right", overflow="fold", no_wrap=fits)
-        originals = len(self.comparison.originals)
+    def _table(self, block: Sequence[Column], name_width: int) -> Grid:
+        heads = (
+            Head("", right=False),
+            Head("", right=False, most=name_width),
+            *(Head(column.heading, right=not column.left, folds=0) for column in block),
+        )
+        originals, lines = len(self.comparison.originals), []
         for number, row in enumerate(self.comparison.rows, 1):
             style = "dim" if row.original or row.mark else "bold" if row.on_front else ""
-            cells = [Text(str(column.cell(row))) for column in block]
-            table.add_row(Text(marked(row)), Text(row.name), *cells, style=style, end_section=number == originals)
-        return table
+            cells = (marked(row), row.name, *(str(column.cell(row)) for column in block))
+            lines.append(Line(cells, style, section=number == originals))
+        return Grid(heads, lines)
 
 
 def compare_markdown(comparison: Comparison, advice: Advice) -> str:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from compress import catalog as methods
 from compress.containers import CONTAINERS
 from compress.recipe.load import About
 from compress.recipe.schemes import SCHEMES
+from compress.report.layout import Facts, Grid, Head, Line, Prose
+
+NAMES = 17  # columns that a list of codecs may be folded to
 
 
 def recipes_table(recipes: Sequence[About]) -> RenderableType:
-    """Each bundled recipe, what it writes, and when to choose it."""
-    table = _table("recipe", "writes", "when to choose it")
-    for recipe in recipes:
-        table.add_row(recipe.name, ", ".join(recipe.containers), f"{recipe.when}\n")
+    """Each bundled recipe, what it writes, and when to choose it; for any width."""
+    lines = [Line((recipe.name, ", ".join(recipe.containers), recipe.when), section=True) for recipe in recipes]
+    heads = (
+        Head("recipe", right=False),
+        Head("writes", right=False, folds=12),
+        Head("when to choose it", right=False, folds=24),
+    )
     other = "A scheme, codec or container that `compress methods` lists is a recipe, too: compress run Q4_K_M --model M"
-    return Group(table, Text(other))
+    return Group(Grid(heads, lines), Prose(other))
 
 
 def methods_table() -> RenderableType:
-    """Steps, their solvers, codecs by size, containers with their engines."""
+    """Steps, their solvers, codecs by size, containers with their engines; for any width."""
     parts: list[RenderableType] = []
     for title, rows in (
         ("steps beside quantize", methods.steps()),
@@ -34,25 +37,22 @@ def methods_table() -> RenderableType:
         ("solvers of prune", methods.pruners()),
         ("solvers of factorize", methods.factorizers()),
     ):
-        table = _table(title, "what it does")
-        for row in rows:
-            table.add_row(row.name, row.about)
-        parts += [table, ""]
-    codecs = _table("codecs", "bits a weight", "containers")
-    for (bits, containers), group in groupby(
-        methods.codecs(), key=lambda c: (f"{c.bits_per_weight:.2f}", ", ".join(c.containers))
-    ):
-        codecs.add_row(", ".join(c.name for c in group), bits, containers)
-    engines = _table("containers", "engines")
-    for container in CONTAINERS.values():
-        engines.add_row(container.name, container.engines)
-    schemes = Text.assemble(("schemes  ", "bold"), ", ".join(SCHEMES))
-    return Group(*parts, codecs, "", engines, "", schemes)
+        parts += [_table(title, ((row.name, row.about) for row in rows)), ""]
+    codecs = [
+        Line((", ".join(c.name for c in group), bits, containers))
+        for (bits, containers), group in groupby(
+            methods.codecs(), key=lambda c: (f"{c.bits_per_weight:.2f}", ", ".join(c.containers))
+        )
+    ]
+    heads = (
+        Head("codecs", right=False, folds=NAMES),
+        Head("bits per weight"),
+        Head("containers", right=False, folds=NAMES),
+    )
+    engines = ((container.name, container.engines) for container in CONTAINERS.values())
+    schemes = Facts((("schemes", ", ".join(SCHEMES)),))
+    return Group(*parts, Grid(heads, codecs), "", _table("containers", engines, "engines"), "", schemes)
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading == "bits a weight" else "left", overflow="fold")
-    return table
+def _table(title: str, rows: Iterable[tuple[str, str]], what: str = "what it does") -> Grid:
+    return Grid((Head(title, right=False), Head(what, right=False, folds=20)), [Line(row) for row in rows])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,3 +98,27 @@ def estimate(value: float | None, low: float | None, high: float | None, scale: 
 def interval(found: Estimated | None, scale: float = 1.0, unit: str = "") -> Cell:
     """The same of an estimate that may be missing."""
     return NOTHING if found is None else estimate(found.value, found.low, found.high, scale, unit)
+
+
+_NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(%?)(?!\w)")
+
+
+def pattern(text: str) -> str:
+    """A text without its numbers: what texts have in common that differ in these alone."""
+    return _NUMBER.sub(r"#\1", text)
+
+
+def spanned(texts: Sequence[str]) -> str:
+    """Texts of one pattern as one, in which the least and the greatest stand for all numbers: "83% to 100% of the pool". The
+    first one where patterns differ."""
+    if len({pattern(text) for text in texts}) > 1:
+        return texts[0]
+    columns = iter(zip(*(_NUMBER.finditer(text) for text in texts), strict=True))
+
+    def span(_: re.Match[str]) -> str:
+        found = sorted(
+            (match[0] for match in next(columns)), key=lambda number: float(number.strip("%").replace(",", ""))
+        )
+        return found[0] if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+    return _NUMBER.sub(span, texts[0])

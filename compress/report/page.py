@@ -16,6 +16,7 @@ from compress.report.compare_table import notes
 from compress.report.numbers import Cell, human_seconds
 from compress.report.plots import Measure, error_map, error_scale, expert_map, measures, role_name, size_plot
 from compress.report.scorecard import Scorecard
+from compress.report.table import fallback_line
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_LINES = 12  # of fallbacks and checks of one run
@@ -140,10 +141,7 @@ def _told(card: Scorecard, rows: Sequence[Row]) -> Told:
     gate = card.gate
     done = f" ({sum(check.passed for check in gate.checks)} of {len(gate.checks)} checks)" if gate.checks else ""
     count = len(card.fallbacks)
-    fallbacks = [
-        clean(f"{first.subject}{f' and {n - 1} more' if n > 1 else ''}: {first.wanted} → {first.used} ({first.reason})")
-        for first, n in card.fallback_kinds
-    ]
+    fallbacks = [clean(fallback_line(first, n).replace("->", "→")) for first, n in card.fallback_kinds]
     return Told(
         names=tuple(row.name for row in rows),
         passed=gate.passed,

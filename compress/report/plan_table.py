@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from compress.codecs.names import codec_info
-from compress.containers import CONTAINERS
-from compress.report.numbers import human_bytes, human_seconds, percent
+from compress.containers import CONTAINERS, Container
+from compress.plan.causes import count_of
+from compress.plan.tensor import codes_container
+from compress.report.layout import Facts, Grid, Head, Line, Prose
+from compress.report.numbers import bits, human_bytes, human_seconds, percent
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan
@@ -21,74 +23,67 @@ if TYPE_CHECKING:
 
 
 def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
-    """Header, one row per role, codec and solver, totals, warnings; fits 100 columns."""
-    parts: list[RenderableType] = [_header(plan), _role_table(plan), "", _totals(plan, estimate)]
+    """Header, one row per role, codec and solver, totals, what is stored otherwise, notes; for any width."""
+    parts: list[RenderableType] = [*_header(plan), _role_table(plan), "", _totals(plan, estimate)]
     if plan.savings:
-        parts += ["", _savings_table(plan)]
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for t, count in plan.counted:
-        if t.wanted is not None:
-            why = "in pieces" if t.taken_apart else f"rows of {t.spec.shape[-1]}"
-            counts[t.spec.role, f"{t.wanted} -> {t.codec}", why] += count
-    if counts:
-        parts += ["", Text(f"Fallbacks: {counts.total()} tensors that the recipe's codec cannot hold")]
-        parts += [Text(f"  {role}: {change} ({count} tensors, {why})") for (role, change, why), count in counts.items()]
+        parts += ["", *_saving_lines(plan)]
+    if plan.exchanges:
+        parts += ["", *_exchange_lines(plan)]
     if plan.warnings:
-        parts += ["", *(Text(f"Note: {warning}") for warning in plan.warnings)]
+        parts += ["", *(Prose(f"Note: {warning}") for warning in plan.warnings)]
     return Group(*parts)
 
 
-def _header(plan: Plan) -> Text:
+def _header(plan: Plan) -> tuple[RenderableType, ...]:
     spec = plan.spec
     facts = [f"{spec.layers} layers", f"hidden {spec.hidden_size:,}"]
     if spec.experts:
         facts.append(f"{spec.experts} experts, {spec.experts_per_token} a token")
         if len(spec.sparse_layers) < spec.layers:
             facts.append(f"in {len(spec.sparse_layers)} layers")
-    return Text.assemble(
-        (plan.recipe.model, "bold"),
-        "  ·  recipe ",
-        (plan.recipe.name, "bold"),
-        f"\n{spec.family.hf_architecture} ({spec.model_type}), {', '.join(facts)}",
-    )
+    title = Text.assemble((plan.recipe.model, "bold"), "  ·  recipe ", (plan.recipe.name, "bold"))
+    return Prose(title), Prose(f"{spec.family.hf_architecture} ({spec.model_type}), {', '.join(facts)}")
 
 
-def _role_table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("role", "codec", "solver"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("tensors", "parameters", "bytes", "bits a weight", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    rows: dict[tuple[str, str, str], list[int]] = {}
+def _exchange_lines(plan: Plan) -> Iterator[RenderableType]:
+    """Once a role, then what cures it, once for all that it cures."""
+    total = sum(exchange.tensors for exchange in plan.exchanges)
+    yield Prose(f"Fallbacks: {count_of(total)} that the recipe's codec cannot hold", indent=0)
+    for exchange in plan.exchanges:
+        yield Prose(f"  {exchange}", indent=4)
+    if cures := dict.fromkeys(exchange.cure for exchange in plan.exchanges if exchange.cure):
+        yield Prose(f"  avoided by {' '.join(cures)}", indent=4)
+
+
+def _role_table(plan: Plan) -> Grid:
+    rows: dict[tuple[str, str, str], tuple[int, int, int]] = {}
     for t, count in plan.counted:
-        row = rows.setdefault((t.spec.role, _codec(t), t.label or "–"), [0, 0, 0])
-        row[0] += count
-        row[1] += count * t.spec.parameters
-        row[2] += count * t.bytes
-    for (role, codec, solver), (count, parameters, size) in rows.items():
-        table.add_row(
-            role,
-            codec,
-            solver,
-            f"{count:,}",
-            f"{parameters:,}",
-            human_bytes(size),
-            f"{8 * size / parameters:.2f}",
-            f"{100 * size / plan.bytes:.1f}%",
-        )
-    table.add_section()
-    table.add_row(
-        "all",
-        "",
-        "",
-        f"{sum(count for _, count in plan.counted):,}",
-        f"{plan.parameters:,}",
-        human_bytes(plan.bytes),
-        f"{8 * plan.bytes / plan.parameters:.2f}",
-        "100%",
-        style="bold",
+        key = (t.spec.role, _codec(t), t.label or "–")
+        tensors, parameters, size = rows.get(key, (0, 0, 0))
+        rows[key] = (tensors + count, parameters + count * t.spec.parameters, size + count * t.bytes)
+    whole = plan.bytes + plan.beside_tensors
+
+    def line(names: tuple[str, str, str], count: int, parameters: int, size: int, style: str = "") -> Line:
+        each = f"{8 * size / parameters:.2f}" if parameters else ""
+        share = f"{100 * size / whole:.1f}%"
+        numbers = (f"{count:,}" if count else "", f"{parameters:,}" if parameters else "")
+        return Line((*names, *numbers, human_bytes(size), each, share), style)
+
+    lines = [line(names, *numbers) for names, numbers in rows.items()]
+    container = codes_container(plan.recipe.containers)
+    beside = "names, tokenizer" if container.copied_bytes(plan.source) else "names"
+    lines.append(replace(line((beside, "", ""), 0, 0, plan.beside_tensors), section=True))
+    count = sum(count for _, count in plan.counted)
+    lines.append(line(("all", "", ""), count, plan.parameters, whole, "bold"))
+    heads = (
+        *(Head(heading, right=False) for heading in ("role", "codec", "solver")),
+        Head("tensors", spare=2),
+        Head("parameters", spare=3),
+        Head("size"),
+        Head("bits per weight left" if plan.structural else "bits per weight"),
+        Head("of all", spare=1),
     )
-    return table
+    return Grid(heads, lines)
 
 
 def _codec(planned: PlannedTensor) -> str:
@@ -100,65 +95,52 @@ def _codec(planned: PlannedTensor) -> str:
     return planned.codec + (" had" if turned else "") + (" a8" if planned.activations else "")
 
 
-def _savings_table(plan: Plan) -> Table:
-    """One line a step and container: bytes of the weights it works on, before and after."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("saves", "in", "on disk", "at run time"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("how", overflow="fold")
-    for line in plan.savings:
-        disk = f"{human_bytes(line.before)} -> {human_bytes(line.after)}"
-        table.add_row(
-            line.step,
-            line.container,
-            "nothing" if line.nothing else disk,
-            "nothing" if line.nothing else human_bytes(line.memory),
-            f"{line.engine}: {line.note}",
+def _saving_lines(plan: Plan) -> Iterator[Prose]:
+    """One a step and container: bytes of the weights it works on, before and after."""
+    for saving in plan.savings:
+        disk = f"{human_bytes(saving.before)} -> {human_bytes(saving.after)} on disk"
+        told = "nothing" if saving.nothing else f"{disk}, {human_bytes(saving.memory)} at run time"
+        yield Prose(f"{saving.step} saves in {saving.container}: {told}; {saving.engine}: {saving.note}")
+
+
+def _totals(plan: Plan, estimate: Rehearsal | None) -> Facts:
+    told: list[tuple[str, str | Text]] = [
+        (
+            "original",
+            f"{human_bytes(plan.original_bytes)}, {bits(8 * plan.source_bytes / plan.original_parameters)} bits per weight",
         )
-    return table
-
-
-def _totals(plan: Plan, estimate: Rehearsal | None) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    original = (
-        f"{human_bytes(plan.source_bytes)} at {8 * plan.source_bytes / plan.original_parameters:.2f} bits a weight"
-    )
-    table.add_row("original", original)
-    table.add_row(
-        "compressed",
-        Text(
-            f"{human_bytes(plan.bytes)} at {plan.bits_per_weight:.2f} bits a weight"
-            f"{' of the original' if plan.structural else ''}",
-            style="bold",
-        ),
-    )
-    table.add_row("steps", ", ".join(step.kind for step in plan.recipe.steps) or "none: a conversion")
+    ]
+    told.append(("steps", ", ".join(step.kind for step in plan.recipe.steps) or "none: a conversion"))
     for export in plan.recipe.export:
-        container = CONTAINERS[export.container]
-        size = plan.artifact_bytes[container.name]
-        share = size / plan.source_bytes
-        told = f"{human_bytes(size)}, {percent(share)} of the original (1/{1 / share:.1f})"
-        where = f", in {plan.recipe.output}; runs in {container.engines}"
-        table.add_row("artifact", Text.assemble(f"{container.name}, ", (told, "bold"), where))
+        told.append(("artifact", _artifact(plan, CONTAINERS[export.container])))
+    told.append(("output", plan.recipe.output))
     if plan.needs_calibration:
         c = plan.recipe.calibration
-        table.add_row("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.source.label}")
+        told.append(("calibration", f"{c.samples * c.length:,} tokens ({c.samples} x {c.length}) of {c.source.label}"))
     else:
-        table.add_row("calibration", "none needed")
+        told.append(("calibration", "none needed"))
     if plan.open:
         what = {
             "structure": "which layers, experts, heads and channels go",
             "sparsity": "how sparse each layer becomes",
             "factors": "how large each matrix's factors are (shown: the same share for all)",
         }
-        table.add_row(
-            "decided by", f"a survey of the model: {'; '.join(what[o] for o in plan.open)}; the sum is as shown"
-        )
-    table.add_row("peak memory", f"about {human_bytes(plan.peak_memory_bytes)}, whatever the number of layers")
-    table.add_row("disk", f"about {human_bytes(plan.disk_bytes)} while it runs")
+        surveyed = "; ".join(what[o] for o in plan.open)
+        told.append(("decided by", f"a survey of the model: {surveyed}; the sum is as shown"))
+    told.append(("peak memory", f"about {human_bytes(plan.peak_memory_bytes)}, whatever the number of layers"))
+    told.append(("disk", f"about {human_bytes(plan.disk_bytes)} while it runs"))
     if estimate is not None:
         parts = ", ".join(f"{name} {human_seconds(seconds)}" for name, seconds in estimate.parts.items())
-        table.add_row("time", Text.assemble((f"about {human_seconds(estimate.total)}", "bold"), f" ({parts})"))
-    return table
+        told.append(("time", Text.assemble((f"about {human_seconds(estimate.total)}", "bold"), f" ({parts})")))
+    return Facts(tuple(told))
+
+
+def _artifact(plan: Plan, container: Container) -> Text:
+    """Size, bits per weight and share of the original as a scorecard will have them."""
+    size = plan.artifact_bytes[container.name]
+    share = size / plan.original_bytes
+    figures = (
+        f"{human_bytes(size)}, {bits(8 * plan.file_bytes[container.name] / plan.original_parameters)} bits per weight, "
+        f"{percent(share)} of the original (1/{1 / share:.1f})"
+    )
+    return Text.assemble(f"{container.name}, ", (figures, "bold"), f"; runs in {container.engines}")

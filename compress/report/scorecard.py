@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from compress.errors import CompressError
 from compress.files import write_synced
+from compress.report.numbers import pattern, spanned
 from compress.scoring.divergence import Scores
 from compress.scoring.results import Fallback, Speed, TaskScore, Value
 
@@ -31,9 +32,9 @@ TENSORS_FILE = "tensors.jsonl"  # beside it: a line a tensor, see run/records.py
 class Artifact(Value):
     """One delivered file set.
 
-    path is relative to the scorecard; bytes all files that must be shipped to run it; bits_per_weight
-    everything stored for the weights (scales, zero points, padding) * 8 / weights of the original. `ratio` is
-    `bytes` over the bytes of the original's weight files: the share of the original. scores: on the suite's first text;
+    path is relative to the scorecard; bytes: of all files that are needed to run it; bits_per_weight: 8 times the bytes of
+    its weight files (scales, zero points, padding, names: everything stored) over the weights of the original; `ratio`: the
+    share of the original, `bytes` over the bytes of all files that are needed to run the original. scores: on the suite's first text;
     texts: on every one of them, by name; speed: where it was asked for. `scores.engine` says which engine gave the logits. files: sha256 (hex) of every file
     that is shipped, by its path relative to the scorecard; sha256: that of the only file, or of several the sha256 of the
     lines `<sha256>  <path>` that `sha256sum` prints of them, sorted by path. Cards of models that were only scored, and
@@ -63,10 +64,12 @@ class Artifact(Value):
 
 
 class Base(Value):
-    """The original: bytes of its weight files and its own scores on the same windows and documents, its own speed beside
-    the artifacts'; all None when a model was scored on its own."""
+    """The original: bytes of all files that are needed to run it, of its weight files alone (absent in cards of versions
+    whose `bytes` were those), its own scores on the same windows and documents, its own speed beside the artifacts'; all None
+    when a model was scored on its own."""
 
     bytes: int | None
+    weight_bytes: int | None = None
     bits_per_weight: float | None = None
     parameters: int | None = None
     scores: Scores | None = None
@@ -76,7 +79,7 @@ class Base(Value):
 
 
 def share_of(artifact: Artifact, base: Base) -> float | None:
-    """Bytes of all files of an artifact over those of the original's weight files; None where there is no original."""
+    """Bytes of all files of an artifact over those of the original; None where there is no original."""
     return artifact.bytes / base.bytes if base.bytes else artifact.ratio
 
 
@@ -158,16 +161,27 @@ class Scorecard(Value):
 
     @property
     def fallback_kinds(self) -> list[tuple[Fallback, int]]:
-        """Fallbacks that differ in their subject only as one, with how many there are: a row length that does not divide
-        befalls every layer alike."""
-        kinds: dict[tuple[str, str, str], list[Fallback]] = {}
+        """Fallbacks of one role and cause as one, with how many there are; numbers in them span all (0% to 100%), and the
+        subject is the role, or the first one. A row length that does not divide befalls every layer alike."""
+        kinds: dict[tuple[str, ...], list[Fallback]] = {}
         for fallback in self.fallbacks:
-            kinds.setdefault((fallback.wanted, fallback.used, fallback.reason), []).append(fallback)
-        return [(alike[0], len(alike)) for alike in kinds.values()]
+            told = (fallback.wanted, fallback.used, fallback.reason)
+            key = (fallback.role, *map(pattern, told))
+            kinds.setdefault(key, []).append(fallback)
+        return [(_as_one(alike), len(alike)) for alike in kinds.values()]
 
     def to_json(self) -> str:
         """Indented JSON; absent scores are left out, numbers that are not finite become null."""
         return json.dumps(_plain(self.model_dump(mode="python")), indent=2, allow_nan=False) + "\n"
+
+
+def _as_one(alike: Sequence[Fallback]) -> Fallback:
+    """What stands for fallbacks that differ in numbers only."""
+    first = alike[0]
+    if len(alike) == 1:
+        return first
+    told = {key: spanned([getattr(one, key) for one in alike]) for key in ("wanted", "used", "reason", "cure")}
+    return first.model_copy(update={**told, "subject": first.role or first.subject})
 
 
 def write(scorecard: Scorecard, path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""The table of one run, for people in a terminal.
+"""The table of one run, for people in a terminal of any width.
 
 Square brackets after an estimate hold its 95% interval. A dash means "not measured".
 """
@@ -6,14 +6,16 @@ Square brackets after an estimate hold its 95% interval. A dash means "not measu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.text import Text
 
+from compress.report.layout import GAP, Grid, Head, Line, Prose, narrowest
 from compress.report.numbers import (
     DASH,
     NOTHING,
@@ -27,8 +29,9 @@ from compress.report.numbers import (
 )
 from compress.report.scorecard import Artifact, Base, Scorecard, share_of
 from compress.scoring.divergence import Scores
-from compress.scoring.results import Speed, TaskScore, headline, task_title
+from compress.scoring.results import Fallback, Speed, TaskScore, headline, task_title
 
+NAMES = 16  # columns that what was measured may be folded to
 SHOWN_LAYERS = 8
 SHOWN_FALLBACKS = 8
 
@@ -38,36 +41,67 @@ def _task(score: TaskScore | None) -> Cell:
 
 
 def scorecard_table(scorecard: Scorecard) -> RenderableType:
-    """Everything a person wants to know after a run; fits 100 columns with up to two artifacts."""
+    """Everything a person wants to know after a run, for any width."""
     parts: list[RenderableType] = [
-        Text.assemble((scorecard.model, "bold"), "  ·  recipe ", (scorecard.recipe, "bold")),
-        _main_table(scorecard),
-    ]  # fmt: skip
+        Prose(Text.assemble((scorecard.model, "bold"), "  ·  recipe ", (scorecard.recipe, "bold"))),
+        _Figures(scorecard),
+    ]
     if facts := _evaluation_facts(scorecard):
-        parts.append(Text(facts, style="dim"))
+        parts.append(Prose(facts, "dim", indent=0))
     if scorecard.experts:
         parts += ["", _expert_table(scorecard)]
     if scorecard.stages:
         parts += ["", _stage_table(scorecard)]
-    parts += ["", _fallback_lines(scorecard), _gate_lines(scorecard)]
-    parts += [Text(f"Note: {note}") for note in scorecard.notes]
+    parts += ["", *_fallback_lines(scorecard), *_gate_lines(scorecard)]
+    parts += [Prose(f"Note: {note}") for note in scorecard.notes]
     return Group(*parts)
 
 
-def _main_table(scorecard: Scorecard) -> Table:
-    known = scorecard.base.bytes is not None  # a model scored on its own has no original beside it
+class _Figures:
+    """What was measured, a column for the original and each artifact; those that do not fit beside each other go on below."""
+
+    def __init__(self, scorecard: Scorecard):
+        known = scorecard.base.bytes is not None  # a model scored on its own has no original beside it
+        self.heads = [*(["original"] if known else []), *(artifact.container for artifact in scorecard.artifacts)]
+        self.lines = _figures(scorecard, known)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = max((cell_len(line.cells[0]) for line in self.lines), default=0)
+        for number, group in enumerate(self._groups(options.max_width - names)):
+            if number:
+                yield Text()
+            heads = [Head("", right=False, folds=min(names, NAMES))]
+            heads += [Head(self.heads[n - 1], folds=self._least(n)) for n in group]
+            yield Grid(heads, [replace(line, cells=tuple(line.cells[n] for n in (0, *group))) for line in self.lines])
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(20, options.max_width), options.max_width)
+
+    def _least(self, n: int) -> int:
+        return max(map(narrowest, (self.heads[n - 1], *(line.cells[n] for line in self.lines))))
+
+    def _groups(self, room: int) -> list[list[int]]:
+        """Numbers of the columns that stand beside each other."""
+        groups: list[list[int]] = [[]]
+        left = room
+        for n in range(1, len(self.heads) + 1):
+            if (wanted := self._least(n) + GAP) > left and groups[-1]:
+                groups.append([])
+                left = room
+            groups[-1].append(n)
+            left -= wanted
+        return groups
+
+
+def _figures(scorecard: Scorecard, known: bool) -> list[Line]:
+    """A line for everything that was measured of any column."""
     columns: list[Base | Artifact] = [*([scorecard.base] if known else ()), *scorecard.artifacts]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    if known:
-        table.add_column("original", justify="right")
-    for artifact in scorecard.artifacts:
-        table.add_column(artifact.container, justify="right", overflow="fold")
+    lines: list[Line] = []
 
     def row(label: str, cells: Sequence[str | Cell], section: bool = False) -> None:
         shown = [str(cell) for cell in cells]
         if any(cell != DASH for cell in shown):
-            table.add_row(Text(label), *shown, end_section=section)
+            lines.append(Line((label, *shown), section=section))
 
     def scored(read: Any) -> list[str | Cell]:
         return [DASH if column.scores is None else read(column.scores) for column in columns]
@@ -99,10 +133,12 @@ def _main_table(scorecard: Scorecard) -> Table:
         row(_label(name, columns), [_task(column.tasks.get(name)) for column in columns])
         row("  change", [_change(column.tasks.get(name)) for column in columns])
         row("  lost · gained", [_flips(column.tasks.get(name)) for column in columns])
-    table.add_section()
+    if names:
+        lines[-1] = replace(lines[-1], section=True)
     for label, cells in _speed_rows(columns):
         row(label, cells)
-    return table
+    lines[-1] = replace(lines[-1], section=False)
+    return lines
 
 
 def _text_rows(columns: Sequence[Base | Artifact]) -> Iterator[tuple[str, list[str | Cell]]]:
@@ -166,7 +202,7 @@ def _kept(scores: Scores) -> str:
     """How exactly it was measured, where not over all tokens one by one."""
     if scores.kept_tokens is None:
         return ""
-    return f",\nfrom the original's {scores.kept_tokens:,} likeliest tokens at every place and a sample of the rest"
+    return f", from the original's {scores.kept_tokens:,} likeliest tokens at every place and a sample of the rest"
 
 
 def _evaluation_facts(scorecard: Scorecard) -> str:
@@ -174,35 +210,31 @@ def _evaluation_facts(scorecard: Scorecard) -> str:
     if scores is None:
         return ""
     return (
-        f"Token perplexity, {scores.windows} windows of {scores.window_length} tokens, stride "
-        f"{scores.stride},\ntokenizer {scores.tokenizer}, text {scores.text_digest}. "
-        f"KL divergence in nats per token{_kept(scores)}.\n"
+        f"Token perplexity, {scores.windows} windows of {scores.window_length} tokens, stride {scores.stride}, "
+        f"tokenizer {scores.tokenizer}, text {scores.text_digest}. KL divergence in nats per token{_kept(scores)}.\n"
         "[low, high]: 95% intervals; the independent units are documents of the texts and of the tasks."
     )
 
 
-def _expert_table(scorecard: Scorecard) -> Table:
-    layers = list(scorecard.experts)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("tokens per expert")
-    for heading in ("experts", "min", "median", "max"):
-        table.add_column(heading, justify="right")
-    table.add_column("cold experts (share borrowed from the layer)", overflow="fold")
+def _expert_table(scorecard: Scorecard) -> Grid:
+    layers, lines = list(scorecard.experts), []
     if len(layers) > SHOWN_LAYERS:
         everything = [count for layer in layers for count in layer.tokens]
         cold = sum(len(layer.cold) for layer in layers)
-        table.add_row(
-            f"all {len(layers)} layers",
-            str(len(everything)),
-            *_spread(everything),
-            str(cold) if cold else "none",
-        )
+        name = f"all {len(layers)} layers"
+        lines.append(Line((name, str(len(everything)), *_spread(everything), str(cold) if cold else "none")))
         layers = sorted((layer for layer in layers if layer.cold), key=lambda layer: min(layer.tokens))[:SHOWN_LAYERS]
     for layer in layers:
         names = ", ".join(_cold(layer, expert) for expert in layer.cold[:6])
         names += f" and {len(layer.cold) - 6} more" if len(layer.cold) > 6 else ""
-        table.add_row(f"layer {layer.layer}", str(len(layer.tokens)), *_spread(layer.tokens), names or "none")
-    return table
+        count = str(len(layer.tokens))
+        lines.append(Line((f"layer {layer.layer}", count, *_spread(layer.tokens), names or "none")))
+    heads = (
+        Head("tokens per expert", right=False),
+        *(Head(heading) for heading in ("experts", "min", "median", "max")),
+        Head("cold experts (share borrowed from the layer)", right=False, folds=14),
+    )
+    return Grid(heads, lines)
 
 
 def _spread(counts: Sequence[int]) -> tuple[str, str, str]:
@@ -213,42 +245,44 @@ def _cold(layer: Any, expert: int) -> str:
     return f"{expert} ({100 * layer.borrowed[expert]:.0f}%)" if expert < len(layer.borrowed) else str(expert)
 
 
-def _stage_table(scorecard: Scorecard) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("stage")
-    table.add_column("wall time", justify="right")
-    table.add_column("peak memory", justify="right")
-    for stage in scorecard.stages:
-        table.add_row(stage.name, human_seconds(stage.seconds), human_bytes(stage.peak_bytes))
-    if len(scorecard.stages) > 1:
-        peaks = [stage.peak_bytes for stage in scorecard.stages if stage.peak_bytes is not None]
-        table.add_section()
-        total = sum(stage.seconds for stage in scorecard.stages)
-        table.add_row("total", human_seconds(total), human_bytes(max(peaks, default=None)))
-    return table
+def _stage_table(scorecard: Scorecard) -> Grid:
+    stages = scorecard.stages
+    lines = [Line((stage.name, human_seconds(stage.seconds), human_bytes(stage.peak_bytes))) for stage in stages]
+    if len(stages) > 1:
+        peaks = [stage.peak_bytes for stage in stages if stage.peak_bytes is not None]
+        total = sum(stage.seconds for stage in stages)
+        lines[-1] = replace(lines[-1], section=True)
+        lines.append(Line(("total", human_seconds(total), human_bytes(max(peaks, default=None)))))
+    return Grid((Head("stage", right=False), Head("wall time"), Head("peak memory")), lines)
 
 
-def _fallback_lines(scorecard: Scorecard) -> RenderableType:
+def _fallback_lines(scorecard: Scorecard) -> Iterator[RenderableType]:
     if not scorecard.fallbacks:
-        return Text("Fallbacks: none")
+        yield Text("Fallbacks: none")
+        return
     kinds = scorecard.fallback_kinds
-    lines = [Text(f"Fallbacks: {len(scorecard.fallbacks)}")]
+    yield Text(f"Fallbacks: {len(scorecard.fallbacks)}")
     for first, count in kinds[:SHOWN_FALLBACKS]:
-        more = f" and {count - 1} more" if count > 1 else ""
-        lines.append(Text(f"  {first.subject}{more}: {first.wanted} -> {first.used} ({first.reason})"))
+        yield Prose(f"  {fallback_line(first, count)}", indent=4)
     if len(kinds) > SHOWN_FALLBACKS:
-        lines.append(Text(f"  and {len(kinds) - SHOWN_FALLBACKS} more kinds in scorecard.json"))
-    return Group(*lines)
+        yield Text(f"  and {len(kinds) - SHOWN_FALLBACKS} more kinds in scorecard.json")
+    for cure in dict.fromkeys(first.cure for first, _ in kinds if first.cure):
+        yield Prose(f"  avoided by {cure}", indent=4)
 
 
-def _gate_lines(scorecard: Scorecard) -> RenderableType:
+def fallback_line(first: Fallback, count: int) -> str:
+    """One of `Scorecard.fallback_kinds` in words."""
+    several = "" if count == 1 else f" ({count})" if first.role else f" and {count - 1} more"
+    return f"{first.subject}{several}: {first.wanted} -> {first.used} ({first.reason})"
+
+
+def _gate_lines(scorecard: Scorecard) -> Iterator[RenderableType]:
     gate = scorecard.gate
     verdict = ("passed", "bold green") if gate.passed else ("FAILED", "bold red")
     done = f" ({sum(check.passed for check in gate.checks)} of {len(gate.checks)} checks)" if gate.checks else ""
-    lines = [Text.assemble("Integrity gate: ", verdict, done)]
+    yield Text.assemble("Integrity gate: ", verdict, done)
     for check in gate.checks:
         mark = ("  ok   ", "green") if check.passed else ("  FAIL ", "red")
-        lines.append(Text.assemble(mark, check.name, f": {check.detail}" if check.detail else ""))
+        yield Prose(Text.assemble(mark, check.name, f": {check.detail}" if check.detail else ""), indent=7)
     if not gate.passed:
-        lines.append(Text("The artifact is marked as failed and was not given its final name.", style="red"))
-    return Group(*lines)
+        yield Prose("The artifact is marked as failed and was not given its final name.", "red")

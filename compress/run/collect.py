@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,8 +111,11 @@ def counted(branch: Branch, stage: int, moments: Mapping[str, Moments]) -> tuple
     return tuple(moments[key].tokens for key in keys)
 
 
-def collect(site: Site, stage: int, group: Sequence[PlannedTensor]) -> dict[str, Moments]:
-    """Moments of every input that `stage` of a sub-layer needs, over all calibration windows.
+def collect(
+    site: Site, stage: int, group: Sequence[PlannedTensor], progress: Callable[[float], None] = lambda done: None
+) -> dict[str, Moments]:
+    """Moments of every input that `stage` of a sub-layer needs, over all calibration windows; progress receives the share of
+    these that is done.
 
     Experts that saw fewer than `shrinkage * n` tokens, as far as those are counted, also get a pool.
     Raises NumericalError naming block, input and sample when activations are not finite.
@@ -128,6 +131,7 @@ def collect(site: Site, stage: int, group: Sequence[PlannedTensor]) -> dict[str,
     )
     for start, stop in site.streams.compressed.batches:
         _gather(site, wanted, start, stop, both)
+        progress(stop / site.streams.windows)
     for key, sums in moments.items():
         if not sums.finite:
             raise NumericalError(

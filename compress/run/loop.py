@@ -17,6 +17,7 @@ from compress.export.deliver import Delivery, deliver, require_texts
 from compress.export.text import plan_tokenizer
 from compress.files import checksum, locked, write_synced
 from compress.models.checkpoint import Checkpoint
+from compress.plan.causes import count_of
 from compress.plan.make import make_plan
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, surveys_head
@@ -86,6 +87,8 @@ def run(
             claim(output, plan, fresh=fresh)
             card = None if fresh else _finished(plan, output)
             journal = open_journal(output, plan, fresh=fresh) if card is None else None
+            if journal is not None:
+                reporter.continue_times(journal.folder, plan.digest)
         if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
@@ -100,6 +103,12 @@ def _carry_out(
     plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement, strict: bool
 ) -> Scorecard:
     """All of a run once there is something to do: solve, deliver, tell. Raises GateFailed when that is told."""
+    if plan.exchanges:
+        total, roles = sum(e.tensors for e in plan.exchanges), dict.fromkeys(e.role for e in plan.exchanges)
+        told = (
+            f"{count_of(total)} of {', '.join(roles)} get another codec than the recipe's, which their rows do not fit"
+        )
+        reporter.say(f"note: {told}; compress plan says which, and what avoids it")
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
     if journal.units:
@@ -109,7 +118,8 @@ def _carry_out(
         reporter.say(f"continuing: {done} of {len(units)} units are already done")
     try:
         checkpoint = Checkpoint.open(plan.place)
-        result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
+        with reporter.stage("tokenizer"):
+            result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
         ids = None
         if plan.needs_calibration:  # before the weights: what is wrong with it is known in seconds
             with reporter.stage("calibration text") as progress:
@@ -189,9 +199,9 @@ def compress_model(
         if "embeddings" not in journal:
             _embeddings(run, ids)
     if plan.recover is not None and plan.recover.loss == "sensitivity" and ids is not None:
-        with reporter.stage("sensitivity"):
+        with reporter.stage("sensitivity") as progress:
             if SENSITIVITY not in journal:
-                _survey_sensitivity(run, ids)
+                _survey_sensitivity(run, ids, progress)
     with reporter.stage("blocks") as progress:
         left = [layer for layer in range(spec.layers) if f"block-{layer:05d}" not in journal]
         for block in walk(spec, load, placement, layers=left):
@@ -368,13 +378,14 @@ def _recover(
     return dict(recovered.outcomes)
 
 
-def _survey_sensitivity(run: Run, ids: np.ndarray) -> None:
+def _survey_sensitivity(run: Run, ids: np.ndarray, progress: Callable[[float], None]) -> None:
     """What the original's loss feels of an error at each block's output, as a unit of its own."""
     recover = run.plan.recover
     assert recover is not None
     ids = ids[: recover.survey]
     few = replace(run, shape=(*ids.shape, run.plan.spec.hidden_size))
-    metrics = output_sensitivity(run.plan.spec, run.load, ids, few.activations, run.plan.recipe.seed, run.placement)
+    plan = run.plan
+    metrics = output_sensitivity(plan.spec, run.load, ids, few.activations, plan.recipe.seed, run.placement, progress)
     exact = float_codec("f32")
     run.journal.finish(SENSITIVITY, {f"{SENSITIVITY}.{n}": exact.encode(m) for n, m in enumerate(metrics)}, {})
 

@@ -92,7 +92,7 @@ def _score_one(found: Target, suite: Suite, settings: Settings, placement: Place
     tokenizer = load_tokenizer(found.model.folder, found.model.spec.vocab_size)
     lines = tokenizer_lines(tokenizer)
     fallbacks: list[Fallback] = []
-    with source_of(found, fallbacks, placement) as source, reporter.stage(f"score {Path(found.name).name}") as progress:
+    with reporter.stage(f"score {Path(found.name).name}") as progress, source_of(found, fallbacks, placement) as source:
         measured = measure(
             source,
             _original(found, settings, placement),
@@ -177,8 +177,13 @@ def _described(found: Target) -> Scorecard:
     original = found.original
     base = Base(bytes=None)
     if original is not None:
-        parameters = original.parameters
-        base = Base(bytes=original.bytes, bits_per_weight=8 * original.bytes / parameters, parameters=parameters)
+        parameters, weights = original.parameters, original.weight_bytes
+        base = Base(
+            bytes=original.bytes,
+            weight_bytes=weights,
+            bits_per_weight=8 * weights / parameters,
+            parameters=parameters,
+        )
     artifact = Artifact(
         container=found.container.name,
         path=found.name,

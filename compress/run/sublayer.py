@@ -61,11 +61,12 @@ def compress_sublayer(
     tensors: Sequence[PlannedTensor],
     streams: Streams | None,
     job: Job,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> Result:
     """Compress one sub-layer.
 
-    tensors: its own; streams: activations in front of it. progress receives the number of tensors that are done.
+    tensors: its own; streams: activations in front of it. progress receives the number of tensors that are done; one whose
+    inputs have been observed is half done.
     """
     placement = job.placement
     original = {t.name: placement.weight(job.load(t.name)) for t in tensors}
@@ -81,7 +82,9 @@ def compress_sublayer(
     site = None if streams is None else Site(branch, streams, original, weights)
     for stage in range(branch.sublayer.stages):
         for group in stage_groups(branch, stage, tensors):
-            moments = {} if site is None else collect(site, stage, group)
+            before, half = len(packed), len(group) / 2
+            observed = lambda share, before=before, half=half: progress(before + half * share)  # noqa: E731
+            moments = {} if site is None else collect(site, stage, group, observed)
             if site is not None and not site.tokens:
                 site.tokens = counted(branch, stage, moments)
             _solve(branch, group, moments, result, job, progress)
@@ -94,9 +97,10 @@ def _solve(
     moments: Mapping[str, Moments],
     result: Result,
     job: Job,
-    progress: Callable[[int], None],
+    progress: Callable[[float], None],
 ) -> None:
     """Solve tensors that do not see each other, side by side; into `result`."""
+    observed = len(result.packed) + len(group) / 2
 
     def one(planned: PlannedTensor) -> tuple[Outcome | Shipped, Packed, Tensor]:
         statistics = statistics_of(branch, planned, moments)
@@ -105,8 +109,9 @@ def _solve(
         return outcome, packed, job.placement.put(decode(packed))
 
     with job.placement.workers(len(group)) as workers, ThreadPoolExecutor(workers) as pool:
-        for planned, (outcome, packed, dense) in zip(group, pool.map(one, group), strict=True):
+        solved = zip(group, pool.map(one, group), strict=True)
+        for number, (planned, (outcome, packed, dense)) in enumerate(solved, start=1):
             name = planned.name
             result.outcomes[name], result.packed[name], result.weights[name] = outcome, packed, dense
             job.tell(outcome.report)
-            progress(len(result.packed))
+            progress(observed + number / 2)

@@ -28,6 +28,8 @@ CHANNELS = {
     "shared_intermediate": "channels of the shared expert",
 }
 
+MORE_TEXT = "--set calibration.samples={}"  # what makes fewer experts cold and grams better conditioned
+
 
 def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
     """What went of a model that changed its shape, and what the repair was worth."""
@@ -61,11 +63,12 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         *_of_damping(plan, solved),
         *_of_recovery(plan, journal),
         *_of_factors(plan),
-        *(line for layer in experts for line in _of_cold_experts(layer)),
+        *(line for layer in experts for line in _of_cold_experts(layer, plan.recipe.calibration.samples)),
         *results.fallbacks,
     ]
     base = Base(
-        bytes=plan.source_bytes,
+        bytes=plan.original_bytes,
+        weight_bytes=plan.source_bytes,
         bits_per_weight=8 * plan.source_bytes / plan.original_parameters,
         parameters=plan.original_parameters,
         scores=results.base_scores,
@@ -81,7 +84,7 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         experts=tuple(_rounded(layer) for layer in experts),
         fallbacks=tuple(fallbacks),
         gate=Gate(passed=results.passed, checks=tuple(results.checks)),
-        stages=tuple(reporter.stages),
+        stages=reporter.all_stages,
         recipe_digest=plan.recipe.digest(),
         run_digest=run_digest(journal.digest, journal.inputs.get(TEXT), plan.recipe),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -122,8 +125,11 @@ def layer_errors(plan: Plan, solved: Sequence[Mapping[str, Any]]) -> Iterator[La
 
 def _of_codecs(plan: Plan) -> Iterator[Fallback]:
     """Tensors in another codec than the recipe's."""
+    cures = {(found.role, found.wanted): found.cure for found in plan.exchanges}
     for t in plan.fallbacks:
-        yield Fallback(subject=t.name, wanted=t.wanted or "", used=t.codec, reason=t.why)
+        wanted = t.wanted or ""
+        cure = cures.get((t.spec.role, wanted), "")
+        yield Fallback(subject=t.name, wanted=wanted, used=t.codec, reason=t.why, role=t.spec.role, cure=cure)
 
 
 def _of_damping(plan: Plan, solved: Sequence[Mapping[str, Any]]) -> Iterator[Fallback]:
@@ -135,6 +141,8 @@ def _of_damping(plan: Plan, solved: Sequence[Mapping[str, Any]]) -> Iterator[Fal
                 wanted=f"damping {plan.by_name[s['name']].asks.damping:g}",
                 used=f"damping {s['damping']:g}",
                 reason=f"gram not positive definite, {s['retries']} retries",
+                role=plan.by_name[s["name"]].spec.role,
+                cure=MORE_TEXT.format(2 * plan.recipe.calibration.samples),
             )
 
 
@@ -148,6 +156,7 @@ def _of_recovery(plan: Plan, journal: Journal) -> Iterator[Fallback]:
                 wanted="recovery",
                 used="the block as it was solved",
                 reason=recovered.get("reason", ""),
+                role="blocks",
             )
     if RECOVERED in journal and not (whole := journal.units[RECOVERED]["recovered"])["kept"]:
         yield Fallback(
@@ -167,17 +176,20 @@ def _of_factors(plan: Plan) -> Iterator[Fallback]:
                 wanted="factors",
                 used=f"dense {t.codec}",
                 reason="its share of the budget is the whole matrix, or no factors of its size are smaller",
+                role=t.spec.role,
             )
 
 
-def _of_cold_experts(layer: Experts) -> Iterator[Fallback]:
-    """Experts whose statistics are mostly their pool's."""
+def _of_cold_experts(layer: Experts, samples: int) -> Iterator[Fallback]:
+    """Experts whose statistics are mostly their pool's. samples: windows of calibration text."""
     for e in layer.cold:
         yield Fallback(
             subject=f"block {layer.layer} expert {e}",
             wanted="own statistics",
             used=f"{layer.borrowed[e]:.0%} of the block's pool",
             reason=f"{layer.tokens[e]} calibration tokens reached it",
+            role="cold experts",
+            cure=MORE_TEXT.format(2 * samples),
         )
 
 

@@ -35,9 +35,11 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """With all that lies beside the weights in a folder."""
+        """Of all files that are needed to run it; what was delivered as a folder is needed whole."""
         if self.opened is None:
             return self.weight_bytes
+        if self.opened.container.original:
+            return self.opened.bytes
         return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
 
 

@@ -29,7 +29,7 @@ from compress.scoring.intervals import (
     paired_ratio,
     ratio_of_sums,
 )
-from compress.scoring.source import LogitSource
+from compress.scoring.source import LogitSource, watched
 from compress.text import EvalWindows
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 # Float64 working set per temporary array; a window of a 150k vocabulary is worked through in slices of rows.
 CHUNK_ELEMENTS = 2**22
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float, int], None]
 
 
 def frequency_perplexity(windows: EvalWindows | np.ndarray) -> float:
@@ -282,8 +282,8 @@ def score_many(
     """Score several candidates in one pass over the reference.
 
     windows: of `eval_windows`, or any integers [N, T], which count as so many documents. One window's logits of each
-    source are held at a time. Without a reference only perplexity is given. progress(done, total) is called after each
-    window. tokenizer is recorded, not used.
+    source are held at a time. Without a reference only perplexity is given. progress(done, total) is called with windows,
+    and parts of them while a source works before its first. tokenizer is recorded, not used.
 
     Raises CalibrationError (no windows, ids beyond the vocabulary), CheckpointError (vocabularies differ),
     NumericalError (non-finite logits; names engine and window).
@@ -297,12 +297,13 @@ def score_many(
     count = len(windows.tokens)
     kept: Iterable[WindowReference | None] = [None] * count if original is None else original.windows(windows)
     streams = zip(*(counted_rows(candidate, windows) for candidate in candidates), strict=True)
-    for number, (before, arrays) in enumerate(zip(kept, streams, strict=True)):
-        targets = windows.tokens[number, windows.first[number] :]
-        for rows, found in zip(arrays, tokens, strict=True):
-            found.append(token_nll(rows, targets) if before is None else before.compare(rows, targets))
-        if progress is not None:
-            progress(number + 1, count)
+    sources = [*([] if original is None else [original.source]), *candidates]
+    with watched(sources, lambda done: None if progress is None else progress(done * count, count)) as moved:
+        for number, (before, arrays) in enumerate(zip(kept, streams, strict=True)):
+            targets = windows.tokens[number, windows.first[number] :]
+            for rows, found in zip(arrays, tokens, strict=True):
+                found.append(token_nll(rows, targets) if before is None else before.compare(rows, targets))
+            moved((number + 1) / count)
     results = []
     for candidate, found in zip(candidates, tokens, strict=True):
         scores, stats = summary(found, windows, engine=candidate.name, tokenizer=tokenizer)

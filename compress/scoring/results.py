@@ -104,9 +104,15 @@ class Speed(Value):
 
 
 class Fallback(Value):
-    """Something done otherwise than planned: `subject` (a tensor, usually) was to get `wanted` and got `used`."""
+    """Something done otherwise than planned: `subject` (a tensor, usually) was to get `wanted` and got `used`.
+
+    role: what the subject is one of (a tensor's role), "" where it stands for itself; cure: what to ask for so that it does not
+    come to this, "" where nothing is known.
+    """
 
     subject: str
     wanted: str
     used: str
     reason: str
+    role: str = ""
+    cure: str = ""

@@ -7,6 +7,8 @@ a scorecard comes from the same arithmetic over whichever engine produced the lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -75,6 +77,31 @@ def generator(source: object) -> Generates | None:
     return None if opens is None else opens()
 
 
+@contextmanager
+def watched(sources: Sequence[LogitSource], progress: Callable[[float], None]) -> Iterator[Callable[[float], None]]:
+    """Progress of several sources that are read in step: what watched ones do before their first row, as part of the whole,
+    then what the caller says of the rows."""
+    watching = [source for source in {id(source): source for source in sources}.values() if isinstance(source, Watched)]
+    before = [0.0] * len(watching)
+    each = WORK_BEFORE / max(len(sources), 1)
+
+    def moved(number: int, done: float) -> None:
+        before[number] = done
+        progress(each * sum(before))
+
+    def rows(done: float) -> None:
+        begun = each * sum(before)  # nothing, where it lay on disk
+        progress(begun + (1 - begun) * done)
+
+    for number, source in enumerate(watching):
+        source.watch = partial(moved, number)
+    try:
+        yield rows
+    finally:
+        for source in watching:
+            source.watch = None
+
+
 def tails(
     source: LogitSource,
     sequences: Sequence[np.ndarray],
@@ -85,18 +112,11 @@ def tails(
 
     progress is called with the share that is done: with each sequence and, by sources that are watched, before the first.
     """
-    start = 0.0
-    if isinstance(source, Watched):
-        start = WORK_BEFORE
-        source.watch = lambda done: progress(WORK_BEFORE * done)
-    try:
+    with watched([source], progress) as moved:
         if isinstance(source, Tails):
             found = source.tails(sequences, counts)
         else:
             found = (rows[-count:] for rows, count in zip(source.logits(sequences), counts, strict=True))
         for number, rows in enumerate(found, start=1):
             yield rows
-            progress(start + (1 - start) * number / len(sequences))
-    finally:
-        if isinstance(source, Watched):
-            source.watch = None
+            moved(number / len(sequences))

@@ -9,6 +9,8 @@ import json
 import os
 import pty
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +27,7 @@ from tests.integration.runs import carry_out, command, small
 from tests.tiny import demo_model, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
+DATED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 RECIPE = """
 model: nowhere
@@ -58,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["--version"], 0), (["run", "--help"], 0), ([], 2), (["run"], 2), (["foo"], 2), (["compare"], 2),
+    [(["--help"], 0), (["--version"], 0), (["run", "--help"], 0), (["-h"], 0), (["-V"], 0), (["run", "-h"], 0), ([], 2), (["run"], 2), (["foo"], 2), (["compare"], 2),
      (["plan", "--bogus", "x"], 2), (["generate", "file.gguf", "text", "--tokens", "0"], 2)],
 )  # fmt: skip
 def test_usage(compress: Compress, arguments: list[str], code: int) -> None:
@@ -72,6 +75,40 @@ def test_usage(compress: Compress, arguments: list[str], code: int) -> None:
 
 def test_version(compress: Compress) -> None:
     assert re.fullmatch(r"compress \d+\.\d+\S*\n", compress("--version")[1])
+    assert compress("-V") == compress("--version")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("compress ru", "run"), ("compress run qwen-moe-2bit-p", "qwen-moe-2bit-plus")]
+)
+def test_completion(compress: Compress, monkeypatch: pytest.MonkeyPatch, words: str, expected: str) -> None:
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    monkeypatch.setenv("_COMPRESS_COMPLETE", "complete_bash")
+    code, out, _ = compress()
+    assert (code, out.split()) == (0, [expected])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="no SIGTERM here")
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_run_that_is_told_to_stop_says_how_to_go_on_and_does(
+    place: Path, tmp_path: Path, number: int, code: int, words: str
+) -> None:
+    """A process of its own, told so in the middle of its work; the same command then ends what it began."""
+    command = [sys.executable, "-m", "compress.cli", *arguments(place, tmp_path / "out", "--verbose")]
+    many = ["--set", "calibration.samples=64", "--set", "calibration.length=256"]
+    with subprocess.Popen([*command, *many], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "block 1 of 2" in line)
+        process.send_signal(number)
+        last = [line, *process.stderr][-1]
+    assert process.returncode == code
+    assert last.startswith("error: ") and words in last and "the same command continues" in last
+    assert "Traceback" not in last and not (tmp_path / "out" / ".checking").exists()
+    again = subprocess.run([*command, *many], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=True)
+    assert "continuing: " in again.stderr and "Integrity gate: passed" in again.stdout
 
 
 def test_unforeseen_operating_system_errors_are_one_line(
@@ -134,14 +171,18 @@ def test_run_prints_lines_when_not_a_terminal(compress: Compress, place: Path, t
     assert code == 0
     assert out.splitlines()[-1] == str(tmp_path / "out" / "model-Q4_K_M.gguf")
     assert "Integrity gate: passed" in out
-    stages = [line.split("  ")[0] for line in err.splitlines() if " peak " in line]
+    lines = [DATED.fullmatch(line) for line in err.splitlines()]
+    assert all(lines), "every line of a log begins with its time"
+    told = [line[1] for line in lines if line is not None]
+    stages = [line.split("  ")[0] for line in told if " peak " in line]
     assert stages == [stage.name for stage in read(tmp_path / "out").stages]
+    assert told[0].startswith("recipe gguf, model ") and stages[0] == "start"
     assert "\x1b" not in out + err and "\r" not in out + err
 
 
 def test_verbose_names_every_block(compress: Compress, place: Path, tmp_path: Path) -> None:
     _, _, err = compress(*arguments(place, tmp_path / "out", "--verbose"))
-    assert re.search(r"^  block 2 of 2: \d+%", err, re.MULTILINE)
+    assert re.search(r"^\S+ \S+   block 2 of 2: \d+%", err, re.MULTILINE)
 
 
 def test_bars_in_a_terminal_show_time_left_and_vanish(
@@ -171,7 +212,9 @@ def test_bars_in_a_terminal_show_time_left_and_vanish(
     kept = _screen(drawn)
     stages = [line.split("  ")[0] for line in kept if " peak " in line]
     assert stages == [stage.name for stage in read(tmp_path / "out").stages]
-    assert all(" peak " in line or line.startswith("note: ") for line in kept if line)
+    assert kept[0].startswith("recipe gguf, model ")
+    notes = [line for line in kept[1:] if line and " peak " not in line]
+    assert all(line.startswith(("note: ", "  ", str(tmp_path)[:8])) for line in notes), notes
 
 
 def _screen(drawn: str) -> list[str]:

@@ -72,7 +72,7 @@ def test_nan_in_the_last_layer_is_found_before_the_first_is_solved(tmp_path: Pat
     reporter = Reporter(0)
     with pytest.raises(CheckpointError, match="model.norm.weight .*NaN"):
         run(_recipe(model, tmp_path), reporter=reporter)
-    assert [stage.name for stage in reporter.stages] == ["plan"]
+    assert [stage.name for stage in reporter.stages] == ["plan", "tokenizer", "check weights"]
 
 
 def test_left_out_tensors_stop_a_strict_run(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from compress.errors import ResumeError
 from compress.models.checkpoint import Checkpoint
+from compress.report.progress import TIMES
 from compress.report.scorecard import read
 from compress.run import WORK, run
 from tests.integration.runs import SMALL, carry_out, command, final_names, names, sha256, small, text_file
@@ -29,6 +30,7 @@ MOMENTS = (
     "checking_container",
     "before_scorecard",
 )
+LONG = 1e6  # seconds, as no stage of these tests takes
 DELIVERED = {FILE, "scorecard.json", "recipe.json", "tensors.jsonl"}
 
 
@@ -75,10 +77,23 @@ def test_killed_runs_resume_to_the_same_bytes(whole: str, place: Path) -> None:
             assert left == {FILE} and sha256(output / FILE) == whole
         else:
             assert left <= {".checking"}, moment  # written there, proved there, and only then renamed
+        kept = as_if_longer(output)
         card = carry_out(small(RECIPE, place / "model", output))
         assert sha256(output / FILE) == whole, moment
         assert names(output) == DELIVERED, moment
         assert card.model_dump(include=same) == undisturbed.model_dump(include=same), moment
+        took = {stage.name: stage.seconds for stage in card.stages}
+        assert set(took) == {stage.name for stage in undisturbed.stages}, "every stage once"
+        assert kept and all(LONG <= seconds <= took[name] < 2 * LONG for name, seconds in kept.items()), moment
+
+
+def as_if_longer(output: Path) -> dict[str, float]:
+    """Seconds of stages that a killed process has kept, each with LONG added to it: the test needs no patience."""
+    path = output / WORK / TIMES
+    saved = json.loads(path.read_text())
+    saved["stages"] = [{**stage, "seconds": stage["seconds"] + LONG} for stage in saved["stages"]]
+    path.write_text(json.dumps(saved))
+    return {stage["name"]: stage["seconds"] for stage in saved["stages"]}
 
 
 def test_finished_blocks_are_not_computed_again(place: Path, whole: str, monkeypatch: pytest.MonkeyPatch) -> None:

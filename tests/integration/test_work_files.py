@@ -14,6 +14,7 @@ import pytest
 from compress.errors import CompressError, OutputError, ResumeError
 from compress.models.checkpoint import Checkpoint
 from compress.recipe import Recipe
+from compress.report.progress import TIMES
 from compress.report.scorecard import read
 from compress.run import WORK, run
 from compress.streaming.journal import Journal
@@ -177,7 +178,8 @@ def zero(path: Path) -> None:
 
 def test_every_file_that_is_gone_on_from_is_proved(place: Path, stopped: Recipe, no_weight_is_read: None) -> None:
     work = Path(stopped.output) / WORK
-    files = sorted(names(work) - {"recipe.json"})  # it tells what the run was, and is not gone on from
+    # what tells what the run was, and how long it took, is not gone on from
+    files = sorted(names(work) - {"recipe.json", TIMES})
     kinds = {name.split("-")[0].split(".")[0] for name in files}
     assert kinds >= {"journal", "embeddings", "block", "structure", "sensitivity", "original", "outcomes"}
     assert kinds & {"activations", "head"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -76,7 +77,8 @@ def test_bytes_of_every_role(tmp_path: Path) -> None:
     assert counted == expected
     assert plan.bytes == sum(expected.values())
     assert plan.parameters == qwen3_moe_parameters(SMALL)
-    assert plan.bits_per_weight == pytest.approx(8 * sum(expected.values()) / qwen3_moe_parameters(SMALL))
+    assert plan.bytes + plan.beside_tensors == plan.file_bytes["gguf"] and plan.beside_tensors < 0.01 * plan.bytes
+    assert plan.bits_per_weight == 8 * plan.file_bytes["gguf"] / qwen3_moe_parameters(SMALL)
     assert plan.source_bytes == 2 * plan.parameters  # no weights there: counted as 16 bits each
     assert plan.fallbacks == () and plan.warnings == ()
 
@@ -164,8 +166,68 @@ def test_rows_that_do_not_divide_fall_back_as_in_llama_cpp(tmp_path: Path) -> No
     assert (gate.wanted, gate.codec, gate.bytes) == ("iq2_xxs", "iq4_nl", 96 * 320 * 18 // 32)
     assert (down.wanted, down.codec, down.bytes) == ("q2_k", "q4_0", 320 * 96 * 18 // 32)
     assert len(plan.fallbacks) == 3 * 5 * 3
-    assert any("30 tensors" in line and "iq4_nl" in line for line in plan.warnings)
-    assert any("15 tensors" in line and "q4_0" in line for line in plan.warnings)
+    assert plan.warnings == ()
+    assert [(e.role, e.tensors, e.wanted, e.used) for e in plan.exchanges] == [
+        ("routed_experts.gate", 15, "iq2_xxs", "iq4_nl"),
+        ("routed_experts.up", 15, "iq2_xxs", "iq4_nl"),
+        ("routed_experts.down", 15, "q2_k", "q4_0"),
+    ]
+
+
+CURE = re.compile(r"--set '([^']+)'")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "changes"),
+    [
+        ("qwen-moe-2bit", (), {"hidden_size": 320, "moe_intermediate_size": 96}),
+        (
+            "gguf-q4-k-m",
+            (),
+            {"hidden_size": 320, "moe_intermediate_size": 96},
+        ),  # q4_k falls to q5_0, which none may name
+        ("gguf-q4-k-m", ("steps[0].quantize.scheme=Q5_K_S",), {"moe_intermediate_size": 40}),  # not even 32 divide
+    ],
+)
+def test_what_cures_a_fallback_does(
+    tmp_path: Path, recipe: str, overrides: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    model = folder(tmp_path / "m", **changes)
+    plan = plan_of(model, recipe, *overrides)
+    assert len({(e.role, e.used) for e in plan.exchanges}) == len(plan.exchanges) > 0
+    assert sum(e.tensors for e in plan.exchanges) == len(plan.fallbacks)
+    cures = dict.fromkeys(found for e in plan.exchanges for found in CURE.findall(e.cure))
+    cured = plan_of(model, recipe, *overrides, *cures)
+    assert cures and not cured.exchanges and not cured.fallbacks
+    assert {t.name: t.codec for t in cured.tensors if t.name not in {f.name for f in plan.fallbacks}} == {
+        t.name: t.codec for t in plan.tensors if t.wanted is None
+    }, "all others are as they were"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width", "option"),
+    [
+        ((), 96, "scheme=W4A16_G32"),
+        (("steps[0].quantize.scheme=W3A16_ASYM",), 192, "scheme=W3A16_G64_ASYM"),
+        (("export=[{container: compress}]",), 200, "rules=[{targets: routed_experts.down, codec: int4-row}]"),
+        (
+            ("steps[0].quantize.scheme=", "steps[0].quantize.rules=[{targets: routed_experts, codec: int4-g128}]"),
+            96, "rules[0].codec=int4-g32",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_that_no_group_divides_are_one_line_a_role_with_what_cures_them(
+    tmp_path: Path, overrides: tuple[str, ...], width: int, option: str
+) -> None:
+    model = folder(tmp_path / "m", moe_intermediate_size=width)
+    with pytest.raises(PlanError) as caught:
+        plan_of(model, "gptq-w4-g128", *overrides)
+    (line,) = caught.value.problems
+    assert line.startswith("routed_experts.down (15 tensors, first model.layers.0.mlp.experts.0.down_proj.weight): ")
+    assert f"rows of {width} do not divide into groups of 128" in line
+    (cure,) = CURE.findall(line)
+    assert cure == f"steps[0].quantize.{option}"
+    assert plan_of(model, "gptq-w4-g128", *overrides, cure).fallbacks == ()
 
 
 def test_rows_that_not_even_32_divides_stay_float(tmp_path: Path) -> None:
@@ -230,8 +292,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_uniform_groups_that_do_not_divide_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         plan_of(folder(tmp_path / "m", num_hidden_layers=1, num_experts=2, moe_intermediate_size=96), "gptq-w4-g128")
-    assert len(caught.value.problems) == 2
-    assert all("down_proj" in p and "96" in p and "int4-row" in p for p in caught.value.problems)
+    (line,) = caught.value.problems
+    assert "2 tensors" in line and "down_proj" in line and "96" in line and "W4A16_G32" in line
 
 
 def test_gguf_cannot_hold_uniform_codecs(tmp_path: Path) -> None:
@@ -306,5 +368,6 @@ def test_table_names_fallbacks_and_warnings(tmp_path: Path) -> None:
     plan = plan_of(folder(tmp_path / "m", hidden_size=320, moe_intermediate_size=96))
     text = _printed(plan)
     assert "iq2_xxs -> iq4_nl" in text and "rows of 320" in text
-    assert "Note: 30 tensors" in text
+    assert text.count("rows of 320") == 2 and "Note" not in text  # once a role
+    assert "--set 'steps[0].quantize.rules[1].codec=q4_0'" in text
     assert "time" not in text

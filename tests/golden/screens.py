@@ -1,0 +1,148 @@
+"""Golden screens: what every command shows at 60, 80 and 120 columns, made from fixed values.
+
+    python -m tests.golden.screens            # write tests/golden/screens/*.txt anew, and say which changed
+
+A change of a screen is a commit that says why and carries the new files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+from typer.testing import CliRunner
+
+from compress.cli import app
+from compress.plan.make import make_plan
+from compress.recipe import about_recipes, load_recipe
+from compress.report.advice import advise
+from compress.report.compare import Run, compare
+from compress.report.compare_table import CompareTable
+from compress.report.methods_table import methods_table, recipes_table
+from compress.report.plan_table import plan_table
+from compress.report.table import scorecard_table
+from compress.scoring.results import Fallback
+from tests.cards import card, full_card, text
+
+FOLDER = Path(__file__).with_name("screens")
+WIDTHS = (60, 80, 120)
+# Qwen3-235B-A22B as published
+LARGE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 94,
+    "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 12288, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "vocab_size": 151936, "max_position_embeddings": 40960,
+    "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+COMMANDS = ("run", "plan", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
+
+
+def _plan(recipe: str, *overrides: str) -> Any:
+    """Of the demo model."""
+    return plan_table(make_plan(load_recipe(recipe, overrides)))
+
+
+def _plan_of(config: dict[str, Any], recipe: str) -> Any:
+    """Of a model of which there is nothing but a config.json."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        Path("a-model").mkdir()
+        Path("a-model", "config.json").write_text(json.dumps(config))
+        return _Shown(plan_table(make_plan(load_recipe(recipe, model="a-model"))))
+
+
+class _Shown:
+    """What is laid out while its folder is there."""
+
+    def __init__(self, renderable: Any):
+        self.by_width = {width: text(renderable, width) for width in WIDTHS}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.by_width[options.max_width].rstrip("\n"))
+
+
+def _compared() -> CompareTable:
+    cards = [
+        full_card("qwen-moe-2bit-plus", 9_000_000, 0.0125),
+        full_card("gguf-q4-k-m", 6_000_000, 0.0143),
+        full_card("a-recipe-with-a-name-that-says-everything.v2", 3_000_000, 0.3),
+        card("broken", 2_000_000, 0.001, passed=False),
+    ]
+    comparison = compare([Run(card) for card in cards])
+    return CompareTable(comparison, advise(comparison))
+
+
+def _fallbacks() -> Iterator[Fallback]:
+    cure = "--set 'steps[0].quantize.rules=[{targets: routed_experts.down, codec: q4_0}]'"
+    for layer in range(48):
+        yield Fallback(
+            subject=f"model.layers.{layer}.mlp.experts.0.down_proj.weight", wanted="q2_k", used="q4_0",
+            reason="rows of 96 do not divide into q2_k blocks", role="routed_experts.down", cure=cure,
+        )  # fmt: skip
+    for expert, tokens in ((3, 54), (9, 1044), (11, 0)):
+        yield Fallback(
+            subject=f"block 3 expert {expert}", wanted="own statistics", used=f"{100 - tokens // 50}% of the block's pool",
+            reason=f"{tokens} calibration tokens reached it", role="cold experts", cure="--set calibration.samples=512",
+        )  # fmt: skip
+
+
+def _run() -> Any:
+    """Two artifacts and all that a table can have."""
+    whole = full_card("qwen-moe-2bit", 4_795_776, 0.0246, fallbacks=tuple(_fallbacks()))
+    second = whole.artifacts[0].model_copy(update={"container": "compressed-tensors", "path": "folder"})
+    notes = ("files of the model's folder that no artifact takes along: modeling.py, training_args.bin",)
+    return scorecard_table(whole.model_copy(update={"artifacts": (*whole.artifacts, second), "notes": notes}))
+
+
+SCREENS: dict[str, Callable[[], Any]] = {
+    "plan": lambda: _plan("qwen-moe-2bit"),
+    "plan-structured": lambda: _plan("structured-25"),
+    "plan-fallbacks": lambda: _plan_of({**LARGE, "hidden_size": 320, "moe_intermediate_size": 96}, "qwen-moe-2bit"),
+    "plan-large": lambda: _plan_of(LARGE, "sparsegpt-50-int4"),
+    "methods": methods_table,
+    "recipes": lambda: recipes_table(about_recipes()),
+    "compare": _compared,
+    "run": _run,
+}
+
+
+def screens(width: int) -> dict[str, str]:
+    """Every screen at so many columns, by name; those of --help are one."""
+    return {
+        **{name: _trimmed(text(made(), width)) for name, made in SCREENS.items()},
+        "help": "\n".join(help_of(command, width) for command in ("", *COMMANDS)),
+    }
+
+
+def help_of(command: str, width: int, option: str = "--help") -> str:
+    """What `compress COMMAND --help` prints into a pipe of so many columns."""
+    arguments = [*([command] if command else []), option]
+    environment = {"COLUMNS": str(width), "TERM": "dumb", "NO_COLOR": "1"}
+    return _trimmed(CliRunner().invoke(app, arguments, prog_name="compress", env=environment).stdout)
+
+
+def _trimmed(shown: str) -> str:
+    return re.sub(r"[ \t]+$", "", shown, flags=re.MULTILINE)
+
+
+def path_of(name: str, width: int) -> Path:
+    return FOLDER / f"{name}-{width}.txt"
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for width in WIDTHS:
+        for name, shown in screens(width).items():
+            path = path_of(name, width)
+            before = path.read_text(encoding="utf-8") if path.exists() else None
+            path.write_text(shown, encoding="utf-8")
+            print(f"{path.name}: {'as it was' if before == shown else 'changed'}")
+
+
+if __name__ == "__main__":
+    main()
