@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress.cli.advise import advise
 from compress.cli.app import app, main
 from compress.cli.check import verify
 from compress.cli.judge import compare, score
@@ -11,5 +12,5 @@ from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (run, plan, methods, score, compare, generate, verify):  # the order of --help
+for command in (run, plan, advise, methods, score, compare, generate, verify):  # the order of --help
     app.command()(command)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
+from compress.containers._hosts import WHOLE
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes, write_checkpoint
 from compress.containers.base import (
     TRANSFORMERS,
@@ -337,6 +338,7 @@ CONTAINER = Container(
     shrunk=_shrunk,
     quant_method=METHOD,
     engine=TRANSFORMERS,
+    hosts=(WHOLE,),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

@@ -13,15 +13,17 @@ from rich.text import Text
 from compress.codecs.names import codec_info
 from compress.containers import CONTAINERS
 from compress.report.numbers import human_bytes, human_seconds, percent
+from compress.report.verdict import verdict_lines
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan
     from compress.plan.tensor import PlannedTensor
+    from compress.plan.verdict import Verdict
     from compress.run.rehearse import Rehearsal
 
 
-def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
-    """Header, one row per role, codec and solver, totals, warnings; fits 100 columns."""
+def plan_table(plan: Plan, estimate: Rehearsal | None = None, verdict: Verdict | None = None) -> RenderableType:
+    """Header, one row per role, codec and solver, totals, warnings, the verdict; fits 100 columns."""
     parts: list[RenderableType] = [_header(plan), _role_table(plan), "", _totals(plan, estimate)]
     if plan.savings:
         parts += ["", _savings_table(plan)]
@@ -35,6 +37,8 @@ def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
         parts += [Text(f"  {role}: {change} ({count} tensors, {why})") for (role, change, why), count in counts.items()]
     if plan.warnings:
         parts += ["", *(Text(f"Note: {warning}") for warning in plan.warnings)]
+    if verdict is not None:
+        parts += ["", verdict_lines(verdict, plan.recipe.model)]
     return Group(*parts)
 
 
