@@ -16,17 +16,15 @@ if TYPE_CHECKING:
 class Host:
     """An engine as memory sees it: what it takes to run an artifact beside the weights.
 
-    name: of the engine; cache: codecs that its cache of keys and values may have, what it takes by itself first; latent:
-    attends in the latent space of latent attention and keeps that alone; slides: drops what lies behind a sliding window;
-    layers: may put some layers, or their experts, on a GPU and compute the others on the CPU; gpu: runs on GPUs alone;
-    batch: tokens that it computes at once while it reads a prompt; process: bytes that it takes by itself; spare: bytes of a
-    GPU that it leaves free; share: of a GPU's memory that it takes at most. start, context_flag, cache_flag: what to type, with
+    name: of the engine; cache: codecs that its cache of keys and values may have, what it takes by itself first; slides: drops
+    what lies behind a sliding window; layers: may put some layers, or their experts, on a GPU and compute the others on the CPU;
+    gpu: runs on GPUs alone; batch: tokens that it computes at once while it reads a prompt; process: bytes that it takes by
+    itself; spare: bytes of a GPU that it leaves free; share: of a GPU's memory that it takes at most. start, context_flag, cache_flag: what to type, with
     `{file}`, `{tokens}` and `{codec}`; "" where there is no such command or choice.
     """
 
     name: str
     cache: tuple[str, ...] = ("f16",)
-    latent: bool = False
     slides: bool = False
     layers: bool = False
     gpu: bool = False
@@ -42,8 +40,7 @@ class Host:
         """Bytes of what it keeps of one sub-layer's past after so many tokens. codec: of keys and values."""
         if past.window is not None and self.slides:
             tokens = min(tokens, past.window)
-        values = past.latent if self.latent and past.latent else past.token
-        return tokens * stored_bytes(codec, (1, values)) + 4 * past.state if values else 4 * past.state
+        return 4 * past.state + (tokens * stored_bytes(codec, (1, past.token)) if past.token else 0)
 
     def keeps(self, past: Past, codec: str) -> bool:
         """Whether its cache of a sub-layer can have a codec: its blocks divide what lies together."""
@@ -53,7 +50,6 @@ class Host:
 LLAMA = Host(
     "llama.cpp",
     ("f16", "q8_0"),
-    latent=True,
     layers=True,
     process=64 * 2**20,
     spare=2**30,
@@ -64,7 +60,6 @@ LLAMA = Host(
 """It attends in full where the families here have windows. spare: what its own --fit leaves of a GPU."""
 VLLM = Host(
     "vLLM",
-    latent=True,
     slides=True,
     gpu=True,
     batch=2048,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,4 +66,5 @@ def _read(path: Path) -> Measured | None:
         run = Measured(str(data["model"]), str(data["date"]), float(data["seconds"]), work)
     except (OSError, Unreadable, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return run if run.seconds > 0 and work and all(amount > 0 for amount in work.values()) else None
+    amounts = (run.seconds, *work.values())
+    return run if work and all(0 < amount < math.inf for amount in amounts) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,16 +25,16 @@ SHORTEST = 4096
 class Running:
     """One artifact in one engine.
 
-    weights: bytes of its tensors; pasts: what its sub-layers keep, each with how many do; widest, stream: values a token of
-    the widest activations and of those that go from layer to layer; longest: the tokens that the model knows positions for.
+    weights: bytes of its tensors; pasts: what its sub-layers keep, each with how many do; vocabulary, inside: values a
+    token of the logits, and of what one layer holds at once while it computes; longest: the tokens that the model knows positions for.
     """
 
     container: str
     host: Host
     weights: int
     pasts: tuple[tuple[Past, int], ...]
-    widest: int
-    stream: int
+    vocabulary: int
+    inside: int
     longest: int
 
     @cached_property
@@ -52,9 +51,9 @@ class Running:
         return self.cache(1024, codec) - self.cache(0, codec)
 
     def computing(self, tokens: int) -> int:
-        """About the bytes of activations while a batch of a prompt is read, the last of so many tokens: logits, the widest
-        layer or the attention's mask in 16 bits, and what stands beside it."""
-        return self.host.batch * (max(4 * self.widest, 2 * tokens) + 4 * 8 * self.stream)
+        """About the bytes of activations while a batch of a prompt is read, the last of so many tokens: a layer's, and logits
+        or the attention's mask in 16 bits."""
+        return self.host.batch * (max(4 * self.vocabulary, 2 * tokens) + 4 * self.inside)
 
     def needed(self, tokens: int, codec: str) -> int:
         """Bytes of all that is held with a context of so many tokens."""
@@ -105,15 +104,16 @@ def running(plan: Plan) -> tuple[Running, ...]:
     return tuple(one for container in plan.recipe.containers for one in _in_each_host(plan, container))
 
 
-def _in_each_host(plan: Plan, container: Container) -> Iterator[Running]:
-    spec = plan.spec
-    weights, inside = (
-        container.bytes_of(plan.counted, plan.own_codec),
-        spec.experts_per_token * spec.moe_intermediate_size,
-    )
-    widest = max(spec.vocab_size, 3 * max(spec.intermediate_size, inside + spec.shared_intermediate_size))
-    for host in container.hosts:
-        yield Running(container.name, host, weights, kept(spec), widest, spec.hidden_size, spec.max_positions)
+def _in_each_host(plan: Plan, container: Container) -> tuple[Running, ...]:
+    weights = container.bytes_of(plan.counted, plan.own_codec)
+    return tuple(runner(plan.spec, container, host, weights) for host in container.hosts)
+
+
+def runner(spec: ModelSpec, container: Container, host: Host, weights: int) -> Running:
+    """A model in an engine. weights: bytes of the artifact's tensors."""
+    experts = spec.experts_per_token * spec.moe_intermediate_size + spec.shared_intermediate_size
+    inside = (8 + spec.experts_per_token) * spec.hidden_size + 3 * max(spec.intermediate_size, experts)
+    return Running(container.name, host, weights, kept(spec), spec.vocab_size, inside, spec.max_positions)
 
 
 def kept(spec: ModelSpec) -> tuple[tuple[Past, int], ...]:

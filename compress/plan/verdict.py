@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Replan = Callable[[Sequence[str]], "Plan"]
 """The plan with some more `key=value` of --set."""
-FEWEST_SAMPLES = 16
+FEWEST_SAMPLES = 64
 """Calibration windows below which no remedy goes."""
 NOTABLE = 0.98
 """Of a need: what brings it down by less is not worth a setting."""

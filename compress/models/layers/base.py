@@ -106,13 +106,12 @@ class Weight:
 class Past:
     """What engines keep of the tokens that a sub-layer has seen while they generate.
 
-    token: values of every token, keys and values of all heads; latent: how many stand for them in engines that attend in the
-    latent space, 0 where there is none; row: channels that lie together, which the blocks of a quantized cache must divide;
-    window: tokens that are looked back at, None for all; state: float32 values that stand for all tokens, whatever their number.
+    token: values of every token: keys and values of all heads, or the latent that they are made of; row: channels that lie
+    together, which the blocks of a quantized cache must divide; window: tokens that are looked back at, None for all; state:
+    float32 values that stand for all tokens, whatever their number.
     """
 
     token: int = 0
-    latent: int = 0
     row: int = 0
     window: int | None = None
     state: int = 0

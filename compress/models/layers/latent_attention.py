@@ -94,8 +94,8 @@ class LatentAttention(Hosted):
         )  # fmt: skip
 
     def past(self) -> Past:
-        latent = self.kv_rank + self.rope_dim  # values are a part of it
-        return Past(token=self.heads * (self.nope + self.rope_dim + self.value_dim), latent=latent, row=latent)
+        latent = self.kv_rank + self.rope_dim
+        return Past(token=latent, row=latent)
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         return {
