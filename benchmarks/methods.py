@@ -39,7 +39,7 @@ def mix(name: str) -> Case:
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "IQ2_M", "EXPERTS_4BIT", "EXPERTS_3BIT")
 RECIPES = (
-    "gguf-q4-k-m", "qwen-moe-2bit-plus", "moe-2bit", "reap-25-2bit", "gguf-iq1-m", "int8-w8a16", "gptq-w4-g128",
+    "gguf-q4-k-m", "qwen-moe-2bit-plus", "moe-2bit", "reap-25-2bit", "gguf-iq1-m", "gptq-w4-g128",
 )  # fmt: skip
 ADVISED = (*map(mix, MIXES), *(Case(ADVICE, name, name) for name in RECIPES))
 """The table that `compress/advise/quality.yaml` is a copy of; made with `--only` its names, in one go."""

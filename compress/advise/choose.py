@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.advise.layout import Layout, Stack, flags, lay_out
-from compress.advise.rules import Candidate, Expected, Facts, Quality, Rules, Use, quality, rules
+from compress.advise.rules import Candidate, Expected, Facts, Propose, Quality, Rules, Use, quality, rules
 from compress.errors import PlanError
 from compress.machine import Machine
 from compress.models.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ class Proposal:
             "cache": self.codec,
             "needed_bytes": self.needed,
             "where": self.where,
-            "expected": None if self.expected is None else self.expected.model_dump(exclude={"recipe"}),
+            "expected": None if self.expected is None else asdict(self.expected),
             "layout": None if self.layout is None else asdict(self.layout),
             "memory_to_make": {**asdict(self.making), "fits": self.making.fits},
             "commands": list(self.commands),
@@ -115,61 +115,64 @@ def advise(wish: Wish, by: Rules | None = None, known: Quality | None = None) ->
     """
     by, known = by or rules(), known or quality()
     checkpoint = Checkpoint.open(model_location(wish.model), weights=False)
-    facts = Facts.of(load_spec(checkpoint.config), wish.machine)
-    use, found = by.uses[wish.use], _Found(by)
+    facts, use = Facts.of(load_spec(checkpoint.config), wish.machine), by.uses[wish.use]
+    found, options, left_out = _Chosen(by.propose, facts.gpu), [], []
     for candidate in by.candidates:
         if found.enough or not candidate.when.holds(facts):
             continue
         try:
             plan = make_plan(_recipe(candidate.recipe, str(checkpoint.place)))
         except PlanError as error:
-            found.left_out.append((candidate.recipe, error.problems[0]))
+            left_out.append((candidate.recipe, error.problems[0]))
             continue
-        found.plans += 1
-        found.original = (plan.source_bytes, plan.original_parameters)
-        option = _Option(candidate, plan, running(plan)[0], wish, use)
-        proposal = option.proposal(known.of(candidate.recipe))
-        found.smallest = min(
-            found.smallest or (candidate.recipe, option.least), (candidate.recipe, option.least), key=lambda one: one[1]
-        )
-        if proposal is not None:
-            found.take(proposal)
-    if not found.plans:
-        raise PlanError([f"{name}: {why}" for name, why in found.left_out] or "no rule of compress advise holds here")
-    proposals = found.proposals
-    return Advice(wish, use, *found.original, proposals, None if proposals else found.smallest, tuple(found.left_out))
+        option = _Option(candidate, plan, running(plan)[0], wish, use, known.expected(candidate.recipe))
+        options.append(option)
+        found.take(option.proposal())
+    if not options:
+        raise PlanError([f"{name}: {why}" for name, why in left_out] or "no rule of compress advise holds here")
+    if not found.proposals:
+        for option in options:
+            found.take(option.proposal(shorter=True))
+    plan, smallest = options[0].plan, min(options, key=lambda option: option.least)
+    nothing = None if found.proposals else (smallest.candidate.recipe, smallest.least)
+    return Advice(wish, use, plan.source_bytes, plan.original_parameters, found.proposals, nothing, tuple(left_out))
 
 
-class _Found:
-    """Proposals as they come, the best first: each a good deal smaller than the one before or for another engine, and the last
-    place for one that is fast where none before is."""
+class _Chosen:
+    """Proposals as they come, the best first: each a good deal smaller than the one before of its engine, unless it is fast and
+    that is not. The last place is for what those before lack where there is a GPU: one that is fast, else another engine."""
 
-    def __init__(self, by: Rules):
-        self.by = by
-        self.plans = 0
-        self.original = (0, 0)
-        self.smallest: tuple[str, int] | None = None
-        self.left_out: list[tuple[str, str]] = []
+    def __init__(self, by: Propose, gpu: bool):
+        self.by, self.gpu = by, gpu
         self._taken: list[Proposal] = []
         self._spare: Proposal | None = None
 
     @property
     def enough(self) -> bool:
-        return len(self._taken) >= self.by.propose.most
+        return len(self._taken) >= self.by.most
 
     @property
     def proposals(self) -> tuple[Proposal, ...]:
         spare = () if self.enough or self._spare is None else (self._spare,)
         return (*self._taken, *spare)
 
-    def take(self, proposal: Proposal) -> None:
-        last = next((one for one in reversed(self._taken) if one.engine == proposal.engine), None)
-        if last is not None and proposal.bytes > self.by.propose.step * last.bytes and (proposal.fast <= last.fast):
+    def take(self, proposal: Proposal | None) -> None:
+        """Another one, None where it does not fit."""
+        if proposal is None or self.enough:
             return
-        if len(self._taken) == self.by.propose.most - 1 and not any(one.fast for one in (*self._taken, proposal)):
+        last = next((one for one in reversed(self._taken) if one.engine == proposal.engine), None)
+        if last is not None and proposal.bytes > self.by.step * last.bytes and proposal.fast <= last.fast:
+            return
+        if len(self._taken) == self.by.most - 1 and not self._adds(proposal):
             self._spare = self._spare or proposal
             return
         self._taken.append(proposal)
+
+    def _adds(self, proposal: Proposal) -> bool:
+        """Whether it is what none before is, where there is a GPU to make a difference."""
+        if self.gpu and not any(one.fast for one in self._taken):
+            return proposal.fast
+        return not self.gpu or proposal.engine not in {one.engine for one in self._taken}
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ class _Option:
     running: Running
     wish: Wish
     use: Use
+    expected: Expected | None
 
     @property
     def least(self) -> int:
@@ -193,10 +197,10 @@ class _Option:
         """Tokens of context."""
         return min(self.use.context, self.running.longest)
 
-    def proposal(self, expected: Expected | None) -> Proposal | None:
-        """None where the machine does not hold it with a context worth having."""
+    def proposal(self, shorter: bool = False) -> Proposal | None:
+        """None where the machine does not hold it with the context that is wanted, or with a shorter one worth having."""
         machine, one = self.wish.machine, self.running
-        for tokens, codec in self._contexts():
+        for tokens, codec in self._contexts(shorter):
             container = self.plan.recipe.containers[0]
             layout = None
             if one.host.layers and machine.gpus:
@@ -223,7 +227,7 @@ class _Option:
                 needed=one.needed(tokens, codec),
                 where=where,
                 fast=fast,
-                expected=expected,
+                expected=self.expected,
                 making=Need(
                     "memory", self.plan.peak_memory_bytes, self.wish.here.memory.there, self.wish.here.memory.limited
                 ),
@@ -233,10 +237,12 @@ class _Option:
             )
         return None
 
-    def _contexts(self) -> Iterator[tuple[int, str]]:
-        """What is wanted by every codec of the cache, then ever less by the smallest."""
+    def _contexts(self, shorter: bool) -> Iterator[tuple[int, str]]:
+        """What is wanted by every codec of the cache; or ever less by the smallest."""
         one = self.running
-        yield from ((self.wanted, codec) for codec in one.codecs)
+        if not shorter:
+            yield from ((self.wanted, codec) for codec in one.codecs)
+            return
         tokens = self.wanted // 2
         while tokens >= min(SHORTEST, self.wanted):
             yield tokens, one.codecs[-1]

@@ -90,13 +90,11 @@ class Rules(Section):
         return self
 
 
-class Expected(Section):
-    """A measured mean KL divergence from the original, nats a token, with its 95% interval.
+@dataclass(frozen=True)
+class Expected:
+    """A measured mean KL divergence from the original, nats a token, with its 95% interval; of: the model it was measured on,
+    in words; parameters: of that; text: what was read."""
 
-    of: the model it was measured on, in words; parameters: of that; text: what was read.
-    """
-
-    recipe: str
     kl: float
     low: float
     high: float
@@ -105,15 +103,27 @@ class Expected(Section):
     text: str
 
 
+class Measurements(Section):
+    """What was measured of recipes in one go. table: the mark of its table in docs/benchmarks.md; kl: recipe -> mean KL
+    divergence and the ends of its interval."""
+
+    of: str
+    parameters: int
+    text: str
+    table: str
+    kl: dict[str, Annotated[tuple[float, float, float], BeforeValidator(_tuple)]]
+
+
 class Quality(Section):
     """quality.yaml."""
 
-    measured: Annotated[tuple[Expected, ...], BeforeValidator(_tuple)]
+    measured: Annotated[tuple[Measurements, ...], BeforeValidator(_tuple)]
 
-    def of(self, recipe: str) -> Expected | None:
+    def expected(self, recipe: str) -> Expected | None:
         """What is known of a recipe: from the largest model that it was measured on."""
-        found = [one for one in self.measured if one.recipe == recipe]
-        return max(found, key=lambda one: one.parameters, default=None)
+        found = [one for one in self.measured if recipe in one.kl]
+        best = max(found, key=lambda one: one.parameters, default=None)
+        return None if best is None else Expected(*best.kl[recipe], best.of, best.parameters, best.text)
 
 
 @cache
