@@ -118,8 +118,7 @@ def test_a_full_window_grows_no_more(tmp_path: Path) -> None:
     assert running(spec, LLAMA).cache(40, "f16") == 40 * running(spec, LLAMA).cache(1, "f16")
 
 
-def test_every_container_that_runs_somewhere_says_what_it_takes() -> None:
-    assert all(container.hosts for container in CONTAINERS.values())
+def test_every_container_that_an_engine_scores_says_what_that_takes() -> None:
     for container in CONTAINERS.values():
         if container.engine is not None:
             assert container.engine.name in {host.name for host in container.hosts}
