@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from compress.advise.layout import Layout, Stack, flags, lay_out
@@ -16,7 +17,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.locate import model_location
 from compress.models.spec import load_spec
 from compress.plan.make import make_plan
-from compress.plan.running import SHORTEST, Running, rooms, running
+from compress.plan.running import SHORTEST, Running, gpu_words, rooms, running
 from compress.plan.verdict import Need
 from compress.recipe import load_recipe
 from compress.recipe.load import bundled_recipes
@@ -207,7 +208,8 @@ class _Option:
                 layout = lay_out(Stack.of(self.plan, container, one, tokens, codec), one.host, machine)
                 if layout is None:
                     continue
-                where = "the GPU" if layout.whole else "the GPU and main memory" if layout.on_gpu else "main memory"
+                gpus = gpu_words(machine)
+                where = gpus if layout.whole else f"{gpus} and memory" if layout.on_gpu else "memory"
                 fast = layout.whole
             else:
                 room = next(
@@ -273,9 +275,9 @@ class _Option:
     def _commands(self, container: Any, tokens: int, codec: str, layout: Layout | None) -> Iterator[str]:
         """What to type: make it, then run it."""
         name, model = self.candidate.recipe, self.wish.model
-        yield f"compress run {name} --model {model}"
+        yield f"compress run {name} --model {quote(model)}"
         words = " ".join(flag for flag, _ in self._flags(tokens, codec, layout))
-        artifact = Path(self.plan.recipe.output) / self.plan.artifact_name(container)
+        artifact = quote(str(Path(self.plan.recipe.output) / self.plan.artifact_name(container)))
         if start := self.running.host.start:
             yield f"{start.format(file=artifact)} {words}".rstrip()
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,6 +86,8 @@ def look(
     here = read is None
     read, ask = read or _file, ask or _answer
     model, features = parse.cpuinfo(read("/proc/cpuinfo") or "")
+    if here and sys.platform == "darwin" and platform.machine() == "arm64":
+        features = ("asimddp",)  # every processor of Apple's has them
     quota = parse.processor_limit(read)
     own = cores or _cores()
     total, available = parse.meminfo(read("/proc/meminfo") or "")

@@ -101,12 +101,11 @@ class Room:
 
 def running(plan: Plan) -> tuple[Running, ...]:
     """Every artifact of a plan in every engine whose memory is known."""
-    return tuple(one for container in plan.recipe.containers for one in _in_each_host(plan, container))
-
-
-def _in_each_host(plan: Plan, container: Container) -> tuple[Running, ...]:
-    weights = container.bytes_of(plan.counted, plan.own_codec)
-    return tuple(runner(plan.spec, container, host, weights) for host in container.hosts)
+    found = []
+    for container in plan.recipe.containers:
+        weights = container.bytes_of(plan.counted, plan.own_codec)
+        found += [runner(plan.spec, container, host, weights) for host in container.hosts]
+    return tuple(found)
 
 
 def runner(spec: ModelSpec, container: Container, host: Host, weights: int) -> Running:
@@ -130,9 +129,9 @@ def rooms(host: Host, machine: Machine) -> tuple[Room, ...]:
     here = machine.memory.there
     found = []
     if vram := gpu_room(host, machine):
-        found.append(Room(_gpus(machine), vram, True))
+        found.append(Room(gpu_words(machine), vram, True))
         if host.layers and here is not None:
-            found.append(Room(f"{_gpus(machine)} and memory", vram + here, True))
+            found.append(Room(f"{gpu_words(machine)} and memory", vram + here, True))
     if here is not None and not host.gpu and not any(room.gpu and host.layers for room in found):
         found.append(Room("memory", here, False))
     return tuple(found)
@@ -143,5 +142,6 @@ def gpu_room(host: Host, machine: Machine) -> int:
     return sum(max(0, min(gpu.free, int(host.share * gpu.total)) - host.spare) for gpu in machine.gpus)
 
 
-def _gpus(machine: Machine) -> str:
+def gpu_words(machine: Machine) -> str:
+    """The GPUs of a machine that has some."""
     return "the GPU" if len(machine.gpus) == 1 else f"{len(machine.gpus)} GPUs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ def machine_words(machine: Machine) -> str:
     if memory.there is not None:
         of = f" of {human_bytes(memory.total)}" if memory.total not in (None, memory.there) else ""
         parts.append(f"{human_bytes(memory.there)}{of} memory{' (a container)' if memory.limited else ''}")
-    parts += [f"{gpu.name} with {human_bytes(gpu.free)}" for gpu in machine.gpus] or ["no GPU"]
+    parts += [f"{gpu.name} with {human_bytes(gpu.free)}" for gpu in machine.gpus] or ["no GPU with memory of its own"]
     return "  ·  ".join(parts)
 
 
@@ -77,7 +78,7 @@ class _Command:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         rows, room = [""], options.max_width - 2
-        for word in self.line.split(" "):
+        for word in map(shlex.quote, shlex.split(self.line)):
             if rows[-1] and len(rows[-1]) + 1 + len(word) > room:
                 rows.append("  ")
             rows[-1] += word if not rows[-1].strip() else f" {word}"
