@@ -41,7 +41,8 @@ class Wish:
 @dataclass(frozen=True)
 class Proposal:
     """One recipe that fits. bytes: of the artifact; context, codec: of the cache; layout: where llama.cpp has what, None where
-    the engine or the machine leaves no choice; where: in words; fast: nothing lies in slower memory than need be."""
+    the engine or the machine leaves no choice; where: in words; fast: nothing lies in slower memory than need be; fallen: share of
+    the weights that cannot be stored as the recipe says."""
 
     candidate: Candidate
     container: str
@@ -53,6 +54,7 @@ class Proposal:
     needed: int
     where: str
     fast: bool
+    fallen: float
     expected: Expected | None
     making: Need
     commands: tuple[str, ...]
@@ -72,6 +74,7 @@ class Proposal:
             "cache": self.codec,
             "needed_bytes": self.needed,
             "where": self.where,
+            "fallen_back": self.fallen,
             "expected": None if self.expected is None else asdict(self.expected),
             "layout": None if self.layout is None else asdict(self.layout),
             "memory_to_make": {**asdict(self.making), "fits": self.making.fits},
@@ -126,6 +129,9 @@ def advise(wish: Wish, by: Rules | None = None, known: Quality | None = None) ->
         except PlanError as error:
             left_out.append((candidate.recipe, error.problems[0]))
             continue
+        if plan.artifact_bytes[plan.recipe.containers[0].name] >= plan.source_bytes:
+            left_out.append((candidate.recipe, f"no smaller than the original, {human_bytes(plan.source_bytes)}"))
+            continue
         option = _Option(candidate, plan, running(plan)[0], wish, use, known.expected(candidate.recipe))
         options.append(option)
         found.take(option.proposal())
@@ -141,12 +147,14 @@ def advise(wish: Wish, by: Rules | None = None, known: Quality | None = None) ->
 
 class _Chosen:
     """Proposals as they come, the best first: each a good deal smaller than the one before of its engine, unless it is fast and
-    that is not. The last place is for what those before lack where there is a GPU: one that is fast, else another engine."""
+    that is not. The last place is for what those before lack where there is a GPU: one that is fast, else another engine.
+    Where that leaves a single one, the smallest of those that are not a good deal smaller stands beside it."""
 
     def __init__(self, by: Propose, gpu: bool):
         self.by, self.gpu = by, gpu
         self._taken: list[Proposal] = []
         self._spare: Proposal | None = None
+        self._alike: Proposal | None = None
 
     @property
     def enough(self) -> bool:
@@ -154,8 +162,10 @@ class _Chosen:
 
     @property
     def proposals(self) -> tuple[Proposal, ...]:
-        spare = () if self.enough or self._spare is None else (self._spare,)
-        return (*self._taken, *spare)
+        if self.enough:
+            return tuple(self._taken)
+        more = self._spare or (self._alike if len(self._taken) == 1 else None)
+        return (*self._taken, *((more,) if more else ()))
 
     def take(self, proposal: Proposal | None) -> None:
         """Another one, None where it does not fit."""
@@ -163,6 +173,7 @@ class _Chosen:
             return
         last = next((one for one in reversed(self._taken) if one.engine == proposal.engine), None)
         if last is not None and proposal.bytes > self.by.step * last.bytes and proposal.fast <= last.fast:
+            self._alike = min(self._alike or proposal, proposal, key=lambda one: one.bytes)
             return
         if len(self._taken) == self.by.most - 1 and not self._adds(proposal):
             self._spare = self._spare or proposal
@@ -198,6 +209,11 @@ class _Option:
         """Tokens of context."""
         return min(self.use.context, self.running.longest)
 
+    @property
+    def fallen(self) -> float:
+        """The share of the weights that are stored otherwise than the recipe says, for their rows do not divide into blocks."""
+        return sum(n * t.spec.parameters for t, n in self.plan.counted if t.wanted) / self.plan.parameters
+
     def proposal(self, shorter: bool = False) -> Proposal | None:
         """None where the machine does not hold it with the context that is wanted, or with a shorter one worth having."""
         machine, one = self.wish.machine, self.running
@@ -229,6 +245,7 @@ class _Option:
                 needed=one.needed(tokens, codec),
                 where=where,
                 fast=fast,
+                fallen=self.fallen,
                 expected=self.expected,
                 making=Need(
                     "memory", self.plan.peak_memory_bytes, self.wish.here.memory.there, self.wish.here.memory.limited

@@ -12,11 +12,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from compress.report.numbers import estimate, human_bytes
+from compress.report.numbers import estimate, human_bytes, percent
 
 if TYPE_CHECKING:
     from compress.advise import Advice, Proposal
     from compress.machine import Machine
+
+NOTABLE = 0.05
+"""Of the weights: where more of them fall back, the measured figure is of something else."""
 
 
 def advise_table(advice: Advice) -> RenderableType:
@@ -91,6 +94,11 @@ def _facts(proposal: Proposal) -> Iterator[str]:
         yield "Expected quality: not measured yet."
     else:
         yield f"Expected KL divergence {estimate(expected.kl, expected.low, expected.high)} nats a token: measured on {expected.of}, {expected.text}."
+    if proposal.fallen >= NOTABLE:
+        yield (
+            f"{percent(proposal.fallen)} of this model's weights fall back to other types (their rows do not divide into blocks)"
+            f"{', of which that figure says nothing' if expected else ''}."
+        )
     yield f"Running takes {human_bytes(proposal.needed)} with that context."
     where = "fits here" if making.fits else "does not fit here" if making.fits is False else "nobody knows whether here"
     yield f"Making it takes {human_bytes(making.needed)} of memory: {where}."
@@ -108,5 +116,5 @@ def _closing(advice: Advice) -> Iterator[str]:
         if advice.use.calibrate:
             yield f"{advice.use.calibrate}."
         yield "Quality ranks recipes; what your model loses, `compress score` says. Sizes and memory are computed for it."
-    for name, why in advice.left_out:
-        yield f"Left out: {name}: {why}"
+    for why in dict.fromkeys(why for _, why in advice.left_out):
+        yield f"Left out: {', '.join(name for name, other in advice.left_out if other == why)}: {why}"

