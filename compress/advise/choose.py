@@ -225,7 +225,7 @@ class _Option:
                 if layout is None:
                     continue
                 gpus = gpu_words(machine)
-                where = gpus if layout.whole else f"{gpus} and memory" if layout.on_gpu else "memory"
+                where = gpus if layout.whole else f"{gpus} and in memory" if layout.on_gpu else "in memory"
                 fast = layout.whole
             else:
                 room = next(
@@ -247,9 +247,7 @@ class _Option:
                 fast=fast,
                 fallen=self.fallen,
                 expected=self.expected,
-                making=Need(
-                    "memory", self.plan.peak_memory_bytes, self.wish.here.memory.there, self.wish.here.memory.limited
-                ),
+                making=Need("memory", self.plan.peak_memory_bytes, self.wish.here.memory.there),
                 commands=tuple(self._commands(container, tokens, codec, layout)),
                 flags=tuple(self._flags(tokens, codec, layout)),
                 layout=layout,

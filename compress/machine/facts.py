@@ -14,6 +14,8 @@ from typing import Any
 
 from compress.machine import parse
 
+DEVICE = "COMPRESS_DEVICE"
+"""The environment's name for the device that runs compute on."""
 SMI_SECONDS = 5  # a driver that hangs must not hold up a plan
 
 
@@ -39,6 +41,13 @@ class Memory:
     def there(self) -> int | None:
         """What a program can have, as far as that is known."""
         return self.total if self.available is None else self.available
+
+    @property
+    def words(self) -> str:
+        """What these bytes are."""
+        if self.limited:
+            return "that this container may take"
+        return "that this machine has" if self.available is None else "that are free"
 
 
 @dataclass(frozen=True)

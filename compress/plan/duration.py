@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.files import checksum
-from compress.machine import threads
+from compress.machine import DEVICE, threads
 from compress.machine.measured import Measured, Runs
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 FURTHEST = 16.0
 """Times more or less work of any kind than was measured: beyond that overheads and caches of processors make a line through
 one point worthless, and nothing is said."""
-DEVICE = "COMPRESS_DEVICE"
 
 
 @dataclass(frozen=True)

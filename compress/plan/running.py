@@ -131,9 +131,9 @@ def rooms(host: Host, machine: Machine) -> tuple[Room, ...]:
     if vram := gpu_room(host, machine):
         found.append(Room(gpu_words(machine), vram, True))
         if host.layers and here is not None:
-            found.append(Room(f"{gpu_words(machine)} and memory", vram + here, True))
+            found.append(Room(f"{gpu_words(machine)} and in memory", vram + here, True))
     if here is not None and not host.gpu and not any(room.gpu and host.layers for room in found):
-        found.append(Room("memory", here, False))
+        found.append(Room("in memory", here, False))
     return tuple(found)
 
 
@@ -144,4 +144,4 @@ def gpu_room(host: Host, machine: Machine) -> int:
 
 def gpu_words(machine: Machine) -> str:
     """The GPUs of a machine that has some."""
-    return "the GPU" if len(machine.gpus) == 1 else f"{len(machine.gpus)} GPUs"
+    return "on the GPU" if len(machine.gpus) == 1 else f"on {len(machine.gpus)} GPUs"

@@ -34,12 +34,12 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Need:
-    """What making the model takes of one thing. there: bytes of it, None where nothing tells; limited: a container's limit."""
+    """What making the model takes of one thing. there: bytes of it, None where nothing tells; words: what these are."""
 
     what: str
     needed: int
     there: int | None
-    limited: bool = False
+    words: str = "that are free"
     remedy: Remedy | None = None
 
     @property
@@ -111,7 +111,7 @@ def judge(
     """Hold a plan against a machine. free: bytes of disk, by default those where the output goes; replan: for a remedy of what
     does not fit."""
     free = free_disk(Path(plan.recipe.output)) if free is None else free
-    memory = Need("memory", plan.peak_memory_bytes, machine.memory.there, machine.memory.limited)
+    memory = Need("memory", plan.peak_memory_bytes, machine.memory.there, machine.memory.words)
     return Verdict(
         _helped(plan, memory, replan),
         _helped(plan, Need("disk", plan.disk_bytes, free), replan),

@@ -59,7 +59,7 @@ def _count(parameters: int) -> str:
 def _proposal(number: int, proposal: Proposal) -> RenderableType:
     title = Text.assemble(
         f"{number}  ", (proposal.candidate.recipe, "bold"),
-        f"  ·  {human_bytes(proposal.bytes)} at {proposal.bits:.2f} bits  ·  {proposal.engine}, in {proposal.where}",
+        f"  ·  {human_bytes(proposal.bytes)} at {proposal.bits:.2f} bits  ·  {proposal.engine}, {proposal.where}",
     )  # fmt: skip
     lines = [Text(proposal.candidate.why), *(Text(line) for line in _facts(proposal))]
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

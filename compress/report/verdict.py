@@ -38,15 +38,11 @@ def _word(fits: bool | None) -> tuple[str, str]:
 
 
 def _need(need: Need) -> Text:
-    there = "" if need.there is None else f" of the {human_bytes(need.there)} that {_free(need)}"
+    there = "" if need.there is None else f" of the {human_bytes(need.there)} {need.words}"
     parts: list[str | tuple[str, str]] = [_word(need.fits), f": {human_bytes(need.needed)}{there}"]
     if need.fits is False:
         parts.append(f". {_remedy(need)}")
     return Text.assemble(*parts)
-
-
-def _free(need: Need) -> str:
-    return "this container may take" if need.limited else "are free"
 
 
 def _remedy(need: Need) -> str:
@@ -68,9 +64,9 @@ def _held(held: Held, model: str) -> Text:
         return Text(f"unknown: {why}. {sizes}")
     there = f"{room.words}, {human_bytes(room.there)}"
     if held.fits:
-        return Text.assemble(_word(True), f" in {there}, with {' or '.join(_contexts(held))}. {sizes}")
+        return Text.assemble(_word(True), f" {there}, with {' or '.join(_contexts(held))}. {sizes}")
     least = f"{human_bytes(held.least)} with a context of {running.least:,} tokens"
-    return Text.assemble(_word(False), f" in {there}: {least}. {sizes}. What fits: compress advise {model}")
+    return Text.assemble(_word(False), f" {there}: {least}. {sizes}. What fits: compress advise {model}")
 
 
 def _contexts(held: Held) -> Iterator[str]:

@@ -65,10 +65,10 @@ def test_what_holds_everywhere(tmp_path: Path, model: str, sizes: tuple[float, .
         assert proposal.candidate.when.holds(facts)
         assert proposal.needed <= on.memory.there + on.vram
         assert 4096 <= proposal.context <= load_spec(MODELS[model]).max_positions or model == "delta"
-        assert proposal.fast == ((proposal.where in ("the GPU", "2 GPUs")) if on.gpus else True)
+        assert proposal.fast == ((proposal.where in ("on the GPU", "on 2 GPUs")) if on.gpus else True)
         if proposal.layout is not None:
             assert proposal.layout.gpu <= on.vram - GIB * len(on.gpus) and proposal.layout.memory <= on.memory.there
-            assert proposal.layout.whole == (proposal.where in ("the GPU", "2 GPUs"))
+            assert proposal.layout.whole == (proposal.where in ("on the GPU", "on 2 GPUs"))
     if not found.proposals:
         assert found.smallest[1] > on.memory.there
 

@@ -84,15 +84,15 @@ def room_of(plan: Plan, here: Machine) -> list[tuple[str, str | None, bool | Non
 def test_where_it_runs(tmp_path: Path) -> None:
     model = folder(tmp_path / "m", LARGE)  # 67.5 GiB
     gguf, both, gpus = plan_of(model), plan_of(model, "moe-2bit"), plan_of(model, "gptq-w4-g128")
-    assert room_of(gguf, machine(96 * GIB)) == [("llama.cpp", "memory", True)]
-    assert room_of(gguf, machine(64 * GIB)) == [("llama.cpp", "memory", False)]
-    assert room_of(gguf, machine(64 * GIB, 80 * GIB)) == [("llama.cpp", "the GPU", True)]
-    assert room_of(gguf, machine(64 * GIB, 24 * GIB)) == [("llama.cpp", "the GPU and memory", True)]
+    assert room_of(gguf, machine(96 * GIB)) == [("llama.cpp", "in memory", True)]
+    assert room_of(gguf, machine(64 * GIB)) == [("llama.cpp", "in memory", False)]
+    assert room_of(gguf, machine(64 * GIB, 80 * GIB)) == [("llama.cpp", "on the GPU", True)]
+    assert room_of(gguf, machine(64 * GIB, 24 * GIB)) == [("llama.cpp", "on the GPU and in memory", True)]
     assert room_of(gguf, machine(None)) == [("llama.cpp", None, None)]
-    assert room_of(both, machine(96 * GIB, 24 * GIB))[1] == ("transformers", "memory", True)
+    assert room_of(both, machine(96 * GIB, 24 * GIB))[1] == ("transformers", "in memory", True)
     assert room_of(gpus, machine(512 * GIB)) == [("vLLM", None, None)]  # 125 GiB of weights
-    assert room_of(gpus, machine(1 * GIB, 80 * GIB, 80 * GIB)) == [("vLLM", "2 GPUs", True)]
-    assert room_of(gpus, machine(1 * GIB, 80 * GIB)) == [("vLLM", "the GPU", False)]
+    assert room_of(gpus, machine(1 * GIB, 80 * GIB, 80 * GIB)) == [("vLLM", "on 2 GPUs", True)]
+    assert room_of(gpus, machine(1 * GIB, 80 * GIB)) == [("vLLM", "on the GPU", False)]
 
 
 # -- to make it
