@@ -20,12 +20,10 @@ from compress.plan.make import make_plan
 from compress.plan.running import SHORTEST, Running, gpu_words, rooms, running
 from compress.plan.verdict import Need
 from compress.recipe import load_recipe
-from compress.recipe.load import bundled_recipes
 from compress.report.numbers import human_bytes
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan
-    from compress.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,8 @@ def advise(wish: Wish, by: Rules | None = None, known: Quality | None = None) ->
         if found.enough or not candidate.when.holds(facts):
             continue
         try:
-            plan = make_plan(_recipe(candidate.recipe, str(checkpoint.place)))
+            recipe = load_recipe(candidate.recipe, model=wish.model)  # which is called after the model
+            plan = make_plan(recipe.model_copy(update={"model": str(checkpoint.place)}))
         except PlanError as error:
             left_out.append((candidate.recipe, error.problems[0]))
             continue
@@ -295,10 +294,3 @@ class _Option:
         artifact = quote(str(Path(self.plan.recipe.output) / self.plan.artifact_name(container)))
         if start := self.running.host.start:
             yield f"{start.format(file=artifact)} {words}".rstrip()
-
-
-def _recipe(name: str, model: str) -> Recipe:
-    """A bundled recipe, or the everyday one with another scheme."""
-    if name in bundled_recipes():
-        return load_recipe(name, model=model)
-    return load_recipe("gguf-q4-k-m", (f"name={name}", f"steps[0].quantize.scheme={name}"), model=model)

@@ -6,11 +6,11 @@ from compress.cli.advise import advise
 from compress.cli.app import app, main
 from compress.cli.check import verify
 from compress.cli.judge import compare, score
-from compress.cli.lists import methods
-from compress.cli.talk import generate
+from compress.cli.lists import methods, recipes
+from compress.cli.talk import chat, generate
 from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (run, plan, advise, methods, score, compare, generate, verify):  # the order of --help
+for command in (run, plan, advise, recipes, methods, score, compare, chat, generate, verify):  # the order of --help
     app.command()(command)

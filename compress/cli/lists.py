@@ -1,8 +1,9 @@
-"""compress methods: what there is."""
+"""compress methods, compress recipes: what there is."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import typer
 
@@ -21,3 +22,16 @@ def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     from compress.report.methods_table import methods_table
 
     show(methods_table())
+
+
+def recipes(as_json: JsonOption = False) -> None:
+    """List the bundled recipes, each with when to choose it."""
+    from compress.recipe import about_recipes
+
+    found = about_recipes()
+    if as_json:
+        typer.echo(json.dumps([asdict(recipe) for recipe in found]))
+        return
+    from compress.report.methods_table import recipes_table
+
+    show(recipes_table(found))

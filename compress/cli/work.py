@@ -39,6 +39,7 @@ def run(
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
     device: DeviceOption = None,
     strict: StrictOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -53,7 +54,11 @@ def run(
 
     reporter = Reporter(0 if quiet else 2 if verbose else 1)
     card = run_recipe(loaded, fresh=fresh, keep_work=keep_work, reporter=reporter, device=device, strict=strict)
-    show(scorecard_table(card))
+    if as_json:
+        typer.echo(json.dumps({"folder": loaded.output, **json.loads(card.to_json())}))
+        return
+    if not quiet:
+        show(scorecard_table(card))
     for artifact in card.artifacts:
         typer.echo(str(Path(loaded.output) / artifact.path))
 

@@ -214,6 +214,7 @@ def _holds(info: CodecInfo) -> bool:
 CONTAINER = Container(
     name="awq",
     rank=3,
+    usual="awq-w4-g128",
     engines="vLLM, SGLang, gptqmodel",
     hosts=(VLLM,),
     kinds=frozenset({"float", "uniform"}),

@@ -177,6 +177,8 @@ class Container:
 
     rank: int = 100
     """Place in lists."""
+    usual: str | None = None
+    """The bundled recipe, scheme or codec that people mean who name it alone; "" for the model as it is."""
     holds: Callable[[CodecInfo], bool] = _any_codec
     """Which codecs of its kinds it holds."""
     float_roles: tuple[str, ...] = ()

@@ -241,6 +241,7 @@ def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
 CONTAINER = Container(
     name="bitsandbytes",
     rank=4,
+    usual="nf4-dq",
     engines="transformers with bitsandbytes",
     kinds=frozenset({"float", "bnb"}),
     float_roles=("embeddings", "lm_head"),

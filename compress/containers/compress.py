@@ -330,6 +330,7 @@ def _shrunk(tensors: Counted) -> str:
 CONTAINER = Container(
     name="compress",
     rank=6,
+    usual="quip-2bit",
     engines="transformers after `import compress`",
     kinds=frozenset(KIND_NAMES),  # every codec as it is
     incoherence=True,

@@ -342,6 +342,7 @@ def _holds(info: CodecInfo) -> bool:
 CONTAINER = Container(
     name="compressed-tensors",
     rank=5,
+    usual="W4A16",
     engines="vLLM, transformers with compressed-tensors",
     kinds=frozenset({"float", "uniform"}),
     holds=_holds,

@@ -386,6 +386,7 @@ def _codecs(files: Sequence[Path], spec: ModelSpec) -> dict[str, str]:
 CONTAINER = Container(
     name="gguf",
     rank=1,
+    usual="Q4_K_M",
     engines="llama.cpp and what is built on it",
     kinds=frozenset({"float", "ggml"}),
     precise_float="f32",

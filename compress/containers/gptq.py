@@ -259,6 +259,7 @@ def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
 CONTAINER = Container(
     name="gptq",
     rank=2,
+    usual="W4A16",
     engines="vLLM, SGLang, gptqmodel",
     hosts=(VLLM,),
     kinds=frozenset({"float", "uniform"}),

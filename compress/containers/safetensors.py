@@ -59,6 +59,7 @@ def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
 CONTAINER = Container(
     name="safetensors",
     rank=7,
+    usual="",
     engines="whatever runs the original; dense",
     kinds=frozenset(KIND_NAMES),  # every codec as the values it decodes to
     incoherence=True,

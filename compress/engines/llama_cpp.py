@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 
 from compress.engines.llama_api import GGML_TYPES, default_threads, llama_api, log
+from compress.engines.sampling import Choose
 from compress.errors import CheckpointError, CompressError
 
 _UBATCH_LOGIT_BYTES = 64 << 20  # logits of one decode call; bounds memory for vocabularies of 150k
@@ -26,16 +27,21 @@ _MAX_BATCH = 512
 class LlamaCpp:
     """A GGUF file run by llama.cpp on the CPU: logits of whole sequences, greedy text. A LogitSource.
 
-    `path` is a GGUF file, or the first of a split set; vocabulary_only: nothing is read of it but what turns text into ids.
+    `path` is a GGUF file, or the first of a split set; vocabulary_only: nothing is read of it but what turns text into ids; context:
+    tokens that there is room for from the beginning when text is continued.
     Accuracy over speed: float32 KV cache, no flash attention.
     CheckpointError if llama.cpp refuses the file, MissingExtra without llama-cpp-python. Close it, or use `with`.
     """
 
     name = "llama.cpp"
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, vocabulary_only: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, vocabulary_only: bool = False, context: int = 0
+    ) -> None:
         self._model = self._context = None
         self._context_size = 0
+        self._at_least = context
+        self._placed: list[int] = []
         self._api = api = llama_api()
         self._threads = threads or default_threads()
         self.path = Path(path)
@@ -102,6 +108,7 @@ class LlamaCpp:
                     f"llama.cpp cannot open a context of {tokens} tokens: {log.reason()}; use shorter sequences"
                 )
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        self._placed = []
 
     def _decode(self, tokens: np.ndarray, start: int, outputs: int) -> np.ndarray:
         """Logits float32 [outputs, vocab] of the last `outputs` of `tokens`, which are placed at `start`."""
@@ -180,20 +187,56 @@ class LlamaCpp:
 
     def continuation(self, prompt: np.ndarray, most: int, stop: Callable[[Sequence[int]], bool]) -> list[int]:
         """See Generates.continuation; with llama.cpp's cache."""
+        produced: list[int] = []
+        for token in self.stream(prompt, most, lambda logits, _: int(logits.argmax())):
+            produced.append(token)
+            if stop(produced):
+                break
+        return produced
+
+    def stream(self, prompt: np.ndarray, most: int, choose: Choose, *, reuse: bool = False) -> Iterator[int]:
+        """See Speaks.stream."""
         tokens = self._check(prompt)
-        self._open_context(len(tokens) + most)
-        for start in range(0, len(tokens), self._batch):
-            last = self._decode(tokens[start : start + self._batch], start, 1)
+        known = self._reused(tokens, most) if reuse else 0
+        if not known:
+            self._open_context(max(len(tokens) + most, self._at_least))
+        del self._placed[known:]
+        for start in range(known, len(tokens), self._batch):
+            part = tokens[start : start + self._batch]
+            last = self._decode(part, start, 1)
+            self._placed += part.tolist()
         produced: list[int] = []
         while len(produced) < most:
-            token = int(last[0].argmax())
+            token = choose(last[0], self._placed)
             if self._api.llama_vocab_is_eog(self._vocab, token):
                 break
             produced.append(token)
-            if len(produced) == most or stop(produced):
+            yield token
+            if len(produced) == most:
                 break
             last = self._decode(np.array([token]), len(tokens) + len(produced) - 1, 1)
-        return produced
+            self._placed.append(token)
+
+    def _reused(self, tokens: np.ndarray, most: int) -> int:
+        """How many of the first tokens the cache holds already, the last one never; what is behind them is dropped. 0 where
+        the context is too small for all, or the model's states cannot be taken back."""
+        if self._context is None or len(tokens) + most > self._context_size:
+            return 0
+        pairs = enumerate(zip(self._placed, tokens[:-1].tolist(), strict=False))
+        same = next((at for at, (one, other) in pairs if one != other), min(len(self._placed), len(tokens) - 1))
+        memory = self._api.llama_get_memory(self._context)
+        return same if same and self._api.llama_memory_seq_rm(memory, 0, same, -1) else 0
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The ids that a text begins with: BOS, or nothing."""
+        adds = self._api.llama_vocab_get_add_bos(self._vocab)
+        return (int(self._api.llama_vocab_bos(self._vocab)),) if adds else ()
+
+    @property
+    def trained_context(self) -> int:
+        """Tokens that the model was trained to read at once."""
+        return int(self._api.llama_model_n_ctx_train(self._model))
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Greedy continuation of `prompt`, without the prompt; stops at an end-of-generation token."""

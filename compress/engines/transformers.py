@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from compress.engines.sampling import Choose
 from compress.errors import CalibrationError, CheckpointError, MissingExtra
 
 # Sequences of one length share a forward pass while their float32 logits stay below this many bytes.
@@ -71,21 +72,31 @@ class TransformersSource:
 
     def continuation(self, prompt: np.ndarray, most: int, stop: Callable[[Sequence[int]], bool]) -> list[int]:
         """See Generates.continuation; with the model's own cache of keys, values and states."""
+        produced: list[int] = []
+        for token in self.stream(prompt, most, lambda logits, _: int(logits.argmax())):
+            produced.append(token)
+            if stop(produced):
+                break
+        return produced
+
+    def stream(self, prompt: np.ndarray, most: int, choose: Choose, *, reuse: bool = False) -> Iterator[int]:
+        """See Speaks.stream; nothing is reused."""
         import torch
 
         named = getattr(self.model.generation_config, "eos_token_id", None)
         ends = set(named) if isinstance(named, list) else {named}
-        produced: list[int] = []
-        tokens, cache = torch.as_tensor(np.asarray(prompt, np.int64), device=self.device)[None], None
-        while len(produced) < most and not (produced and stop(produced)):
+        so_far = np.asarray(prompt, np.int64).tolist()
+        tokens, cache = torch.as_tensor(so_far, device=self.device)[None], None
+        for _ in range(most):
             with torch.inference_mode():
                 out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token, cache = int(out.logits[0, -1, : self.vocab_size].argmax()), out.past_key_values
+            logits = out.logits[0, -1, : self.vocab_size].float().cpu().numpy()
+            token, cache = choose(logits, so_far), out.past_key_values
             if token in ends:
-                break
-            produced.append(token)
+                return
+            so_far.append(token)
+            yield token
             tokens = torch.as_tensor([[token]], device=self.device)
-        return produced
 
 
 def whole_model(folder: Path, parameters: int) -> Callable[[], TransformersSource] | None:

@@ -1,6 +1,6 @@
 """Recipes: YAML -> frozen `Recipe`, strict. No torch."""
 
-from compress.recipe.load import bundled_recipes, load_recipe
+from compress.recipe.load import about_recipes, bundled_recipes, load_recipe
 from compress.recipe.schema import Recipe
 
-__all__ = ["Recipe", "bundled_recipes", "load_recipe"]
+__all__ = ["Recipe", "about_recipes", "bundled_recipes", "load_recipe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ class Document:
         self.unread = read.unread
 
     def at(self, path: Place, what: str) -> str:
-        """One problem line for the value at `path`, or for the nearest parent that is written down."""
-        known = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in self.origins)
-        return _line(self.origins[known], path, what)
+        """One problem line for the value at `path`, for what an override put into it, or for the nearest parent that is
+        written down."""
+        inside = [place for place in self.origins if len(place) > len(path) and place[: len(path)] == path]
+        known = inside[:1] if path not in self.origins else []
+        known += [path[:end] for end in range(len(path), -1, -1) if path[:end] in self.origins]
+        return _line(self.origins[known[0]], path, what)
 
     def line_of(self, problem_line: str) -> float:
         """Where a problem line points in the file; overrides come last."""
@@ -65,12 +69,17 @@ class Document:
         self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}
         self.origins[path] = origin
 
-    def override(self, text: str) -> None:
-        """Apply one `key=value`; what is wrong with it becomes a problem."""
+    def override(self, text: str, find: Callable[[str, Any], Place | str]) -> None:
+        """Apply one `key=value`; what is wrong with it becomes a problem. find: where a key belongs in the plain values, or
+        why nowhere."""
         key, equals, value = text.partition("=")
-        path, label = _parse_path(key.strip()), f"--set {shown(text)}"
-        if not equals or path is None:
+        label = f"--set {shown(text)}"
+        if not equals:
             self.problems.append(f"{label}: expected key=value, e.g. calibration.samples=64")
+            return
+        path = find(key.strip(), self.data)
+        if isinstance(path, str):
+            self.problems.append(f"{label}: {path}")
             return
         try:
             parsed = Document(value, label)
@@ -99,10 +108,3 @@ def read_document(path: Path) -> Document:
 def _line(origin: str, path: Place, what: str) -> str:
     where = dotted(path)
     return f"{origin}: {where}: {what}" if where else f"{origin}: {what}"
-
-
-def _parse_path(text: str) -> Place | None:
-    """'steps[0].quantize' -> ('steps', 0, 'quantize'); None when malformed."""
-    if not re.fullmatch(r"\w+(\[\d{1,9}\])*(\.\w+(\[\d{1,9}\])*)*", text):
-        return None
-    return tuple(int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\w+|\[\d+\]", text))

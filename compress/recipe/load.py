@@ -1,18 +1,26 @@
-"""A recipe file, or a bundled recipe by name -> `Recipe`, with every problem of the file at once."""
+"""A recipe file, a bundled recipe or a type by name -> `Recipe`, with every problem of the file at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from compress.codecs.names import FIXED_NAMES
+from compress.containers import CONTAINERS
 from compress.errors import RecipeError
+from compress.models.gguf.header import is_gguf
 from compress.reading import shortened
-from compress.recipe.document import read_document
+from compress.recipe.document import Document, read_document
+from compress.recipe.named import named_recipe, output_name
+from compress.recipe.paths import find_place
 from compress.recipe.problems import explain, impossible
 from compress.recipe.rules import nearest
 from compress.recipe.schema import Recipe
+from compress.recipe.schemes import SCHEMES
 from compress.text import data_root
 
 
@@ -23,20 +31,20 @@ def load_recipe(
     model: str | None = None,
     output: str | None = None,
 ) -> Recipe:
-    """Read a recipe file, or a bundled recipe by name, with `key=value` overrides applied in order.
+    """Read a recipe file, a bundled recipe by name, or what a scheme, codec or container stands for (`named_recipe`), with
+    `key=value` overrides applied in order.
 
-    Keys are dotted paths with list indices (`steps[0].quantize.solver.damping=0.05`), values are YAML. Raises
-    RecipeError with all problems.
+    Keys are dotted paths with list indices (`steps[0].quantize.solver.damping=0.05`), or their last parts where these name no
+    other (`damping=0.05`); values are YAML. Raises RecipeError with all problems.
     """
-    path = _find(path_or_name)
-    document = read_document(path)
+    document, name = _document(path_or_name)
     if isinstance(document.data, dict):
-        document.data.setdefault("name", path.stem)
         for key, value in (("model", model), ("output", output)):
             if value is not None:
                 document.put((key,), value, f"--{key} {value}")
         for text in overrides:
-            document.override(text)
+            document.override(text, find_place)
+        document.data.setdefault("name", name(document.data.get("model")))
         if isinstance(document.data["name"], str):
             document.data.setdefault("output", f"out/{document.data['name']}")
     problems = document.problems
@@ -57,12 +65,57 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(data_root("recipes").glob("*.yaml"))}
 
 
-def _find(path_or_name: str | Path) -> Path:
-    path = Path(path_or_name)
+@dataclass(frozen=True)
+class About:
+    """A bundled recipe in a few words. when: to choose it, from the head of its file; codecs: those that its rules name, or its
+    scheme."""
+
+    name: str
+    when: str
+    steps: tuple[str, ...]
+    codecs: tuple[str, ...]
+    containers: tuple[str, ...]
+
+
+def about_recipes() -> tuple[About, ...]:
+    """Every bundled recipe, in the order of their names."""
+    return tuple(_about(name, path) for name, path in bundled_recipes().items())
+
+
+def _about(name: str, path: Path) -> About:
+    recipe = load_recipe(path)
+    head = path.read_text(encoding="utf-8").partition("\nname:")[0].partition("\n#\n")[0]
+    when = " ".join(line.lstrip("# ") for line in head.splitlines()).removeprefix("When to choose this: ")
+    quantize = recipe.step("quantize")
+    codecs = [] if quantize is None else [quantize.scheme, *(rule.codec for rule in quantize.rules)]
+    steps, containers = tuple(step.kind for step in recipe.steps), tuple(c.name for c in recipe.containers)
+    return About(name, when, steps, tuple(dict.fromkeys(codec for codec in codecs if codec)), containers)
+
+
+def _document(path_or_name: str | Path) -> tuple[Document, Callable[[Any], str]]:
+    """A recipe's plain values, and what it is called where it does not say, given its model: by its file, or by model and
+    type."""
+    path, name = Path(path_or_name), str(path_or_name)
     if path.is_file():
-        return path
+        if is_gguf(path):
+            raise RecipeError(f"{path} is a model, not a recipe; compress it with: compress run Q4_K_M --model {path}")
+        return read_document(path), lambda model: path.stem
     known = bundled_recipes()
-    if str(path_or_name) in known:
-        return known[str(path_or_name)]
-    what = "is a folder, not a recipe" if path.is_dir() else "no such file or bundled recipe"
-    raise RecipeError(f"{path_or_name}: {what}{nearest(path.stem, known) if known else ''}")
+    found = (name, name) if name in known else named_recipe(name)
+    if found is None:
+        raise RecipeError(_unknown(path, known))
+    kind, keys = found
+    if isinstance(keys, str):
+        return read_document(known[keys]), lambda model: keys
+    document = Document("{}", kind)
+    document.data = keys
+    return document, lambda model: output_name(model, kind) if isinstance(model, str) else kind
+
+
+def _unknown(path: Path, known: Mapping[str, Path]) -> str:
+    if path.is_dir():
+        model = " but a model" if (path / "config.json").is_file() else ""
+        return f"{path}: is a folder, not a recipe{model}; compress a model with: compress run Q4_K_M --model FOLDER"
+    near = nearest(path.name, (*known, *SCHEMES, *CONTAINERS, *FIXED_NAMES))
+    told = near if near.startswith("; nearest") else "; `compress recipes` and `compress methods` list them"
+    return f"{path}: no such file, bundled recipe or type{told}"

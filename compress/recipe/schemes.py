@@ -85,6 +85,19 @@ def scheme_kind(name: str) -> str:
     return "uniform" if _UNIFORM.fullmatch(scheme_name(name)) else "ggml"
 
 
+def uniform_rule(name: str) -> Rule | None:
+    """The one rule that a scheme of plain integers is, whatever the model; None for the others."""
+    scheme = scheme_name(name)
+    if scheme == "W8A8":
+        return Rule(targets=LINEARS, codec="int8-row", activations="int8")
+    if (match := _UNIFORM.fullmatch(scheme)) is None:
+        return None
+    bits, group, asymmetric = match.groups()
+    # Users know W8A16 as one scale per output channel; below 8 bits as groups of 128.
+    span = f"g{group}" if group else "row" if bits == "8" else "g128"
+    return Rule(targets=LINEARS, codec=f"int{bits}-{span}{'-asym' if asymmetric else ''}")
+
+
 def expand(name: str, model: ModelSpec, *, imatrix: bool = True) -> tuple[Rule, ...]:
     """The rules of scheme `name` for `model`; roles they do not cover keep the checkpoint's float type.
 
@@ -93,13 +106,8 @@ def expand(name: str, model: ModelSpec, *, imatrix: bool = True) -> tuple[Rule, 
     without routed experts.
     """
     scheme = scheme_name(name)
-    if scheme == "W8A8":
-        return (Rule(targets=LINEARS, codec="int8-row", activations="int8"),)
-    if match := _UNIFORM.fullmatch(scheme):
-        bits, group, asymmetric = match.groups()
-        # Users know W8A16 as one scale per output channel; below 8 bits as groups of 128.
-        span = f"g{group}" if group else "row" if bits == "8" else "g128"
-        return (Rule(targets=LINEARS, codec=f"int{bits}-{span}{'-asym' if asymmetric else ''}"),)
+    if (rule := uniform_rule(scheme)) is not None:
+        return (rule,)
     if scheme in EXPERT_SCHEMES:
         return _expert_rules(scheme, model)
     layers_of: dict[str, dict[str, list[int]]] = {}

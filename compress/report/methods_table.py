@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 from rich import box
@@ -11,7 +12,17 @@ from rich.text import Text
 
 from compress import catalog as methods
 from compress.containers import CONTAINERS
+from compress.recipe.load import About
 from compress.recipe.schemes import SCHEMES
+
+
+def recipes_table(recipes: Sequence[About]) -> RenderableType:
+    """Each bundled recipe, what it writes, and when to choose it."""
+    table = _table("recipe", "writes", "when to choose it")
+    for recipe in recipes:
+        table.add_row(recipe.name, ", ".join(recipe.containers), f"{recipe.when}\n")
+    other = "A scheme, codec or container that `compress methods` lists is a recipe, too: compress run Q4_K_M --model M"
+    return Group(table, Text(other))
 
 
 def methods_table() -> RenderableType:

@@ -8,9 +8,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from compress.errors import CompressError, OutputError
+from compress.errors import CompressError, OutputError, ResumeError
 from compress.plan.plan import Plan
+from compress.reading import Place, dotted, shown
 from compress.recipe.schema import Recipe
 from compress.report import scorecard as scorecards
 from compress.report.checksums import OK, sentence, statuses
@@ -18,6 +20,8 @@ from compress.report.scorecard import Scorecard
 from compress.streaming.journal import JOURNAL, WORK
 
 TEXT = "calibration text"  # as the journal calls the windows that units are made from
+MOST_DIFFERENCES = 3
+JUDGED = ("score", "gate")  # may differ: they decide no byte
 
 
 def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
@@ -36,8 +40,9 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
         if scorecards.FILE_NAME in names and not fresh and not begun:
             finished = _read(output)
             if finished.recipe_digest != plan.recipe.digest():
+                differing = differences(output / scorecards.RECIPE_FILE, plan)
                 raise OutputError(
-                    f"{output} holds a finished run of another recipe ({finished.recipe}); "
+                    f"{output} holds a finished run of another recipe ({finished.recipe}{differing and f': {differing}'}); "
                     "choose another --output, or replace it with --fresh"
                 )
     nearest = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
@@ -50,6 +55,45 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
             "free some space or choose another --output"
         )
     return output
+
+
+def check_settings(output: Path, plan: Plan) -> None:
+    """Raises ResumeError where the folder's unfinished run has another recipe, and says which settings differ."""
+    if differing := differences(output / WORK / scorecards.RECIPE_FILE, plan):
+        raise ResumeError(
+            f"{output} holds an unfinished run of another recipe: {differing}; "
+            "finish that one, choose another --output, or discard it with --fresh"
+        )
+
+
+def recipe_as_told(plan: Plan) -> dict[str, Any]:
+    """The recipe as it was carried out, for a file that ships: the model by its name, no path of this machine."""
+    return {**plan.recipe.portable(), "model": plan.identity.version}
+
+
+def differences(told: Path, plan: Plan) -> str:
+    """Which settings of the recipe in a file are others than a plan's, and what they are there and here; "" where all are
+    the same or there is no such file."""
+    try:
+        there, here = _flat(json.loads(told.read_text(encoding="utf-8"))), _flat(recipe_as_told(plan))
+    except (OSError, ValueError):
+        return ""
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key) and not key.startswith(JUDGED)]
+    lines = [f"{key} is {_shown(there.get(key))} there, {_shown(here.get(key))} here" for key in keys]
+    more = f" and {len(lines) - MOST_DIFFERENCES} more" if len(lines) > MOST_DIFFERENCES else ""
+    return ", ".join(lines[:MOST_DIFFERENCES]) + more
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else shown(str(value))
+
+
+def _flat(value: Any, at: Place = ()) -> dict[str, Any]:
+    """Dotted keys and their values."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if not inside:
+        return {dotted(at): value}
+    return {key: found for part, item in inside for key, found in _flat(item, (*at, part)).items()}
 
 
 def finished(output: Path, digest: Callable[[], str]) -> Scorecard | None:

@@ -31,7 +31,7 @@ from compress.recover.sensitivity import output_sensitivity
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
-from compress.run.claim import TEXT, WORK, claim, finished, run_digest
+from compress.run.claim import TEXT, WORK, check_settings, claim, finished, recipe_as_told, run_digest
 from compress.run.head import head_statistics, survey_head
 from compress.run.inspect import INSPECTED, inspect_weights
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
@@ -87,8 +87,12 @@ def run(
             held.enter_context(locked(output / WORK / LOCK, output))
             plan = make_plan(recipe, weights=True)
             claim(output, plan, fresh=fresh)
+            if not fresh:
+                check_settings(output, plan)
             card = None if fresh else _finished(plan, output)
             journal = Journal.open(output / WORK, plan.digest, fresh=fresh) if card is None else None
+            if journal is not None:
+                _write_recipe(plan, output / WORK)
         if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
@@ -169,9 +173,8 @@ def _finished(plan: Plan, output: Path) -> Scorecard | None:
     return card
 
 
-def _write_recipe(plan: Plan, output: Path) -> None:
-    told = {**plan.recipe.portable(), "model": plan.identity.version}
-    write_synced(output / scorecards.RECIPE_FILE, json.dumps(told, indent=2).encode())
+def _write_recipe(plan: Plan, folder: Path) -> None:
+    write_synced(folder / scorecards.RECIPE_FILE, json.dumps(recipe_as_told(plan), indent=2).encode())
 
 
 def compress_model(

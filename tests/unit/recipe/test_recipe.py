@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+from compress.containers import CONTAINERS
 from compress.errors import RecipeError
 from compress.models.spec import load_spec
-from compress.recipe import Recipe, bundled_recipes, load_recipe
+from compress.recipe import Recipe, about_recipes, bundled_recipes, load_recipe
 from compress.recipe.rules import RuleMatcher
 from compress.recipe.schemes import EXPERT_SCHEMES, SCHEMES, expand, scheme_kind, use_more_bits
 from compress.solvers.options import GptqOptions, RtnOptions
@@ -258,13 +259,90 @@ def test_overrides_name_themselves(write):
         "--set steps[7].quantize.scheme=Q8_0: steps[7].quantize.scheme: the list is shorter",
         "--set foo: expected key=value",
         "--set calibration.length=[1: not valid YAML",
-        "--set zip=3: zip: unknown key 'zip'",
+        "--set zip=3: zip: there is no such place",
         "--set model.x=1: model.x: there is no such place",
         "--set steps.x=1: steps.x: there is no such place",
         "--set steps[0].quantize.rules[0].codec=q9: steps[0].quantize.rules[0].codec: unknown codec 'q9'",
     )
     assert len(found) == len(starts)
     assert all(any(line.startswith(start) for line in found) for start in starts), found
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [("samples=3", "calibration.samples=3"), ("steps.0.quantize.scheme=Q8_0", "steps[0].quantize.scheme=Q8_0"),
+     ("scheme=Q8_0", "steps[0].quantize.scheme=Q8_0"), ("quantize.ignore=[router]", "steps[0].quantize.ignore=[router]"),
+     ("max_kld=.5", "gate.max_kld=.5"), ("rules.targets=mlp", "steps[0].quantize.rules[0].targets=mlp"),
+     ("seed=3", "seed=3")],
+)  # fmt: skip
+def test_overrides_may_be_short(write, short, full):
+    """In a recipe with one step, one rule and one export, the last parts of a path are enough."""
+    path = write(ONE)
+    assert load_recipe(path, [short]) == load_recipe(path, [full]) != load_recipe(path)
+
+
+ONE = """
+model: m
+steps:
+  - quantize: {solver: rtn, scheme: Q4_K_M, rules: [{targets: attention, codec: q6_k}]}
+export: [{container: gguf}]
+"""
+
+
+def test_short_overrides_that_name_several_places_or_none(write):
+    (several,) = problems_of(write(ONE), ["name=x", "solver=gptq"])
+    assert several == (
+        "--set solver=gptq: solver may be steps[0].quantize.solver or steps[0].quantize.rules[0].solver; write one of these"
+    )
+    (none,) = problems_of(write(ONE), ["calibration.smaples=3"])
+    assert "there is no such place in this recipe; nearest: calibration.samples, " in none
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "codec", "container"),
+    [("Q4_K_M", "Q4_K_M", None, "gguf"), ("q5-k-m", "Q5_K_M", None, "gguf"), ("W4A16", "W4A16", None, "gptq"),
+     ("W3A16_G64", "W3A16_G64", None, "gptq"), ("W8A8", "W8A8", None, "compressed-tensors"),
+     ("EXPERTS_2BIT", "EXPERTS_2BIT", None, "gguf"), ("nf4-dq", None, "nf4-dq", "bitsandbytes"), ("F16", None, "f16", "gguf"),
+     ("int3-g64", None, "int3-g64", "gptq"), ("trellis3", None, "trellis3", "compress"), ("gguf", "Q4_K_M", None, "gguf"),
+     ("compressed-tensors", "W4A16", None, "compressed-tensors"), ("bitsandbytes", None, "nf4-dq", "bitsandbytes")],
+)  # fmt: skip
+def test_a_type_is_a_recipe(name, scheme, codec, container, tmp_path):
+    recipe = load_recipe(name, model=str(tmp_path / "Some Model"))
+    (step,) = recipe.steps
+    assert step.quantize.scheme == scheme and [rule.codec for rule in step.quantize.rules] == ([codec] if codec else [])
+    assert [export.container for export in recipe.export] == [container]
+    assert recipe.name.startswith("Some-Model-") and recipe.output == f"out/{recipe.name}"
+    assert recipe.name.lower().endswith((scheme or codec).lower()) or name == container
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=lambda c: c.name)
+def test_a_container_is_a_recipe(container):
+    recipe = load_recipe(container.name, model="m")
+    assert [export.container for export in recipe.export] == [container.name]
+    assert recipe.steps or container.original
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_a_recipe(scheme):
+    assert load_recipe(scheme.lower(), model="owner/name@main").name == f"name-{scheme}"
+
+
+def test_a_type_says_what_it_lacks(tmp_path):
+    with pytest.raises(RecipeError, match=r"^Q4_K_M: model: missing; name a folder.*--model$"):
+        load_recipe("Q4_K_M")
+    assert problems_of("Q4_KM")[0].endswith("no such file, bundled recipe or type; nearest: Q4_K_M, q4_k")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert (
+        "is a model, not a recipe; compress it with: compress run Q4_K_M --model" in problems_of(tmp_path / "m.gguf")[0]
+    )
+
+
+def test_bundled_recipes_say_when_to_choose_them():
+    found = about_recipes()
+    assert [about.name for about in found] == list(bundled_recipes())
+    assert all(about.when and not about.when.startswith("#") and about.containers for about in found)
+    about = next(about for about in found if about.name == "gguf-mxfp4")
+    assert about.when.startswith("engines with kernels for MXFP4") and about.containers == ("gguf",)
 
 
 def test_digest_follows_the_output_bytes_only(write):
