@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.advise.layout import Layout, Stack, flags, lay_out
 from compress.advise.rules import Candidate, Expected, Facts, Propose, Quality, Rules, Use, quality, rules
-from compress.errors import PlanError
+from compress.errors import CompressError, PlanError
 from compress.machine import Machine
 from compress.models.checkpoint import Checkpoint
 from compress.models.locate import model_location
@@ -113,8 +113,11 @@ class Advice:
 def advise(wish: Wish, by: Rules | None = None, known: Quality | None = None) -> Advice:
     """Recipes for a wish. by, known: the rules and measurements that ship.
 
-    Raises what opening the model raises, and PlanError where no candidate can be had of it.
+    Raises what opening the model raises, PlanError where no candidate can be had of it, and CompressError where nothing tells
+    the machine's memory.
     """
+    if wish.machine.memory.there is None:
+        raise CompressError("nothing tells how much memory this machine has; say it with --memory, as --memory 16GB")
     by, known = by or rules(), known or quality()
     checkpoint = Checkpoint.open(model_location(wish.model), weights=False)
     facts, use = Facts.of(load_spec(checkpoint.config), wish.machine), by.uses[wish.use]

@@ -14,7 +14,7 @@ import typer.main
 from compress.advise import Advice, Wish, advise
 from compress.advise.rules import Facts, rules
 from compress.cli import app
-from compress.errors import CheckpointError, PlanError, UnsupportedModel
+from compress.errors import CheckpointError, CompressError, PlanError, UnsupportedModel
 from compress.machine import Cpu, Gpu, Machine, Memory
 from compress.models import load_spec
 from compress.report.advise_table import advise_table
@@ -183,6 +183,12 @@ def test_candidates_that_a_model_cannot_have_are_named(tmp_path: Path) -> None:
     scaled = {**DENSE, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}}
     with pytest.raises((PlanError, UnsupportedModel)):
         advice(tmp_path, scaled, machine(32))
+
+
+def test_a_machine_whose_memory_nobody_knows(tmp_path: Path) -> None:
+    nobody = Machine(Cpu("", (), 1), Memory(None, None))
+    with pytest.raises(CompressError, match="--memory 16GB"):
+        advice(tmp_path, DENSE, nobody)
 
 
 def test_models_that_are_none(tmp_path: Path) -> None:
