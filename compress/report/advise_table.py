@@ -81,11 +81,21 @@ class _Command:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         rows, room = [""], options.max_width - 2
-        for word in map(shlex.quote, shlex.split(self.line)):
+        for word in self._words():
             if rows[-1] and len(rows[-1]) + 1 + len(word) > room:
                 rows.append("  ")
             rows[-1] += word if not rows[-1].strip() else f" {word}"
         yield Text(" \\\n".join(rows), style="bold", overflow="fold")
+
+    def _words(self) -> list[str]:
+        """What stays on a line: a flag with its value."""
+        words: list[str] = []
+        for word in map(shlex.quote, shlex.split(self.line)):
+            if words and words[-1].startswith("-") and " " not in words[-1] and not word.startswith("-"):
+                words[-1] += f" {word}"
+            else:
+                words.append(word)
+        return words
 
 
 def _facts(proposal: Proposal) -> Iterator[str]:
