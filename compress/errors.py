@@ -6,6 +6,7 @@ CompressError                 exit 1   anything we can name; one line that says 
 ├── UnsupportedModel          exit 2   architecture or option we do not implement
 │   └── ConfigError           exit 2   config.json is wrong or contradicts itself: all problems at once, with key
 ├── CheckpointError           exit 1   missing, truncated or non-finite weights
+│   └── NoSuchModel           exit 2   what was named is no model: nothing at all, an adapter, another kind of file
 ├── CalibrationError          exit 1   no such set, empty text, sequences longer than the model allows
 ├── NumericalError            exit 1   non-finite activations, gram that no damping repairs
 ├── OutputError               exit 1   output folder holds something else or is in use, disk full
@@ -51,6 +52,12 @@ class ConfigError(UnsupportedModel):
 
 class CheckpointError(CompressError):
     pass
+
+
+class NoSuchModel(CheckpointError):
+    """What was given for a model is none; the message says what it is instead."""
+
+    exit_code = 2
 
 
 class CalibrationError(CompressError):

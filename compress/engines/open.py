@@ -15,7 +15,6 @@ from compress.engines.transformers import TransformersSource, whole_model
 from compress.errors import CheckpointError, UnsupportedModel
 from compress.files import fingerprint
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, deciding_files
-from compress.models.gguf.header import is_gguf
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
 from compress.scoring.cache import Remembered
@@ -61,13 +60,6 @@ def open_model(name: str) -> OpenedModel:
     """A folder of any container, GGUF file, hub id, bundled or packaged model; a dense one holds every weight in the shape
     config.json implies. A GGUF file is the model that its weights decode to."""
     location = model_location(name)
-    folder = Path(location)
-    if folder.is_file() and not is_gguf(folder):
-        known = " nor ".join(f"a {_label(container)} file" for container in _single_files())
-        raise CheckpointError(f"{name} is neither {known} nor a Hugging Face folder; give one of these or a hub id")
-    for container in _single_files() if folder.is_dir() and not (folder / "config.json").is_file() else ():
-        if found := sorted(folder.glob(f"*{container.suffix}")):
-            raise CheckpointError(f"{name} is a folder with a {_label(container)} in it; give the file: {found[0]}")
     checkpoint = Checkpoint.open(location)
     spec = load_spec(checkpoint.config)
     files = checkpoint.weight_files

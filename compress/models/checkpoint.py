@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CheckpointError, UnsupportedModel
+from compress.errors import CheckpointError, NoSuchModel, UnsupportedModel
 from compress.models.gguf.header import is_gguf
 from compress.models.gguf.source import open_source
 from compress.models.identity import hub_id
 from compress.models.index import FLOAT_CODEC, INDEX, SINGLE, Entry, read_header, read_index
+from compress.models.locate import no_model
 from compress.models.spec import load_spec
 from compress.reading import read_json, shown
 
@@ -64,6 +65,8 @@ class Checkpoint:
         if is_gguf(folder):
             source = open_source(folder)
             return cls(source.folder, read_json(source.folder / "config.json"), source.entries, folder, source.notes)
+        if folder.exists() and (why := no_model(folder)) is not None:
+            raise NoSuchModel(f"{folder} is {why}")
         if not folder.is_dir():
             folder = _download(str(model), weights)
         config = read_json(folder / "config.json")
@@ -149,7 +152,7 @@ def _download(model: str, weights: bool) -> Path:
     """Fetch a hub snapshot, of a revision where one is given: safetensors and text files only."""
     name, revision = hub_id(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
+        raise NoSuchModel(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.md", "tokenizer*", "*.model", "LICENSE*", "LICENCE*", "NOTICE*"]
@@ -157,8 +160,11 @@ def _download(model: str, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many types; all mean that the model cannot be had
-        line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"no such model: {model} is not a local folder, and the hub answered: {line}") from None
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NoSuchModel(
+            f"no such model: {model} is not a local folder, and the hub answered: {line}; "
+            "check the name, the network and, for a gated model, that you are logged in (hf auth login)"
+        ) from None
 
 
 def named_codec(config: Mapping[str, Any]) -> str | None:

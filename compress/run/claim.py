@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, OutputError, ResumeError
+from compress.files import write_synced
 from compress.plan.plan import Plan
 from compress.reading import Place, dotted, shown
 from compress.recipe.schema import Recipe
 from compress.report import scorecard as scorecards
 from compress.report.checksums import OK, sentence, statuses
 from compress.report.scorecard import Scorecard
-from compress.streaming.journal import JOURNAL, WORK
+from compress.streaming.journal import JOURNAL, WORK, Journal, OtherRun
 
 TEXT = "calibration text"  # as the journal calls the windows that units are made from
 MOST_DIFFERENCES = 3
@@ -57,13 +58,26 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
     return output
 
 
-def check_settings(output: Path, plan: Plan) -> None:
-    """Raises ResumeError where the folder's unfinished run has another recipe, and says which settings differ."""
-    if differing := differences(output / WORK / scorecards.RECIPE_FILE, plan):
-        raise ResumeError(
-            f"{output} holds an unfinished run of another recipe: {differing}; "
-            "finish that one, choose another --output, or discard it with --fresh"
-        )
+def open_journal(output: Path, plan: Plan, *, fresh: bool) -> Journal:
+    """The journal of a run, begun or to be begun. Raises ResumeError as `Journal.open`; where the recipe is another one, it says
+    which settings differ."""
+    told = output / WORK / scorecards.RECIPE_FILE
+    try:
+        journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
+    except OtherRun as error:
+        if differing := differences(told, plan):
+            raise ResumeError(
+                f"{output} holds an unfinished run of another recipe: {differing}; "
+                "finish that one, choose another --output, or discard it with --fresh"
+            ) from None
+        raise error from None
+    write_recipe(plan, told.parent)
+    return journal
+
+
+def write_recipe(plan: Plan, folder: Path) -> None:
+    """The recipe as it is carried out, beside what is made of it."""
+    write_synced(folder / scorecards.RECIPE_FILE, json.dumps(recipe_as_told(plan), indent=2).encode())
 
 
 def recipe_as_told(plan: Plan) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,15 +30,16 @@ from compress.recover.sensitivity import output_sensitivity
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
-from compress.run.claim import TEXT, WORK, check_settings, claim, finished, recipe_as_told, run_digest
+from compress.run.claim import TEXT, WORK, claim, finished, open_journal, run_digest, write_recipe
 from compress.run.head import head_statistics, survey_head
 from compress.run.inspect import INSPECTED, inspect_weights
+from compress.run.records import jsonl, tensor_records, told
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.run.sublayer import Job, compress_sublayer
 from compress.run.summary import make_scorecard
 from compress.run.surveys import settle
 from compress.solve.files import save_outcomes
-from compress.solve.tensor import Outcome, as_stored, solve_tensor
+from compress.solve.tensor import Outcome, Solved, as_stored, solve_tensor
 from compress.streaming.activations import Activations
 from compress.streaming.journal import LOCK, Journal, discard
 from compress.streaming.placement import CPU, Placement
@@ -87,12 +87,8 @@ def run(
             held.enter_context(locked(output / WORK / LOCK, output))
             plan = make_plan(recipe, weights=True)
             claim(output, plan, fresh=fresh)
-            if not fresh:
-                check_settings(output, plan)
             card = None if fresh else _finished(plan, output)
-            journal = Journal.open(output / WORK, plan.digest, fresh=fresh) if card is None else None
-            if journal is not None:
-                _write_recipe(plan, output / WORK)
+            journal = open_journal(output, plan, fresh=fresh) if card is None else None
         if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
@@ -127,8 +123,9 @@ def _carry_out(
             discard(journal.folder)
         raise
     card = make_scorecard(plan, journal, results, reporter)
+    write_synced(output / scorecards.TENSORS_FILE, jsonl(tensor_records(plan, journal)))
     scorecards.write(card, output)
-    _write_recipe(plan, output)
+    write_recipe(plan, output)
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
         raise GateFailed(
@@ -169,12 +166,8 @@ def _finished(plan: Plan, output: Path) -> Scorecard | None:
 
     card = finished(output, digest)
     if card is not None and not (output / scorecards.RECIPE_FILE).exists():  # killed just behind its scorecard
-        _write_recipe(plan, output)
+        write_recipe(plan, output)
     return card
-
-
-def _write_recipe(plan: Plan, folder: Path) -> None:
-    write_synced(folder / scorecards.RECIPE_FILE, json.dumps(recipe_as_told(plan), indent=2).encode())
 
 
 def compress_model(
@@ -191,7 +184,8 @@ def compress_model(
     spec = plan.spec
     if not plan.solves:
         ids = None
-    run = Run(plan, load, journal, placement, None if ids is None else (*ids.shape, spec.hidden_size))
+    shape = None if ids is None else (*ids.shape, spec.hidden_size)
+    run = Run(plan, load, journal, placement, shape, lambda report: reporter.say(f"  {told(report)}", level=2))
     with reporter.stage("embeddings"):
         if "embeddings" not in journal:
             _embeddings(run, ids)
@@ -235,18 +229,20 @@ def load_calibration(plan: Plan) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Run:
-    """What every unit of a run needs. shape: of the calibration activations, None where no text is read."""
+    """What every unit of a run needs. shape: of the calibration activations, None where no text is read; tell: hears of every
+    tensor that is solved."""
 
     plan: Plan
     load: Loader
     journal: Journal
     placement: Placement
     shape: tuple[int, int, int] | None = None
+    tell: Callable[[Solved], None] = lambda report: None
 
     @property
     def job(self) -> Job:
         """What is asked of every sub-layer."""
-        return Job(self.load, self.plan.transforms, self.plan.recipe.seed, self.placement)
+        return Job(self.load, self.plan.transforms, self.plan.recipe.seed, self.placement, self.tell)
 
     def weight(self, name: str) -> torch.Tensor:
         """A tensor of the model, float32 on the device."""
@@ -281,6 +277,7 @@ def _embeddings(run: Run, ids: np.ndarray | None) -> None:
         if "damping" in type(solver).model_fields:
             solver = solver.model_copy(update={"damping": max(solver.asks.damping, LOOKUP_DAMPING)})
         outcome = solve_tensor(replace(table, solver=solver), run.weight(table.name), statistics, plan.recipe.seed)
+        run.tell(outcome.report)
         packed, report = outcome.pack(), {"solved": [vars(outcome.report)]}
     if ids is not None and (streams := run.streams(0)) is not None:
         embed(decode(packed), ids, streams.compressed)
@@ -295,6 +292,7 @@ def _alone(run: Run, planned: PlannedTensor) -> tuple[Any, dict]:
     if planned.method is None:
         return as_stored(planned, run.load(planned.name)), {}
     outcome = solve_tensor(planned, run.weight(planned.name), None, run.plan.recipe.seed)
+    run.tell(outcome.report)
     return outcome.pack(), {"solved": [vars(outcome.report)]}
 
 
@@ -389,6 +387,7 @@ def _head(run: Run) -> None:
             stored = run.placement.put(decode(packed[norm.name]))
             statistics = head_statistics(spec, stored, streams, bool(head.asks.drift))
             outcome = solve_tensor(head, run.weight(head.name), statistics, plan.recipe.seed)
+            run.tell(outcome.report)
             packed[head.name], report = outcome.pack(), {"solved": [vars(outcome.report)]}
         else:
             packed[head.name], report = _alone(run, head)

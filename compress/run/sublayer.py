@@ -27,12 +27,14 @@ from compress.weights import Loader, Packed
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of every sub-layer. transforms: scalings that come first; seed: the recipe's."""
+    """What is asked of every sub-layer. transforms: scalings that come first; seed: the recipe's; tell: hears of every tensor
+    that is solved."""
 
     load: Loader
     transforms: Sequence[TransformOptions] = ()
     seed: int = 0
     placement: Placement = CPU
+    tell: Callable[[Solved], None] = lambda report: None
 
 
 @dataclass(frozen=True)
@@ -106,4 +108,5 @@ def _solve(
         for planned, (outcome, packed, dense) in zip(group, pool.map(one, group), strict=True):
             name = planned.name
             result.outcomes[name], result.packed[name], result.weights[name] = outcome, packed, dense
+            job.tell(outcome.report)
             progress(len(result.packed))

@@ -7,8 +7,9 @@ two randomised Hadamard transforms, the gram of its inputs turned with it. The s
 
 from __future__ import annotations
 
+import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solved:
-    """How one tensor came out: relative gram-weighted error, damping used, tokens seen, share borrowed, and its
-    squared output over all those tokens, which weighs its error among others."""
+    """How one tensor came out: relative gram-weighted error, damping used, tokens seen, share borrowed, its squared output over
+    all those tokens, which weighs its error among others, and the seconds that it took, beside others at the same time."""
 
     name: str
     codec: str
@@ -42,6 +43,7 @@ class Solved:
     tokens: int | None = None
     borrowed: float = 0.0
     energy: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,13 @@ def solve_tensor(
     planned: PlannedTensor, weight: Tensor, statistics: Statistics | None, seed: int = 0
 ) -> Outcome | Shipped:
     """Run one tensor's method. weight: float32 [m, n]; seed: the recipe's, from which random signs are drawn."""
+    started = time.perf_counter()
+    outcome = _solved(planned, weight, statistics, seed)
+    seconds = round(time.perf_counter() - started, 4)
+    return replace(outcome, report=replace(outcome.report, seconds=seconds))
+
+
+def _solved(planned: PlannedTensor, weight: Tensor, statistics: Statistics | None, seed: int) -> Outcome | Shipped:
     if planned.pattern is not None or planned.factors is not None:
         return _shrunk(planned, weight, statistics)
     options = planned.solver

@@ -27,6 +27,10 @@ WORK = ".work"  # the work folder, in the output folder
 JOURNAL, LOCK = "journal.json", "lock"  # of the files in a work folder
 
 
+class OtherRun(ResumeError):
+    """A work folder that belongs to another recipe, model or version."""
+
+
 class Journal:
     """The work folder of one run."""
 
@@ -55,7 +59,7 @@ class Journal:
     def open(cls, folder: Path, digest: str, *, fresh: bool = False) -> Journal:
         """Continue what `folder` holds or start anew; the digest is on disk at once.
 
-        Raises ResumeError if the folder belongs to another recipe, or if any file that the run goes on from is not what it
+        Raises OtherRun if the folder belongs to another recipe, ResumeError if any file that the run goes on from is not what it
         was when the journal named it.
         """
         if fresh:
@@ -69,7 +73,7 @@ class Journal:
             return journal
         state = _read(path)
         if state["digest"] != digest:
-            raise ResumeError(
+            raise OtherRun(
                 f"{folder.parent} holds an unfinished run of another recipe, model or version; "
                 "finish that one, choose another --output, or discard it with --fresh"
             )

@@ -32,7 +32,7 @@ def check_delivery(plan: Plan, card: Scorecard) -> None:
     names = [artifact_name(recipe, model, export.container) for export in recipe.export]
     single = any(export.container == "gguf" for export in recipe.export)
     beside = {"README-original.md"} if single and (model / "README.md").exists() else set()
-    assert final_names(output) == {*names, *beside, "scorecard.json", "recipe.json"}
+    assert final_names(output) == {*names, *beside, "scorecard.json", "recipe.json", "tensors.jsonl"}
     saved = read(output)
     assert saved.gate.passed
     assert [artifact.path for artifact in card.artifacts] == [artifact.path for artifact in saved.artifacts] == names

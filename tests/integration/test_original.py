@@ -92,7 +92,7 @@ def test_a_model_that_knows_no_language_is_told_from_one_that_does(tmp_path: Pat
     (tmp_path / "strict").mkdir()
     with pytest.raises(GateFailed, match="cannot predict"):
         run(_recipe(random, tmp_path / "strict", suite), strict=True)
-    assert final_names(tmp_path / "strict" / "out") == {"rejected", "scorecard.json", "recipe.json"}
+    assert final_names(tmp_path / "strict" / "out") == {"rejected", "scorecard.json", "recipe.json", "tensors.jsonl"}
     good = score_targets([str(demo_model())], str(demo_model()), Settings(str(suite), strict=True), Reporter(0))[0]
     assert good.gate.passed and not good.notes
 

@@ -29,7 +29,7 @@ MOMENTS = (
     "checking_container",
     "before_scorecard",
 )
-DELIVERED = {FILE, "scorecard.json", "recipe.json"}
+DELIVERED = {FILE, "scorecard.json", "recipe.json", "tensors.jsonl"}
 
 
 @pytest.fixture(scope="module")

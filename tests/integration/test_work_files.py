@@ -113,14 +113,17 @@ def test_nobody_else_writes_into_the_folder_of_a_run(
         carry_out(mine)
     assert len(refused) == 4 and all(f"is in use by process {os.getpid()};" in line for line in refused)
     assert sha256(Path(mine.output) / WEIGHTS) == sha256(Path(finished.output) / WEIGHTS)
-    assert names(Path(mine.output)) == {Path(WEIGHTS).parts[0], "scorecard.json", "recipe.json"}
+    assert names(Path(mine.output)) == {Path(WEIGHTS).parts[0], "scorecard.json", "recipe.json", "tensors.jsonl"}
 
 
 def test_a_recipe_is_on_disk_before_its_first_unit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kill(plain(place, "begun"), "embeddings", monkeypatch, before=True)
-    with pytest.raises(ResumeError, match=r"another recipe.*--fresh"):
+    with pytest.raises(ResumeError, match=r"unfinished run of another recipe: seed is 0 there, 1 here; .*--fresh"):
         carry_out(plain(place, "begun", "seed=1"))
     carry_out(plain(place, "begun"))
+    with pytest.raises(OutputError, match=r"finished run of another recipe \(.*: seed is 0 there, 1 here\); .*--fresh"):
+        carry_out(plain(place, "begun", "seed=1"))
+    carry_out(plain(place, "begun"))  # which is done already
 
 
 def test_a_run_that_could_not_begin_leaves_nothing(place: Path) -> None:
@@ -143,7 +146,12 @@ def test_a_killed_fresh_run_over_another_recipe_goes_on(
         run(other, fresh=True)
     assert (place / "over" / WEIGHTS).exists() and read(place / "over").recipe == NAME
     (made,) = carry_out(other).artifacts
-    assert made.container == "gguf" and names(place / "over") == {made.path, "scorecard.json", "recipe.json"}
+    assert made.container == "gguf" and names(place / "over") == {
+        made.path,
+        "scorecard.json",
+        "recipe.json",
+        "tensors.jsonl",
+    }
     assert read(place / "over").recipe == "gguf-q4-k-m"
 
 
@@ -169,7 +177,7 @@ def zero(path: Path) -> None:
 
 def test_every_file_that_is_gone_on_from_is_proved(place: Path, stopped: Recipe, no_weight_is_read: None) -> None:
     work = Path(stopped.output) / WORK
-    files = sorted(names(work))
+    files = sorted(names(work) - {"recipe.json"})  # it tells what the run was, and is not gone on from
     kinds = {name.split("-")[0].split(".")[0] for name in files}
     assert kinds >= {"journal", "embeddings", "block", "structure", "sensitivity", "original", "outcomes"}
     assert kinds & {"activations", "head"}

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, NoSuchModel
 from compress.models.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from tests.tiny import tiny_model
 
@@ -23,7 +23,7 @@ SMALL = {"vocab_size": 300, "hidden_size": 48, "bos_token_id": 1, "eos_token_id"
 
 def _one_line(error: pytest.ExceptionInfo[CheckpointError], *words: str) -> None:
     text = str(error.value)
-    assert "\n" not in text and error.value.exit_code == 1
+    assert "\n" not in text and error.value.exit_code == (2 if isinstance(error.value, NoSuchModel) else 1)
     for word in words:
         assert word in text, text
 
@@ -108,7 +108,7 @@ def test_both_files_and_index_are_the_file(sharded: Path) -> None:
 def test_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(tmp_path)
-    _one_line(error, "config.json", "does not exist")
+    _one_line(error, "without a config.json")
 
 
 @pytest.mark.parametrize(
@@ -316,3 +316,27 @@ def test_headers_that_do_not_describe_their_data(single: Path, change: Callable[
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(single)
     _one_line(error, SINGLE, "fetch it again")
+
+
+def test_what_is_no_model_is_named_for_what_it_is(tmp_path: Path) -> None:
+    def refused(place: Path) -> str:
+        with pytest.raises(NoSuchModel) as error:
+            Checkpoint.open(place)
+        assert error.value.exit_code == 2
+        _one_line(error, str(place))
+        return str(error.value)
+
+    folders = {name: tmp_path / name for name in ("adapter", "files", "run", "empty")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["adapter"] / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (folders["files"] / "x-Q8_0.gguf").write_bytes(b"GGUF")
+    (folders["run"] / "scorecard.json").write_text("{}")
+    (folders["run"] / "x-gptq").mkdir()
+    (folders["run"] / "x-gptq" / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "adapter (LoRA) of owner/base" in refused(folders["adapter"])
+    assert refused(folders["files"]).endswith(f"give the file: {folders['files'] / 'x-Q8_0.gguf'}")
+    assert refused(folders["run"]).endswith(f"what it made is {folders['run'] / 'x-gptq'}")
+    assert "without a config.json" in refused(folders["empty"])
+    assert "one file of a model" in refused(tmp_path / "model.safetensors")

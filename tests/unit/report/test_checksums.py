@@ -27,7 +27,7 @@ def artifact(path: str, files: dict[str, str]) -> Artifact:
 def out(tmp_path: Path) -> Path:
     """A finished run's folder: an artifact that is a folder, one of two files, and what a run leaves beside them."""
     out = tmp_path / "out"
-    for name in (*FOLDER, *SHARDS, ".work/journal.json", "recipe.json"):
+    for name in (*FOLDER, *SHARDS, ".work/journal.json", "recipe.json", "tensors.jsonl"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(f"content of {name}")
     artifacts = (
