@@ -67,6 +67,12 @@ def main() -> None:
     except typer.BadParameter.__mro__[1] as error:  # type: ignore[misc]  # UsageError, which typer does not export
         error.show()
         code = error.exit_code
+    except (Exception, SystemExit) as error:
+        from compress.plugins import blamed
+
+        if (line := blamed(error)) is None:
+            raise
+        code = _fail(1, line)
     if code == INTERRUPTED:  # typer itself turns Ctrl-C into this code
         hint = "; the same command continues from the last finished block" if sys.argv[1:2] == ["run"] else ""
         _fail(code, f"interrupted{hint}")

@@ -22,7 +22,9 @@ SetOption = Annotated[
 ]
 PluginOption = Annotated[
     list[str] | None,
-    typer.Option("--plugin", help="A Python file that registers codecs or containers; its code runs. Repeatable."),
+    typer.Option(
+        "--plugin", help="A Python file that adds codecs, methods, containers or families; its code runs. Repeatable."
+    ),
 ]
 DeviceOption = Annotated[
     str | None,

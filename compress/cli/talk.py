@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compress.cli.app import load_plugins
+from compress.cli.options import PluginOption
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def generate(
     min_p: MinPOption = 0.0,
     repeat_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Let a model continue a text, or with --chat answer it; by default the likeliest token every time."""
     if prompt in (None, "-"):
@@ -73,6 +76,7 @@ def generate(
         raise CompressError("the prompt is empty; give some text to continue")
     if system and not chat:
         raise typer.BadParameter("it belongs to a talk; add --chat", param_hint="--system")
+    load_plugins(plugin)
     from compress.engines.sampling import Sampling, chooser
 
     choose = chooser(Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed))
@@ -99,8 +103,10 @@ def chat(
     min_p: MinPOption = 0.05,
     repeat_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Talk to a model in its chat template; answers appear as they are made. In a pipe every line is a message."""
+    load_plugins(plugin)
     from compress.engines.sampling import Sampling, chooser
 
     choose = chooser(Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed))

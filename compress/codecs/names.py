@@ -225,11 +225,14 @@ _REGISTERED: dict[str, CodecInfo] = {}
 
 
 def register_info(info: CodecInfo) -> None:
-    """Make a codec from outside known by name. Raises ValueError when the name is taken or its kind is unknown."""
+    """Make a codec from outside known by name. Raises ValueError when the name is taken or not lower case, or its kind is unknown."""
     if info.kind not in KINDS:
         raise ValueError(f"{info.name} is of an unknown kind {info.kind!r}; kinds are {', '.join(KINDS)}")
+    if info.name != info.name.strip().lower() or not info.name:
+        raise ValueError(f"{info.name!r}: names of codecs are written in lower case")
     known = _REGISTERED.get(info.name)
-    if info.name in _FIXED or _UNIFORM.fullmatch(info.name) or known not in (None, info):
+    patterns = (_UNIFORM, _SPARSE, _FACTORS)
+    if info.name in _FIXED or any(p.fullmatch(info.name) for p in patterns) or known not in (None, info):
         raise ValueError(f"there is a codec called {info.name} already; give yours another name")
     _REGISTERED[info.name] = info
 

@@ -22,6 +22,8 @@ from compress.models.companions import LAYOUT, LEGAL, copy_companions
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NOT_CARRIED = ("torch_dtype", "_name_or_path", "auto_map", "transformers_weights")
+"""Keys of the original's config.json: what stands elsewhere, where it lay, and names of files that do not go along."""
 _COMPANION_BYTES = 32 << 20  # room for tokenizer and configs when the free space is checked
 _SHARD_BYTES = 5_000_000_000
 _ENTRY_BYTES = 85  # a header spends on a tensor beside its name
@@ -75,17 +77,18 @@ def write_checkpoint(
     """The folder `request.path`: weights, the model's config.json with `settings` (dtype, quantization_config) on top,
     the companions of the model folder, compress.json; returns the weight files in order.
 
-    sources, produce: as in `write_shards`; beside: more JSON files, by name. OutputError for a full disk or a folder
-    that holds something else.
+    sources, produce: as in `write_shards`; beside: more files, by name: text, or what becomes JSON. OutputError for a full
+    disk or a folder that holds something else.
     """
     path, options = Path(request.path), request.options
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
         files = write_shards(folder, sources, produce, options.max_shard_size or _SHARD_BYTES)
-        config = {
-            key: value for key, value in request.spec.config.items() if key not in ("torch_dtype", "_name_or_path")
-        }
+        config = {key: value for key, value in request.spec.config.items() if key not in _NOT_CARRIED}
         for name, value in {"config.json": {**config, **settings}, **(beside or {})}.items():
-            write_json(folder / name, value)
+            if isinstance(value, str):
+                (folder / name).write_text(value, encoding="utf-8")
+            else:
+                write_json(folder / name, value)
         copy_companions(Path(request.source), folder, LEGAL + LAYOUT)
         if request.tokenizer_settings is not None:
             write_json(folder / "tokenizer_config.json", request.tokenizer_settings)

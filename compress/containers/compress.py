@@ -17,7 +17,8 @@ config.json says how to read that:
     }
 
 `*` stands for a layer or an expert; of the rules that match a module the one with the fewest `*` counts, and null says
-that it is stored as floats. Modules that no rule matches are floats.
+that it is stored as floats. Modules that no rule matches are floats. `_refusal.py` says what else lies there for programs that
+cannot read that, README.md tells people.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
+from compress.containers import _refusal
+from compress.containers._card import card
 from compress.containers._hosts import WHOLE
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes, write_checkpoint
 from compress.containers.base import (
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 METHOD = "compress"
+REFUSAL, protect = _refusal.KEY, _refusal.protect
 SIGNS = ("signs_in", "signs_out")
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
            "int8": "I8", "uint8": "U8"}  # fmt: skip
@@ -282,7 +286,9 @@ def write(request: WriteRequest) -> list[Path]:
     }
     quantization = {"quant_method": METHOD, "format": FORMAT, "parts": layouts.parts(), "modules": modules}
     dtype = FLOATS[request.options.dtype][1]
-    return write_checkpoint(request, sources, produce, {"dtype": dtype, "quantization_config": quantization})
+    settings = {"dtype": dtype, "quantization_config": quantization, **_refusal.SETTINGS}
+    beside = {_refusal.FILE: _refusal.SOURCE, "README.md": card(request)}
+    return write_checkpoint(request, sources, produce, settings, beside)
 
 
 def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:

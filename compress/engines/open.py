@@ -60,6 +60,10 @@ def open_model(name: str) -> OpenedModel:
     """A folder of any container, GGUF file, hub id, bundled or packaged model; a dense one holds every weight in the shape
     config.json implies. A GGUF file is the model that its weights decode to."""
     location = model_location(name)
+    if Path(location).is_file() and (kind := file_container(location)) is not None and not kind.magic:
+        raise CheckpointError(
+            f"{name} holds weights alone; give the original, whose config.json says more, to --against"
+        )
     checkpoint = Checkpoint.open(location)
     spec = load_spec(checkpoint.config)
     files = checkpoint.weight_files

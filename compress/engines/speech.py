@@ -123,8 +123,8 @@ def open_speaker(target: str, context: int) -> Iterator[Speaker]:
     location = model_location(target)
     container = file_container(location)
     if container is not None:
-        with LlamaCpp(file_set(container, Path(location))[0], context=context) as engine:
-            yield _file(engine)
+        with LlamaCpp(file_set(container, Path(location))[0], context=context) as llama:
+            yield _file(llama)
         return
     opened, fallbacks = open_model(target), list[Fallback]()
     tokenizer = load_tokenizer(opened.folder, opened.spec.vocab_size)
@@ -168,12 +168,13 @@ def _folder(opened: OpenedModel, tokenizer: Tokenizer, engine: Speaks, notes: tu
 def _file(engine: LlamaCpp) -> Speaker:
     """A GGUF file, with llama.cpp's tokenizer and the template in the file's metadata."""
     fields = read_set(engine.path).fields
-    tokens, template = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.chat_template")
+    tokens, template = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.chat_template")
+    known = tokens if isinstance(tokens, list) else []
     special = {}
     for name in ("bos", "eos", "unknown", "padding"):
         index = fields.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(index, int) and 0 <= index < len(tokens):
-            special[f"{SHORT.get(name, name)}_token"] = str(tokens[index])
+        if isinstance(index, int) and 0 <= index < len(known):
+            special[f"{SHORT.get(name, name)}_token"] = str(known[index])
     return Speaker(
         engine,
         lambda text: engine.tokenize(text, special=True, ends=False).tolist(),

@@ -130,7 +130,7 @@ def deciding_files(weights: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Tensors of the model that the checkpoint holds in others, as its family declares (all experts of a layer in one)."""
+    """Tensors of the model that the checkpoint holds in others, or under other names, as its family declares."""
     if not entries:
         return {}
     try:
@@ -144,7 +144,8 @@ def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str,
                 name = branch.root + weight.name
                 for part in weight.slices if name not in entries else ():
                     if (whole := branch.root + part.name) in entries:
-                        found[name] = replace(entries[whole], shape=weight.shape, part=replace(part, name=whole))
+                        shape = entries[whole].shape if part.whole else weight.shape
+                        found[name] = replace(entries[whole], shape=shape, part=replace(part, name=whole))
     return found
 
 

@@ -6,6 +6,7 @@ Importing it registers it, which the hook of `compress.runtime.hook` does; users
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -16,14 +17,16 @@ from compress.codecs.names import codec_info
 from compress.containers.compress import (
     FORMAT,
     METHOD,
+    REFUSAL,
     Rules,
     Setting,
     module_name,
     part_names,
+    protect,
     read_rules,
     setting_of,
 )
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, OutputError
 from compress.models.checkpoint import Entry, read_header
 from compress.models.layers.moe import MoE
 from compress.models.spec import load_spec
@@ -31,7 +34,7 @@ from compress.models.spec import load_spec
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from compress.runtime.experts import PackedExperts
 
@@ -68,6 +71,12 @@ class CompressQuantizer(HfQuantizer):
     quantization_config: CompressConfig
     requires_calibration = True  # for transformers: it cannot quantize a model while loading it
 
+    def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Without what makes transformers refuse the folder: of all calls the one that has the config before files are
+        looked for."""
+        config.__dict__.pop(REFUSAL, None)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
@@ -89,6 +98,7 @@ class CompressQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PackedExperts):
                 module.share_inputs()
+        _protect_what_is_saved(type(model))
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
@@ -109,6 +119,30 @@ class CompressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+_PROTECTED: set[type[PreTrainedModel]] = set()
+
+
+def _protect_what_is_saved(kind: type[PreTrainedModel]) -> None:
+    """Let `save_pretrained` of a class give folders of packed weights what makes transformers refuse them, too; a second
+    call changes nothing."""
+    if kind in _PROTECTED:
+        return
+    save = kind.save_pretrained
+
+    @wraps(save)
+    def save_pretrained(self: PreTrainedModel, save_directory: str, *args: Any, **options: Any) -> None:
+        packed = isinstance(getattr(self, "hf_quantizer", None), CompressQuantizer)
+        packed = packed and not getattr(self, "_hf_peft_config_loaded", False)  # then adapters alone are saved
+        if packed and options.get("push_to_hub"):
+            raise OutputError("push_to_hub=True sends an unfinished folder; save without it, or call model.push_to_hub")
+        save(self, save_directory, *args, **options)
+        if packed and (Path(save_directory) / "config.json").is_file():
+            protect(Path(save_directory))
+
+    kind.save_pretrained = save_pretrained  # type: ignore[method-assign,assignment]
+    _PROTECTED.add(kind)
 
 
 def register() -> None:

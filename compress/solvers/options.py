@@ -243,14 +243,16 @@ FACTORIZERS: dict[str, type[FactorizerOptions]] = {"compot": CompotOptions, "roc
 
 def register(options: type[MethodOptions]) -> None:
     """Make a method from outside known by its name: a subclass of SolverOptions, PrunerOptions or FactorizerOptions whose
-    `module` has the functions of its kind. Raises ValueError when the name is taken."""
+    `module` has the functions of its kind. Raises ValueError when the name is taken or it is none of the three."""
     kinds: tuple[tuple[type, dict[str, Any]], ...] = (
         (SolverOptions, SOLVERS),
         (PrunerOptions, PRUNERS),
         (FactorizerOptions, FACTORIZERS),
     )
     name = options.model_fields["name"].default
-    known = next(known for kind, known in kinds if issubclass(options, kind))
+    known = next((known for kind, known in kinds if issubclass(options, kind)), None)
+    if known is None:
+        raise ValueError(f"{name}: derive its options from SolverOptions, PrunerOptions or FactorizerOptions")
     if known.get(name, options) is not options:
         raise ValueError(f"there is a method called {name} already; give yours another name")
     known[name] = options

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,28 +11,16 @@ import torch
 
 from compress import plugins
 from compress.errors import CheckpointError
+from tests.integration.pages import block, compress, sets, write_block
 from tests.integration.runs import SMALL, command, demo_blocks, text_file
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "adding-a-codec.md").read_text(encoding="utf-8")
-
-
-def block(language: str) -> str:
-    """The one code block of a language on the page."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-    return found
-
-
-def compress(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "compress.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+PAGE = "adding-a-codec.md"
 
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    (tmp_path / "e2m1_g32.py").write_text(block("python"), encoding="utf-8")
-    (tmp_path / "e2m1.yaml").write_text(block("yaml"), encoding="utf-8")
+    write_block(PAGE, "python", tmp_path / "e2m1_g32.py")
+    write_block(PAGE, "yaml", tmp_path / "e2m1.yaml")
     return tmp_path
 
 
@@ -46,16 +31,21 @@ def test_the_page(
     from transformers import AutoModelForCausalLM
 
     model, text = demo_blocks(page / "model", 1, 4), text_file(page / "text.txt")
-    small = (*SMALL, f"calibration.dataset={text}", "steps[0].quantize.solver.sweeps=0")
-    sets = [part for item in small for part in ("--set", item)]
+    small = sets(*SMALL, f"calibration.dataset={text}", "steps[0].quantize.solver.sweeps=0")
     plugin = str(page / "e2m1_g32.py")
-    given = ("--plugin", plugin, "--model", str(model), "--output", str(page / "out"), *sets)
+    given = ("--plugin", plugin, "--model", str(model), "--output", str(page / "out"), *small)
     code, out, err = command(monkeypatch, capfd, "run", str(page / "e2m1.yaml"), *given)
     assert code == 0, err + out
     card = json.loads((page / "out" / "scorecard.json").read_text())
     assert card["gate"]["passed"]
     (artifact,) = card["artifacts"]
     folder = page / "out" / artifact["path"]
+    forget_plugins()
+    speak = ("generate", str(folder), "the", "--tokens", "2")
+    code, _, err = command(monkeypatch, capfd, *speak)
+    assert code != 0 and "codec 'e2m1-g32' is not known" in err
+    code, said, err = command(monkeypatch, capfd, *speak, "--plugin", plugin)
+    assert code == 0 and said.startswith("the"), err
     forget_plugins()
     with pytest.raises(CheckpointError, match="e2m1-g32"):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -73,7 +63,7 @@ def test_without_the_plugin_the_name_is_unknown(page: Path) -> None:
 def test_a_plugin_cannot_take_a_name(
     page: Path, forget_plugins: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    (page / "taken.py").write_text(block("python").replace("e2m1-g32", "q4_k"), encoding="utf-8")
+    (page / "taken.py").write_text(block(PAGE, "python").replace("e2m1-g32", "q4_k"), encoding="utf-8")
     arguments = ("plan", str(page / "e2m1.yaml"), "--plugin", str(page / "taken.py"))
     code, _, err = command(monkeypatch, capfd, *arguments)
     assert code != 0 and "already" in err and "Traceback" not in err

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.integration.pages import block, compress, sets, write_block
 from tests.integration.runs import command, demo_blocks, text_file
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "adding-a-container.md").read_text(encoding="utf-8")
-
-
-def block(language: str) -> str:
-    """The one code block of a language on the page."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-    return found
-
-
-def compress(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "compress.cli", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+PAGE = "adding-a-container.md"
 
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    (tmp_path / "npy.py").write_text(block("python"), encoding="utf-8")
-    (tmp_path / "npy.yaml").write_text(block("yaml"), encoding="utf-8")
+    write_block(PAGE, "python", tmp_path / "npy.py")
+    write_block(PAGE, "yaml", tmp_path / "npy.yaml")
     (tmp_path / "suite.yaml").write_text("{name: few, text: wikipedia, windows: 2, length: 64}\n")
     return tmp_path
 
@@ -47,15 +28,15 @@ def test_the_page(
 ) -> None:
     """On one block of the demo model, without the solver's sweeps."""
     model, text = demo_blocks(page / "model", 1, 4), text_file(page / "text.txt")
-    sets = ("calibration.samples=4", "calibration.length=64", f"calibration.dataset={text}",
-            f"score.suite={page / 'suite.yaml'}", "steps[0].quantize.solver.sweeps=0")  # fmt: skip
+    small = sets("calibration.samples=4", "calibration.length=64", f"calibration.dataset={text}",
+                 f"score.suite={page / 'suite.yaml'}", "steps[0].quantize.solver.sweeps=0")  # fmt: skip
     given = [
         page / "npy.yaml",
         "--model",
         model,
         "--plugin",
         page / "npy.py",
-        *(part for item in sets for part in ("--set", item)),
+        *small,
     ]
     planned = compress("plan", *given, "--json")
     assert planned.returncode == 0, planned.stderr
@@ -98,6 +79,6 @@ def test_without_the_plugin_the_name_is_unknown(page: Path) -> None:
 
 
 def test_a_plugin_cannot_take_a_name(page: Path) -> None:
-    (page / "taken.py").write_text(block("python").replace('name="npy"', 'name="gguf"'), encoding="utf-8")
+    (page / "taken.py").write_text(block(PAGE, "python").replace('name="npy"', 'name="gguf"'), encoding="utf-8")
     result = compress("plan", page / "npy.yaml", "--plugin", page / "taken.py")
     assert result.returncode != 0 and "already" in result.stderr and "Traceback" not in result.stderr

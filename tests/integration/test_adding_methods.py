@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.integration.pages import sets, write_block
 from tests.integration.runs import command, text_file
 from tests.tiny import tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+PAGE = "adding-a-method.md"
 
 
 def test_the_page(
@@ -27,14 +26,11 @@ def test_the_page(
     )
     plugins: list[str] = []
     for name in ("solver", "scaling", "family"):
-        (code,) = re.findall(rf"```python {name}\n(.*?)```", PAGE, re.DOTALL)
-        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
-        plugins += ["--plugin", str(tmp_path / f"{name}.py")]
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "recipe.yaml").write_text(recipe.replace("MODEL", str(model)), encoding="utf-8")
+        plugins += ["--plugin", str(write_block(PAGE, f"python {name}", tmp_path / f"{name}.py"))]
+    write_block(PAGE, "yaml", tmp_path / "recipe.yaml", MODEL=model)
     text = text_file(tmp_path / "text.txt")
-    sets = ("calibration.samples=4", "calibration.length=64", f"calibration.dataset={text}")
-    given = [str(tmp_path / "recipe.yaml"), *plugins, *(part for item in sets for part in ("--set", item))]
+    small = sets("calibration.samples=4", "calibration.length=64", f"calibration.dataset={text}")
+    given = [str(tmp_path / "recipe.yaml"), *plugins, *small]
 
     def compress(*arguments: str) -> tuple[int, str, str]:
         forget_plugins()

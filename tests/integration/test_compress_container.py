@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from compress.codecs.names import codec_info
+from compress.containers import CONTAINERS
 from compress.containers import compress as container
 from compress.containers.base import Options, WriteRequest
 from compress.containers.compress import Setting, setting_of
@@ -27,6 +29,7 @@ from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, load_spec
+from compress.models.identity import Identity
 from compress.plan.tensor import PlannedTensor
 from compress.runtime.embedding import PackedEmbedding, TiedHead
 from compress.runtime.linear import PackedLinear
@@ -77,6 +80,17 @@ def planned(spec: ModelSpec, codec_of: Callable[[Any, int], str | Setting]) -> l
     return lines
 
 
+def rounded(plan: list[PlannedTensor], model: Path) -> dict[str, Packed]:
+    """The tensors of a model folder as a plan says."""
+    weights = weights_of(model)
+    return {
+        line.name: as_stored(line, weights[line.name])
+        if line.solver is None
+        else solve_tensor(line, weights[line.name], None).pack()
+        for line in plan
+    }
+
+
 def written(
     folder: Path,
     family: str,
@@ -87,14 +101,9 @@ def written(
     """A tiny random model, rounded and written to `folder`/out."""
     wide = {**WIDE, **(EXPERTS if "_moe" in family else {}), **overrides}
     model = tiny_model(family, folder / "model", **wide)
-    spec, weights = spec_of(model), weights_of(model)
+    spec = spec_of(model)
     plan = planned(spec, codec_of)
-    packed = {
-        line.name: as_stored(line, weights[line.name])
-        if line.solver is None
-        else solve_tensor(line, weights[line.name], None).pack()
-        for line in plan
-    }
+    packed = rounded(plan, model)
     container.write(
         WriteRequest(
             folder / "out",
@@ -210,9 +219,9 @@ def test_renamed_floats_get_the_wanted_dtype(tmp_path: Path) -> None:
     assert embedded.grad.isfinite().all() and embedded.grad.abs().sum() > 0
 
 
-def in_fresh_process(code: str, *arguments: str) -> None:
+def in_fresh_process(code: str, *arguments: str, **environment: str) -> None:
     """Run code that must not print, warn or fail."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-W", "error::UserWarning", "-c", code, *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
@@ -252,6 +261,76 @@ assert auto.AUTO_QUANTIZER_MAPPING["compress"].__module__ == "compress.runtime.l
     in_fresh_process(code)
 
 
+def test_without_the_import_transformers_refuses_to_load(llama: Written, tmp_path: Path) -> None:
+    """Each way into the folder, and the code in it where compress is not installed."""
+    code = """
+import sys
+import transformers
+transformers.logging.set_verbosity_error()
+sys.modules["compress"] = None
+folder = sys.argv[1]
+for load in (
+    transformers.AutoModelForCausalLM.from_pretrained,
+    transformers.LlamaForCausalLM.from_pretrained,
+    lambda folder: transformers.pipeline("text-generation", folder),
+):
+    try:
+        load(folder)
+    except ValueError as error:
+        assert "`import compress` before you load them (pip install compress-llm)" in str(error), error
+    else:
+        raise AssertionError("loaded")
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+except ImportError as error:
+    assert "packed by compress, which is not installed: pip install compress-llm" in str(error), error
+else:
+    raise AssertionError("loaded")
+"""
+    in_fresh_process(code, str(llama.folder), HF_HOME=str(tmp_path))
+
+
+def test_trusted_code_in_the_folder_does_the_import(llama: Written, tmp_path: Path) -> None:
+    out = tmp_path / "logits.pt"
+    code = """
+import sys
+import torch
+import transformers
+transformers.logging.disable_progress_bar()
+loaded = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32", trust_remote_code=True)
+model = transformers.pipeline("text-generation", sys.argv[1], dtype="float32", trust_remote_code=True).model
+assert type(loaded) is type(model) is transformers.LlamaForCausalLM
+with torch.inference_mode():
+    torch.save([m(torch.arange(5)[None]).logits for m in (loaded, model)], sys.argv[2])
+"""
+    in_fresh_process(code, str(llama.folder), str(out), HF_HOME=str(tmp_path))
+    expected = torch.from_numpy(logits_of(StreamedSource(llama.spec, llama.dense, "decoded"), np.arange(5)))
+    for logits in torch.load(out):
+        torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_readme_says_what_to_import_and_the_licence(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
+    (model / "README.md").write_text("---\nlicense: other\nlicense_name: 'odd: [name]'\n---\n# Original\n")
+    spec = load_spec({**config_of(model), "auto_map": {"AutoConfig": "theirs.C"}, "transformers_weights": "theirs.bin"})
+    plan = planned(spec, lambda *_: "int4-g32")
+    fetch = rounded(plan, model).__getitem__
+    of = Identity("m", "owner", "0" * 40, "other", "odd: [name]")
+    for name, identity in (("compress", None), ("safetensors", None), ("hub", of)):
+        container = CONTAINERS["compress" if name == "hub" else name]
+        container.write(WriteRequest(tmp_path / name, spec, plan, fetch, source=model, of=identity))
+    text = (tmp_path / "compress" / "README.md").read_text()
+    front, _, body = text.removeprefix("---\n").partition("---\n")
+    assert yaml.safe_load(front) == {"license": "other", "license_name": "odd: [name]"}
+    hub = yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---\n")[1])
+    assert hub == {"license": "other", "license_name": "odd: [name]", "base_model": "owner/m"}
+    assert "import compress\nfrom transformers" in body and "`int4-g32`" in body and "Licence: odd: [name]" in body
+    assert (tmp_path / "compress" / "README-original.md").read_text().endswith("# Original\n")
+    # of files that do not go along nothing is left, whatever the container
+    assert not {"auto_map", "transformers_weights"} & config_of(tmp_path / "safetensors").keys()
+    assert config_of(tmp_path / "compress")["auto_map"] == {"AutoConfig": "configuration_compress.CompressConfig"}
+
+
 def test_saved_again_it_is_the_same_model(tmp_path: Path) -> None:
     """save_pretrained keeps bytes and names of the checkpoint: Mixtral's are renamed on loading and back on saving."""
     made = written(tmp_path, "mixtral", mixed)
@@ -261,7 +340,15 @@ def test_saved_again_it_is_the_same_model(tmp_path: Path) -> None:
     assert first.keys() == again.keys()
     coded = {name for name in first if not name.endswith(("weight", "bias"))}
     assert coded and all(torch.equal(first[name], again[name]) for name in coded)
-    assert config_of(made.folder)["quantization_config"] == config_of(tmp_path / "again")["quantization_config"]
+    for key in ("quantization_config", "auto_map", "transformers_weights"):
+        assert config_of(made.folder)[key] == config_of(tmp_path / "again")[key]
+    for folder in (made.folder, tmp_path / "again"):
+        assert "install()" in (folder / "configuration_compress.py").read_text()
+    with pytest.raises(OutputError, match="model.push_to_hub"):
+        source.model.save_pretrained(tmp_path / "sent", push_to_hub=True)
+    dense = type(source.model).from_pretrained(made.model)
+    dense.save_pretrained(tmp_path / "dense")
+    assert "transformers_weights" not in config_of(tmp_path / "dense") and not list((tmp_path / "dense").glob("*.py"))
     ids = token_ids(9)
     np.testing.assert_array_equal(logits_of(TransformersSource(tmp_path / "again"), ids), logits_of(source, ids))
 

@@ -9,10 +9,10 @@ stream, what can be pruned together, what engines fuse, how GGUF calls and order
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from compress.models.layers.views import Map, Piece
 
@@ -62,14 +62,19 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Where a tensor lies in a checkpoint that fuses it: rows start..stop of entry `index` of tensor `name`, relative to
-    the block. transposed: stored as [in, out]."""
+    """Where a tensor lies in a checkpoint that fuses or renames it: rows start..stop of entry `index` of tensor `name`,
+    relative to the block. transposed: stored as [in, out]."""
 
     name: str
     index: int | None = None
     start: int = 0
     stop: int | None = None
     transposed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is that tensor as it is."""
+        return self == Slice(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +129,15 @@ GgufValue = int | float | bool | str | tuple[int, ...] | tuple[bool, ...]
 class Sublayer:
     """Base of all sub-layers: x + f(norm(x)) of the residual stream x, [..., hidden].
 
-    norm, norm_gguf: the norm in front; norm_shift: what the model adds to its stored weights.
+    norm, norm_gguf: the norm in front; norm_shift: what the model adds to its stored weights; stored: names of tensors here
+    and in checkpoints that call them otherwise, see `stored_as`.
     """
 
     hidden: int
     norm: str
     norm_gguf: str
     norm_shift: float = field(default=0.0, kw_only=True)
+    stored: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     half: ClassVar[str]
     """"attention" or "ffn": its place in the block, for messages and files."""
     forward: ClassVar[str]
@@ -165,7 +172,16 @@ class Sublayer:
             shift=self.norm_shift,
             pieces=pieces,
         )
-        return (stream_norm, *self.tensors())
+        names = dict(self.stored)
+        return tuple(
+            replace(weight, slices=(Slice(names[weight.name]),)) if weight.name in names else weight
+            for weight in (stream_norm, *self.tensors())
+        )
+
+    def stored_as(self, names: Mapping[str, str]) -> Self:
+        """The same where checkpoints have other names: name here -> name there, both relative to the block. Names of other
+        sub-layers do no harm."""
+        return replace(self, stored=tuple(names.items()))
 
     @cached_property
     def samples(self) -> tuple[Weight, ...]:

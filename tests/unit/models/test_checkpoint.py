@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CheckpointError, NoSuchModel
-from compress.models.checkpoint import INDEX, SINGLE, Checkpoint, read_header
+from compress.models import known_families, spec
+from compress.models.checkpoint import INDEX, SINGLE, Checkpoint, checkpoint_problems, read_header
+from compress.models.surplus import surplus
 from tests.tiny import tiny_model
 
 SMALL = {"vocab_size": 300, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "tokenizer": False}
@@ -215,6 +218,27 @@ def test_non_finite_weights(single: Path, bad: float) -> None:
     with pytest.raises(CheckpointError) as error:
         checkpoint.load(name)
     _one_line(error, name, " 2 ")
+
+
+def test_tensors_under_other_names(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose checkpoints call tensors otherwise reads them in one piece, keeps its own name where both are there,
+    and sees a wrong shape."""
+    llama, names = known_families()["llama"], {"mlp.up_proj.weight": "ffn.w3.weight", "no.such.weight": "x"}
+    block = lambda config, layer: tuple(part.stored_as(names) for part in llama.block(config, layer))  # noqa: E731
+    monkeypatch.setitem(spec._FOUND, "llama", replace(llama, block=block))
+    weights = load_file(single / SINGLE)
+    up, theirs = "model.layers.0.mlp.up_proj.weight", "model.layers.0.ffn.w3.weight"
+    weights[theirs] = weights.pop(up)
+    save_file(weights, single / SINGLE)
+    checkpoint = Checkpoint.open(single)
+    assert torch.equal(checkpoint.load(up), weights[theirs])
+    model = spec.load_spec(checkpoint.config)
+    assert checkpoint_problems(model, checkpoint) == [] == surplus(model, checkpoint)[0]
+    save_file({**weights, theirs: weights[theirs][1:].clone()}, single / SINGLE)
+    (problem,) = checkpoint_problems(model, Checkpoint.open(single))
+    assert problem == f"{up} is [95, 48] in the checkpoint, config.json implies [96, 48]"
+    save_file({**weights, up: weights[theirs].clone()}, single / SINGLE)
+    assert any(theirs in line for line in surplus(model, Checkpoint.open(single))[0])
 
 
 def test_absent_tensor(single: Path) -> None:
