@@ -120,7 +120,7 @@ def advise(wish: Wish, by: Rules | None = None, known: Quality | None = None) ->
         raise CompressError("nothing tells how much memory this machine has; say it with --memory, as --memory 16GB")
     by, known = by or rules(), known or quality()
     checkpoint = Checkpoint.open(model_location(wish.model), weights=False)
-    facts, use = Facts.of(load_spec(checkpoint.config), wish.machine), by.uses[wish.use]
+    facts, use = Facts.of(load_spec(checkpoint.config), wish.machine, by), by.uses[wish.use]
     found, options, left_out = _Chosen(by.propose, facts.gpu), [], []
     for candidate in by.candidates:
         if found.enough or not candidate.when.holds(facts):

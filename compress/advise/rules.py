@@ -14,9 +14,6 @@ from compress.machine import Machine
 from compress.models.spec import ModelSpec
 from compress.reading import Yaml, read_text
 
-TABLES = frozenset({"avx2", "asimddp"})
-"""Features of processors whose look-ups i-quants are quick with, as llama.cpp's kernels for them use these instructions."""
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -27,9 +24,9 @@ class Facts:
     tables: bool
 
     @classmethod
-    def of(cls, spec: ModelSpec, machine: Machine) -> Facts:
+    def of(cls, spec: ModelSpec, machine: Machine, by: Rules) -> Facts:
         gpu = bool(machine.gpus)
-        return cls(gpu, bool(spec.experts), gpu or bool(TABLES & set(machine.cpu.features)))
+        return cls(gpu, bool(spec.experts), gpu or bool(set(by.tables) & set(machine.cpu.features)))
 
 
 def _tuple(value: Any) -> Any:
@@ -76,10 +73,11 @@ class Candidate(Section):
 
 
 class Rules(Section):
-    """rules.yaml. candidates: best expected quality first."""
+    """rules.yaml. tables: features of processors that are quick at look-ups; candidates: best expected quality first."""
 
     uses: dict[str, Use]
     propose: Propose
+    tables: Annotated[tuple[str, ...], BeforeValidator(_tuple)]
     candidates: Annotated[tuple[Candidate, ...], BeforeValidator(_tuple), Field(min_length=1)]
 
     @model_validator(mode="after")

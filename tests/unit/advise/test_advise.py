@@ -58,7 +58,7 @@ def test_what_holds_everywhere(tmp_path: Path, model: str, sizes: tuple[float, .
     on = machine(*sizes)
     found = advice(tmp_path, MODELS[model], on, use)
     order = [candidate.recipe for candidate in rules().candidates]
-    facts = Facts.of(load_spec(MODELS[model]), on)
+    facts = Facts.of(load_spec(MODELS[model]), on, rules())
     assert len(found.proposals) <= rules().propose.most and (found.smallest is None) == bool(found.proposals)
     assert [order.index(name) for name in names(found)] == sorted(order.index(name) for name in names(found))
     for proposal in found.proposals:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from compress.advise.rules import Facts, Rules, When, quality, rules
 from compress.machine import Cpu, Gpu, Machine, Memory
+from compress.machine.parse import FEATURES
 from compress.models import load_spec
 from compress.models.checkpoint import Checkpoint
 from compress.recipe.load import bundled_recipes
@@ -75,7 +76,11 @@ def test_sentences_are_sentences() -> None:
 )
 def test_facts(features: tuple[str, ...], gpus: tuple[Gpu, ...], config: dict, expected: Facts) -> None:
     machine = Machine(Cpu("", features, 1), Memory(None, None), gpus)
-    assert Facts.of(load_spec(config), machine) == expected
+    assert Facts.of(load_spec(config), machine, rules()) == expected
+
+
+def test_features_are_those_that_are_read() -> None:
+    assert set(rules().tables) <= set(FEATURES)
 
 
 def test_conditions_hold_for_what_they_name() -> None:
