@@ -132,7 +132,7 @@ def arguments(description: str) -> ArgumentParser:
     parser.add_argument("--windows", type=int, default=60, help="scored windows of 512 tokens")
     parser.add_argument("--text", default="wikitext2")
     parser.add_argument("--model", default=TOY, help="a folder, or smollm2-135m: a real model of 135M, dithered")
-    parser.add_argument("--only", default="", help="regular expression of labels")
+    parser.add_argument("--only", default="", help="regular expression of `group: label`")
     parser.add_argument("--markdown", type=Path, help="also write the table here, after every case")
     return parser
 

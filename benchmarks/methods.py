@@ -29,6 +29,20 @@ LATTICE, TRELLIS = "{name: gptq, sweeps: 4}", "{name: gptq, sweeps: 1}"  # as th
 
 TWO, THREE, FOUR, EIGHT = "2 bits, routed experts", "3 bits, routed experts", "4 bits", "8 bits"
 FILES = "GGUF files, scored in llama.cpp"
+ADVICE = "what `compress advise` proposes"
+
+
+def mix(name: str) -> Case:
+    """A scheme as the recipe of the everyday 4-bit file has it."""
+    return Case(ADVICE, name, "gguf-q4-k-m", (f"steps[0].quantize.scheme={name}",))
+
+
+MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "IQ2_M", "EXPERTS_4BIT", "EXPERTS_3BIT")
+RECIPES = (
+    "gguf-q4-k-m", "qwen-moe-2bit-plus", "moe-2bit", "reap-25-2bit", "gguf-iq1-m", "gptq-w4-g128",
+)  # fmt: skip
+ADVISED = (*map(mix, MIXES), *(Case(ADVICE, name, name) for name in RECIPES))
+"""The table that `compress/advise/quality.yaml` is a copy of; made with `--only` its names, in one go."""
 CASES = (
     Case(TWO, "int2-g128-asym rtn", "quip-2bit", experts("int2-g128-asym", "rtn")),
     Case(TWO, "int2-g128-asym gptq", "quip-2bit", experts("int2-g128-asym")),
@@ -150,8 +164,8 @@ def main() -> None:
     rows: list[Row] = []
     with scratch_suite(options.text, options.windows) as (scratch, suite):
         model = original(options.model, scratch)
-        for case in CASES if options.model == TOY else DENSE:
-            if not re.search(options.only, case.label):
+        for case in (*CASES, *ADVISED) if options.model == TOY else DENSE:
+            if not re.search(options.only, f"{case.group}: {case.label}"):
                 continue
             rows.append(measure(case, options.samples, suite, scratch, model))
             print(f"{case.label}: KL {rows[-1].kl[0]:.5f}, {rows[-1].seconds:.0f} s", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress.cli.advise import advise
 from compress.cli.app import Command, app, main
 from compress.cli.check import verify
 from compress.cli.examples import EXAMPLES, epilog
@@ -12,5 +13,5 @@ from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (run, plan, recipes, methods, score, compare, chat, generate, verify):  # the order of --help
+for command in (run, plan, advise, recipes, methods, score, compare, chat, generate, verify):  # the order of --help
     app.command(cls=Command, epilog=epilog(EXAMPLES.get(command.__name__, ())))(command)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": (
-        "compress run qwen-moe-2bit",
-        "compress run gguf-q4-k-m --model Qwen/Qwen3-0.6B",
-        "compress run my.yaml --set calibration.samples=64",
+        "compress run Q4_K_M --model Qwen/Qwen3-0.6B",
+        "compress run qwen-moe-2bit --set samples=64",
+        "compress run my.yaml --output out/mine",
     ),
     "plan": (
         "compress plan qwen-moe-2bit",
         "compress plan gguf-q4-k-m --model model.gguf",
         "compress plan qwen-moe-2bit --rehearse --json",
+    ),
+    "advise": (
+        "compress advise Qwen/Qwen3-30B-A3B",
+        "compress advise model.gguf --memory 8GB --vram 4GB",
+        "compress advise ./model --use code --json",
     ),
     "recipes": ("compress recipes", "compress recipes --json"),
     "methods": ("compress methods", "compress methods --json"),
@@ -31,7 +36,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "generate": (
         "compress generate model.gguf 'The city of London'",
-        "compress generate model.gguf 'Once' --tokens 200",
+        "echo 'Name three colours.' | compress generate out/x --chat",
     ),
     "verify": ("compress verify out/qwen-moe-2bit", "compress verify out/qwen-moe-2bit/model.gguf"),
 }

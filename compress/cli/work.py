@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +23,10 @@ from compress.cli.options import (
     StrictOption,
     VerboseOption,
 )
+
+if TYPE_CHECKING:
+    from compress.plan.plan import Plan
+    from compress.plan.verdict import Verdict
 
 
 def run(
@@ -76,7 +81,11 @@ def plan(
     from compress.recipe import load_recipe
 
     load_plugins(plugin)
-    made = make_plan(load_recipe(recipe, set or (), model=model, output=output), weights=rehearse)
+
+    def planned(more: Sequence[str] = ()) -> Plan:
+        return make_plan(load_recipe(recipe, (*(set or ()), *more), model=model, output=output), weights=rehearse)
+
+    made = planned()
     made = replace(made, warnings=(*made.warnings, *read_texts(made)))
     estimate = None
     if rehearse:
@@ -86,9 +95,27 @@ def plan(
             from compress.run.rehearse import rehearse as rehearse_plan
 
             estimate = rehearse_plan(made, device)
+    verdict = _verdict(made, planned, None if estimate is None else estimate.total, device)
     if as_json:
-        typer.echo(json.dumps({**made.as_dict(), **({"estimated_seconds": estimate.as_dict()} if estimate else {})}))
+        estimated = {"estimated_seconds": estimate.as_dict()} if estimate else {}
+        typer.echo(json.dumps({**made.as_dict(), **estimated, "verdict": verdict.as_dict()}))
         return
     from compress.report.plan_table import plan_table
 
-    show(plan_table(made, estimate))
+    show(plan_table(made, estimate, verdict))
+
+
+def _verdict(
+    plan: Plan, planned: Callable[[Sequence[str]], Plan], rehearsed: float | None, device: str | None
+) -> Verdict:
+    """Whether it fits this machine, and how long it takes where a rehearsal or an earlier run tells."""
+    from compress.machine import look
+    from compress.plan.duration import Duration, duration, runs_like
+    from compress.plan.verdict import judge
+
+    machine = look()
+    if rehearsed is not None:
+        found: Duration | None = Duration(rehearsed, rehearsed, "measured by rehearsal")
+    else:
+        found = duration(plan, runs_like(plan, machine, device).known())
+    return judge(plan, machine, duration=found, replan=planned)

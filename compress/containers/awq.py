@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.codecs.names import CodecInfo, codec_info
+from compress.containers._hosts import VLLM
 from compress.containers._quantized import (
     check_arrival,
     fused_problem,
@@ -215,6 +216,7 @@ CONTAINER = Container(
     rank=3,
     usual="awq-w4-g128",
     engines="vLLM, SGLang, gptqmodel",
+    hosts=(VLLM,),
     kinds=frozenset({"float", "uniform"}),
     holds=_holds,
     float_roles=("embeddings", "lm_head"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.codecs.names import CodecInfo, codec_info
+from compress.containers._hosts import Host
 from compress.models.identity import Identity, identify
 
 if TYPE_CHECKING:
@@ -238,6 +239,9 @@ class Container:
     """Codecs as the file names them, by checkpoint name; None where it does not name them tensor by tensor."""
     engine: Engine | None = None
     """What runs it for scores; None: nothing here, its decoded weights are scored."""
+
+    hosts: tuple[Host, ...] = ()
+    """Engines whose memory for an artifact is known, the usual one first."""
 
     def takes(self, codec: str) -> bool:
         """Whether it holds a codec."""

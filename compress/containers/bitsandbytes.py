@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import CodecInfo, codec_info
+from compress.containers._hosts import WHOLE
 from compress.containers._quantized import check_arrival, module_of, write_folder
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
@@ -247,6 +248,7 @@ CONTAINER = Container(
     masks="bitsandbytes has no masks: zeros take as many bits as other weights",
     quant_method="bitsandbytes",
     engine=replace(TRANSFORMERS, package="bitsandbytes", distribution="bitsandbytes", extra="bnb"),
+    hosts=(WHOLE,),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
 from compress.containers import _refusal
 from compress.containers._card import card
+from compress.containers._hosts import WHOLE
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes, write_checkpoint
 from compress.containers.base import (
     TRANSFORMERS,
@@ -344,6 +345,7 @@ CONTAINER = Container(
     shrunk=_shrunk,
     quant_method=METHOD,
     engine=TRANSFORMERS,
+    hosts=(WHOLE,),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

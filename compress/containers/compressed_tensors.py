@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import CodecInfo, codec_info
+from compress.containers._hosts import VLLM, WHOLE
 from compress.containers._quantized import (
     check_arrival,
     fused_problem,
@@ -351,6 +352,7 @@ CONTAINER = Container(
     "(0.19), transformers or vLLM, so zeros are stored like other weights",
     quant_method="compressed-tensors",
     engine=replace(TRANSFORMERS, package="compressed_tensors", distribution="compressed-tensors", extra="ct"),
+    hosts=(VLLM, WHOLE),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

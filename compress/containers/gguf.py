@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
 from compress.containers._gguf_general import FILE_TYPES, add_general
+from compress.containers._hosts import LLAMA
 from compress.containers.base import LLAMA_CPP, Container, Files, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models.gguf.header import read_set, shards
@@ -395,6 +396,7 @@ CONTAINER = Container(
     magic=b"GGUF",
     files=shards,
     engine=LLAMA_CPP,
+    hosts=(LLAMA,),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     copied_bytes=_copied_bytes,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
+from compress.containers._hosts import VLLM
 from compress.containers._quantized import check_arrival, module_of, write_folder
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
@@ -260,6 +261,7 @@ CONTAINER = Container(
     rank=2,
     usual="W4A16",
     engines="vLLM, SGLang, gptqmodel",
+    hosts=(VLLM,),
     kinds=frozenset({"float", "uniform"}),
     float_roles=("embeddings",),  # engines look them up as plain rows; no loader of these formats unpacks them
     masks="the GPTQ layout has no masks: zeros take as many bits as other weights",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import KIND_NAMES, stored_bytes
+from compress.containers._hosts import VLLM, WHOLE
 from compress.containers._safetensors import FLOATS, Slot, dense_entry_bytes, write_checkpoint
 from compress.containers.base import (
     ROUNDED_TOLERANCE,
@@ -66,6 +67,7 @@ CONTAINER = Container(
     masks="it is dense: it holds the zeros, or the product of the factors",
     original=True,
     engine=TRANSFORMERS,
+    hosts=(WHOLE, VLLM),
     tolerance=ROUNDED_TOLERANCE,
     tensor_bytes=tensor_bytes,
     entry_bytes=dense_entry_bytes,

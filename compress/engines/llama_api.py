@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from types import ModuleType
 from typing import Any
 
 from compress.errors import MissingExtra
+from compress.machine import threads
 
 # enum ggml_type (ggml.h); the names are this project's codec names.
 GGML_TYPES = {
@@ -61,7 +61,4 @@ def llama_api() -> ModuleType:
 def default_threads() -> int:
     """The cores we may use, or fewer if OMP_NUM_THREADS says so: llama.cpp's threads wait for each other by spinning,
     which on cores shared with others is many times slower than one thread."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(wanted), cores) if wanted.isdigit() and int(wanted) > 0 else cores
+    return threads()

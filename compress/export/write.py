@@ -26,10 +26,8 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
         progress(done / len(plan.tensors))
         return journal.fetch(name)
 
-    scheme = plan.scheme
-    mixture = f"{plan.identity.name}-{scheme}" if scheme else None
-    path = folder / container.file_name(plan.recipe.name, export.name, mixture)
-    options = Options(max_shard_size=export.max_shard_size, scheme=scheme, dtype=plan.own_codec)
+    path = folder / plan.artifact_name(container, export.name)
+    options = Options(max_shard_size=export.max_shard_size, scheme=plan.scheme, dtype=plan.own_codec)
     # where the tokenizer's own files lie beside the weights, transformers goes by their settings
     settings = None if container.suffix or reads_no_text(plan) else shipped(plan_tokenizer(plan)).settings
     request = WriteRequest(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import __version__, plugins
 from compress.models.companions import companion_bytes
@@ -24,6 +24,9 @@ from compress.solvers.options import RecoverOptions
 from compress.structured.shapes import Reduction
 from compress.transforms.options import RotateOptions, TransformOptions
 from compress.weights import Pattern
+
+if TYPE_CHECKING:
+    from compress.containers import Container
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,11 @@ class Plan:
     def file_bytes(self) -> Mapping[str, int]:
         """About the weight files of each container: tensors, what names them, and what is copied of the tokenizer."""
         return {c.name: c.file_bytes(self.counted, self.own_codec, self.source) for c in self.recipe.containers}
+
+    def artifact_name(self, container: Container, name: str | None = None) -> str:
+        """Of an artifact's file or folder. name: the one that the recipe's export gives it."""
+        mixture = f"{self.identity.name}-{self.scheme}" if self.scheme else None
+        return container.file_name(self.recipe.name, name, mixture)
 
     @property
     def disk_bytes(self) -> int:

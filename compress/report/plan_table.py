@@ -15,15 +15,17 @@ from compress.plan.causes import count_of
 from compress.plan.tensor import codes_container
 from compress.report.layout import Facts, Grid, Head, Line, Prose
 from compress.report.numbers import bits, human_bytes, human_seconds, percent
+from compress.report.verdict import verdict_lines
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan
     from compress.plan.tensor import PlannedTensor
+    from compress.plan.verdict import Verdict
     from compress.run.rehearse import Rehearsal
 
 
-def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
-    """Header, one row per role, codec and solver, totals, what is stored otherwise, notes; for any width."""
+def plan_table(plan: Plan, estimate: Rehearsal | None = None, verdict: Verdict | None = None) -> RenderableType:
+    """Header, one row per role, codec and solver, totals, what is stored otherwise, notes, the verdict; for any width."""
     parts: list[RenderableType] = [*_header(plan), _role_table(plan), "", _totals(plan, estimate)]
     if plan.savings:
         parts += ["", *_saving_lines(plan)]
@@ -31,6 +33,8 @@ def plan_table(plan: Plan, estimate: Rehearsal | None = None) -> RenderableType:
         parts += ["", *_exchange_lines(plan)]
     if plan.warnings:
         parts += ["", *(Prose(f"Note: {warning}") for warning in plan.warnings)]
+    if verdict is not None:
+        parts += ["", verdict_lines(verdict, plan.recipe.model)]
     return Group(*parts)
 
 

@@ -16,8 +16,11 @@ from compress.errors import CheckpointError, CompressError, GateFailed
 from compress.export.deliver import Delivery, deliver, require_texts
 from compress.export.text import plan_tokenizer
 from compress.files import checksum, locked, write_synced
+from compress.machine import look
+from compress.machine.measured import Measured
 from compress.models.checkpoint import Checkpoint
 from compress.plan.causes import count_of
+from compress.plan.duration import runs_like, work
 from compress.plan.make import make_plan
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor, surveys_head
@@ -111,6 +114,7 @@ def _carry_out(
         reporter.say(f"note: {told}; compress plan says which, and what avoids it")
     for warning in plan.warnings:
         reporter.say(f"note: {warning}")
+    planned, whole = plan, not journal.units
     if journal.units:
         units = ["embeddings", *(f"block-{n:05d}" for n in range(plan.spec.layers)), "head"]
         units += [RECOVERED] if tunes_end_to_end(plan) else []
@@ -145,7 +149,16 @@ def _carry_out(
             f"gate failed: {failed[0].name}: {failed[0].detail}; the artifacts are in {output / 'rejected'}, "
             f"the figures in {output / scorecards.FILE_NAME}"
         )
+    if whole:
+        _remember(planned, card, placement)
     return card
+
+
+def _remember(plan: Plan, card: Scorecard, placement: Placement) -> None:
+    """What a run took that was not interrupted, for the plans to come."""
+    seconds = sum(stage.seconds for stage in card.stages)
+    run = Measured(plan.identity.version, card.created or "", seconds, work(plan))
+    runs_like(plan, look(), placement.device.type).remember(run)
 
 
 def _inspect(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter, strict: bool) -> None:

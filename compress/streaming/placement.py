@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import RecipeError
-
-VARIABLE = "COMPRESS_DEVICE"
+from compress.machine import DEVICE
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Placement:
 
         Raises RecipeError for a name that is none, or a device that this machine does not have.
         """
-        name = wanted or os.environ.get(VARIABLE) or "cpu"
-        source = "--device" if wanted else VARIABLE
+        name = wanted or os.environ.get(DEVICE) or "cpu"
+        source = "--device" if wanted else DEVICE
         if name == "auto":
             return cls(torch.device("cuda" if _has("cuda") else "mps" if _has("mps") else "cpu"))
         try:

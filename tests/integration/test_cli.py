@@ -158,6 +158,49 @@ def test_rehearsal_needs_weights(compress: Compress, tmp_path: Path) -> None:
     assert code == 1 and "no model.safetensors" in err
 
 
+def test_a_plan_ends_with_a_verdict(compress: Compress, place: Path) -> None:
+    """Of the time it speaks where the same steps were taken on this machine before."""
+    sets = ["--set", f"score={{suite: {place / 'suite.yaml'}}}", "--set", "calibration.samples=4"]
+    code, out, _ = compress("plan", place / "gguf.yaml", "--model", place / "model", *sets)
+    assert code == 0
+    last = out[out.index("On this machine") :]
+    assert "memory to make it  " in last and "disk to make it" in last and "to run it in llama.cpp" in last
+    assert re.search(r"^time .* a run of model on this machine at 20", last, re.MULTILINE)
+    told = json.loads(compress("plan", place / "gguf.yaml", "--model", place / "model", "--json", *sets)[1])["verdict"]
+    assert told["memory"]["fits"] is True and told["missing_bytes"] == 0 and "run of model" in told["time"]["source"]
+    assert told["run"][0]["context"]["f16"] > 0
+    other = json.loads(compress("plan", "gguf-ternary", "--model", place / "model", "--json")[1])["verdict"]
+    assert other["time"] is None
+
+
+# --- advise -------------------------------------------------------------------------------------
+
+
+def test_advice(compress: Compress) -> None:
+    code, out, err = compress("advise", "models/tiny-qwen3-moe", "--memory", "8GB", "--vram", "0", "--use", "code")
+    assert (code, err) == (0, "")
+    assert "compress run Q8_0 --model models/tiny-qwen3-moe" in out and "llama-server -m " in out and "-c 2048" in out
+    assert "no GPU with memory" in out and "Calibrate on code" in out
+    told = json.loads(compress("advise", "models/tiny-qwen3-moe", "--memory", "8GB", "--vram", "4GB", "--json")[1])
+    assert told["proposals"][0]["flags"][0]["flag"] == "-ngl 5"  # four layers and the head
+    assert told["machine"]["memory"]["total"] == 8 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(("--memory", "much"), "expected a size like 8GB"), (("--vram", "-1"), "expected a size"), (("--use", "war"), "chat, code, long")],
+)  # fmt: skip
+def test_advice_for_what_is_none(compress: Compress, arguments: tuple[str, str], expected: str) -> None:
+    code, out, err = compress("advise", "models/tiny-qwen3-moe", *arguments)
+    assert (code, out) == (2, "") and expected in " ".join(err.replace("│", " ").split())
+
+
+def test_advice_about_no_model(compress: Compress) -> None:
+    code, out, err = compress("advise", "nowhere")
+    assert code == compress("plan", "Q4_K_M", "--model", "nowhere")[0] > 0 and not out
+    assert err.startswith("error: no such model: nowhere")
+
+
 # --- run ----------------------------------------------------------------------------------------
 
 

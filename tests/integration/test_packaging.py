@@ -82,6 +82,10 @@ def test_wheel_holds_the_template_of_reports(names: set[str]) -> None:
     assert templates and templates <= names
 
 
+def test_wheel_holds_the_rules_of_advise(names: set[str]) -> None:
+    assert {"compress/advise/rules.yaml", "compress/advise/quality.yaml"} <= names
+
+
 def test_wheel_holds_the_data_with_its_licences(names: set[str]) -> None:
     data = {
         path.relative_to(ROOT).as_posix()

@@ -71,18 +71,18 @@ SAME_FORMAT = {
 
 CONTAINERS_MAY_IMPORT = (
     "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "models.identity",
-    "models.companions", "models.gguf", "decode", "errors", "files", "reading", "text", "weights",
+    "models.companions", "models.gguf", "decode", "errors", "files", "limits", "reading", "text", "weights",
 )  # fmt: skip
 
 ORDER = (
     "errors", "limits", "reading", "weights",
-    "statistics", "files", "text",
+    "statistics", "files", "machine", "text",
     "codecs", "models",
     "solvers", "transforms", "decode",
     "streaming", "solve",
     "containers", "runtime", "plugins",
     "structured", "recipe", "catalog", "plan",
-    "scoring", "report", "engines",
+    "scoring", "report", "advise", "engines",
     "recover", "export", "run", "cli",
 )  # fmt: skip
 """All folders and top-level modules from the bottom to the top: a room imports from those before it only, in functions,
@@ -138,7 +138,9 @@ SILENCES = {"scoring/tasks/quiet.py": {"logging"}}
 TORCH_FREE = (
     "compress", "compress.recipe", "compress.recipe.rules", "compress.recipe.schemes", "compress.recipe.document",
     "compress.plan", "compress.plan.tensor", "compress.plan.savings", "compress.plan.resources", "compress.plan.allocation",
-    "compress.plan.factors", "compress.plan.outline",
+    "compress.plan.factors", "compress.plan.outline", "compress.plan.running", "compress.plan.verdict",
+    "compress.plan.duration", "compress.advise", "compress.advise.choose", "compress.machine", "compress.machine.measured",
+    "compress.report.verdict",
     "compress.codecs", "compress.codecs.names", "compress.solvers.options", "compress.models", "compress.models.spec",
     "compress.models.checkpoint", "compress.structured.options", "compress.structured.shapes", "compress.text",
     "compress.text.probes",

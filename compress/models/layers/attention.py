@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compress.models.layers.base import Axis, GgufValue, Input, Sublayer, Weight, linear, shifted
+from compress.models.layers.base import Axis, GgufValue, Input, Past, Sublayer, Weight, linear, shifted
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import PairedHalves, Piece
 
@@ -69,6 +69,9 @@ class Attention(Sublayer):
                 yield Weight(
                     f"self_attn.{leaf}_norm.weight", (hd,), "norms", gguf, shift=shift, pieces=shifted(gguf, shift)
                 )
+
+    def past(self) -> Past:
+        return Past(token=2 * self.kv_heads * self.head_dim, row=self.head_dim, window=self.window)
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         return {

@@ -107,6 +107,21 @@ class Weight:
     pieces: tuple[Piece, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What engines keep of the tokens that a sub-layer has seen while they generate.
+
+    token: values of every token: keys and values of all heads, or the latent that they are made of; row: channels that lie
+    together, which the blocks of a quantized cache must divide; window: tokens that are looked back at, None for all; state:
+    float32 values that stand for all tokens, whatever their number.
+    """
+
+    token: int = 0
+    row: int = 0
+    window: int | None = None
+    state: int = 0
+
+
 GgufValue = int | float | bool | str | tuple[int, ...] | tuple[bool, ...]
 
 
@@ -135,6 +150,10 @@ class Sublayer:
     def tensors(self) -> Iterator[Weight]:
         """All tensors but the norm in front, in execution order."""
         raise NotImplementedError
+
+    def past(self) -> Past:
+        """What is kept of past tokens; nothing, unless it mixes tokens."""
+        return Past()
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         """What GGUF's metadata says of it, keys without the architecture's name."""

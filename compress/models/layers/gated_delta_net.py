@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.models.layers.base import GgufValue, Input, Weight, linear
+from compress.models.layers.base import GgufValue, Input, Past, Weight, linear
 from compress.models.layers.hosted import Hosted
 from compress.models.layers.views import Gathered, Map, Order, Piece, Tiled
 
@@ -97,6 +97,10 @@ class GatedDeltaNet(Hosted):
         """GGUF's order of what belongs to value heads."""
         each = self.value_heads // self.key_heads
         return None if self.joined or each == 1 else Tiled(self.key_heads, each, run, start)
+
+    def past(self) -> Past:
+        convolved = (self.kernel - 1) * (2 * self._keys + self._values)
+        return Past(state=self._values * self.head_dim + convolved)
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         return {

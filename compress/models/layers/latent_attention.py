@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UnsupportedModel
-from compress.models.layers.base import GgufValue, Input, Weight, linear
+from compress.models.layers.base import GgufValue, Input, Past, Weight, linear
 from compress.models.layers.hosted import Hosted
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import Gathered, Piece
@@ -92,6 +92,10 @@ class LatentAttention(Hosted):
             f"{p}o_proj", self.hidden, h * self.value_dim, "attention.o", "attn_output", "attention.out", self.bias,
             writes=True, alone=True,
         )  # fmt: skip
+
+    def past(self) -> Past:
+        latent = self.kv_rank + self.rope_dim
+        return Past(token=latent, row=latent)
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         return {
