@@ -42,7 +42,7 @@ RECIPES = (
     "gguf-q4-k-m", "qwen-moe-2bit-plus", "moe-2bit", "reap-25-2bit", "gguf-iq1-m", "gptq-w4-g128",
 )  # fmt: skip
 ADVISED = (*map(mix, MIXES), *(Case(ADVICE, name, name) for name in RECIPES))
-"""The table that `compress/advise/quality.yaml` is a copy of; made with `--only` its names, in one go."""
+"""The table that `compress/advise/quality.yaml` is a copy of: --only '^what '."""
 CASES = (
     Case(TWO, "int2-g128-asym rtn", "quip-2bit", experts("int2-g128-asym", "rtn")),
     Case(TWO, "int2-g128-asym gptq", "quip-2bit", experts("int2-g128-asym")),
