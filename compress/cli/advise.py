@@ -12,14 +12,20 @@ from compress.cli.options import JsonOption
 
 
 def advise(
-    model: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id or bundled model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub id or bundled model.")],
     memory: Annotated[
-        str | None, typer.Option("--memory", help="Main memory it may take, as 8GB; by default what is free here.")
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Main memory it may take, as 8GB; by default what is free here."),
     ] = None,
     vram: Annotated[
-        str | None, typer.Option("--vram", help="GPU memory it may take, as 8GB, or 0; by default what is free here.")
+        str | None,
+        typer.Option(
+            "--vram", metavar="SIZE", help="GPU memory it may take, as 8GB, or 0; by default what is free here."
+        ),
     ] = None,
-    use: Annotated[str, typer.Option("--use", help="chat, code or long: how much context is wanted.")] = "chat",
+    use: Annotated[
+        str, typer.Option("--use", metavar="USE", help="chat, code or long: how much context is wanted.")
+    ] = "chat",
     as_json: JsonOption = False,
 ) -> None:
     """Propose recipes for a model on this machine: what fits, how close it stays, how to run it; reads no weights."""
