@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from compress.report.layout import Facts, Prose
 from compress.report.numbers import estimate, human_bytes, percent
 
 if TYPE_CHECKING:
@@ -27,15 +27,14 @@ def advise_table(advice: Advice) -> RenderableType:
     parts: list[RenderableType] = [_header(advice)]
     for number, proposal in enumerate(advice.proposals, 1):
         parts += ["", _proposal(number, proposal)]
-    parts += ["", *(Text(line) for line in _closing(advice))]
+    parts += ["", *map(Prose, _closing(advice))]
     return Group(*parts)
 
 
-def _header(advice: Advice) -> Text:
+def _header(advice: Advice) -> Group:
     size = f"{_count(advice.parameters)} parameters, {human_bytes(advice.original)}"
-    return Text.assemble(
-        (advice.wish.model, "bold"), f" for {advice.wish.use}  ·  {size}\n", f"on {machine_words(advice.wish.machine)}"
-    )
+    title = Text.assemble((advice.wish.model, "bold"), f" for {advice.wish.use}  ·  {size}")
+    return Group(Prose(title), Prose(f"on {machine_words(advice.wish.machine)}"))
 
 
 def machine_words(machine: Machine) -> str:
@@ -59,18 +58,14 @@ def _count(parameters: int) -> str:
 def _proposal(number: int, proposal: Proposal) -> RenderableType:
     title = Text.assemble(
         f"{number}  ", (proposal.candidate.recipe, "bold"),
-        f"  ·  {human_bytes(proposal.bytes)} at {proposal.bits:.2f} bits  ·  {proposal.engine}, {proposal.where}",
+        f"  ·  {human_bytes(proposal.bytes)} at {proposal.bits:.2f} bits per weight  ·  {proposal.engine}, {proposal.where}",
     )  # fmt: skip
-    lines = [Text(proposal.candidate.why), *(Text(line) for line in _facts(proposal))]
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(min_width=10)
-    table.add_column(overflow="fold")
-    for flag, why in proposal.flags:
-        table.add_row(flag, why)
+    lines = [Prose(line, indent=0) for line in (proposal.candidate.why, *_facts(proposal))]
+    flags = Facts(tuple(proposal.flags))
     inside = Group(
-        *lines, *(Padding(_Command(line), (0, 0, 0, 2)) for line in proposal.commands), Padding(table, (0, 0, 0, 4))
+        *lines, *(Padding(_Command(line), (0, 0, 0, 2)) for line in proposal.commands), Padding(flags, (0, 0, 0, 4))
     )
-    return Group(title, Padding(inside, (0, 0, 0, 3)))
+    return Group(Prose(title, indent=3), Padding(inside, (0, 0, 0, 3)))
 
 
 @dataclass(frozen=True)

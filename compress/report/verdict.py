@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from compress.report.layout import Facts
 from compress.report.numbers import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -19,18 +19,16 @@ if TYPE_CHECKING:
 
 def verdict_lines(verdict: Verdict, model: str) -> RenderableType:
     """One row a question. model: as commands name it."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(overflow="fold")
-    table.add_row("memory to make it", _need(verdict.memory))
-    table.add_row("disk to make it", _need(verdict.disk))
+    told: list[tuple[str, str | Text]] = [
+        ("memory to make it", _need(verdict.memory)),
+        ("disk to make it", _need(verdict.disk)),
+    ]
     if verdict.missing:
-        table.add_row("", f"The original, {human_bytes(verdict.missing)}, is not here yet: it comes on top")
-    for held in verdict.held:
-        table.add_row(f"to run it in {held.running.host.name}", _held(held, model))
+        told.append(("", f"The original, {human_bytes(verdict.missing)}, is not here yet: it comes on top"))
+    told += [(f"to run it in {held.running.host.name}", _held(held, model)) for held in verdict.held]
     if verdict.duration is not None:
-        table.add_row("time", _time(verdict.duration))
-    return Group(Text("On this machine", style="bold"), table)
+        told.append(("time", _time(verdict.duration)))
+    return Group(Text("On this machine", style="bold"), Facts(tuple(told)))
 
 
 def _word(fits: bool | None) -> tuple[str, str]:

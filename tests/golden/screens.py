@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from typer.testing import CliRunner
 
+from compress.advise import Wish
+from compress.advise import advise as advise_machine
 from compress.cli import app
+from compress.machine import Cpu, Gpu, Machine, Memory
 from compress.plan.make import make_plan
+from compress.plan.verdict import judge
 from compress.recipe import about_recipes, load_recipe
 from compress.report.advice import advise
+from compress.report.advise_table import advise_table
 from compress.report.compare import Run, compare
 from compress.report.compare_table import CompareTable
 from compress.report.methods_table import methods_table, recipes_table
@@ -40,7 +45,7 @@ LARGE = {
     "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "vocab_size": 151936, "max_position_embeddings": 40960,
     "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-COMMANDS = ("run", "plan", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
+COMMANDS = ("run", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
 
 
 def _plan(recipe: str, *overrides: str) -> Any:
@@ -48,12 +53,28 @@ def _plan(recipe: str, *overrides: str) -> Any:
     return plan_table(make_plan(load_recipe(recipe, overrides)))
 
 
-def _plan_of(config: dict[str, Any], recipe: str) -> Any:
-    """Of a model of which there is nothing but a config.json."""
+MACHINE = Machine(Cpu("a processor", ("avx2",), 8), Memory(64 << 30, 64 << 30), (Gpu("a card", 24 << 30, 24 << 30),))
+
+
+@contextmanager
+def _folder(config: dict[str, Any]) -> Iterator[str]:
+    """A model of which there is nothing but a config.json."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         Path("a-model").mkdir()
         Path("a-model", "config.json").write_text(json.dumps(config))
-        return _Shown(plan_table(make_plan(load_recipe(recipe, model="a-model"))))
+        yield "a-model"
+
+
+def _plan_of(config: dict[str, Any], recipe: str) -> Any:
+    """With what a machine says of it."""
+    with _folder(config) as model:
+        plan = make_plan(load_recipe(recipe, model=model))
+        return _Shown(plan_table(plan, verdict=judge(plan, MACHINE, free=1 << 40)))
+
+
+def _advised() -> Any:
+    with _folder({**LARGE, "num_hidden_layers": 24}) as model:
+        return _Shown(advise_table(advise_machine(Wish(model, MACHINE, "chat", MACHINE))))
 
 
 class _Shown:
@@ -104,6 +125,7 @@ SCREENS: dict[str, Callable[[], Any]] = {
     "plan-structured": lambda: _plan("structured-25"),
     "plan-fallbacks": lambda: _plan_of({**LARGE, "hidden_size": 320, "moe_intermediate_size": 96}, "qwen-moe-2bit"),
     "plan-large": lambda: _plan_of(LARGE, "sparsegpt-50-int4"),
+    "advise": _advised,
     "methods": methods_table,
     "recipes": lambda: recipes_table(about_recipes()),
     "compare": _compared,
