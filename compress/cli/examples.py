@@ -36,7 +36,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "generate": (
         "compress generate model.gguf 'The city of London'",
-        "echo 'Name three colours.' | compress generate out/x --chat",
+        "compress generate out/x --chat 'Name three colours.'",
     ),
     "verify": ("compress verify out/qwen-moe-2bit", "compress verify out/qwen-moe-2bit/model.gguf"),
 }
