@@ -98,7 +98,7 @@ def main() -> None:
     try:
         code = _run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     if code in (INTERRUPTED, TERMINATED):  # typer itself turns Ctrl-C into this code
         what = "interrupted" if code == INTERRUPTED else "stopped by SIGTERM"
         hint = "; the same command continues from the last finished block" if sys.argv[1:2] == ["run"] else ""

@@ -14,6 +14,7 @@ from rich.text import Text
 
 GAP = 2  # between columns
 INDENT = 2  # of what goes on from the line above
+NARROW = 24  # columns that a sentence has at least beside its name
 
 _UNITS = "B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|s|min|h|points|times|bits|tokens|nats"
 _INTERVAL = r"\[[^\[\]]{1,40}\]"
@@ -21,7 +22,7 @@ _WHOLE = tuple(
     map(
         re.compile,
         (
-            rf"\S+(?: (?:{_UNITS}))? {_INTERVAL}\S*",  # an estimate and its interval; where that is wider than the line, the interval
+            rf"\S+(?: (?:{_UNITS}))? {_INTERVAL}\S*",  # an estimate and its interval; where that is too wide, the interval
             rf"{_INTERVAL}\S*",
             rf"(?<![^\s(])[-+~]?\d[\d.,]*%? (?:{_UNITS})\b\S*",
             r"`[^`]{1,40}`\S*",
@@ -74,7 +75,9 @@ def _parts(text: str, start: int, end: int, width: int) -> Iterator[tuple[int, i
     joints = [start + match.end() for match in _JOINTS.finditer(text[start:end])]
     while cell_len(text[start:end]) > width:
         fitting = [joint for joint in joints if joint > start and cell_len(text[start:joint]) <= width]
-        cut = fitting[-1] if fitting else start + max(width, 1)
+        cut = fitting[-1] if fitting else start + 1
+        while not fitting and cell_len(text[start : cut + 1]) <= width:
+            cut += 1
         yield start, cut
         start = cut
     if end > start:
@@ -239,10 +242,14 @@ class Facts:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         left = max((cell_len(name) for name, _ in self.pairs), default=0) + GAP
+        beside = options.max_width - left >= NARROW
         for name, told in self.pairs:
-            lines = Prose(told, indent=0).lines(options.max_width - left)
-            for number, line in enumerate(lines):
-                yield Text((name if number == 0 else "").ljust(left)).append_text(line)
+            lead = name.ljust(left) if beside else ""
+            if name and not beside:
+                yield from Prose(name).lines(options.max_width)
+            indent = left if beside else INDENT
+            for number, line in enumerate(Prose(told, indent=0).lines(options.max_width - indent)):
+                yield Text(lead if beside and number == 0 else " " * indent).append_text(line)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(min(20, options.max_width), options.max_width)

@@ -80,7 +80,22 @@ def test_columns_go_in_their_order_and_then_rows_become_stanzas() -> None:
 
 def test_facts_stand_beside_their_names() -> None:
     lines = text(Facts((("peak", "about 1.23 GiB, whatever"), ("time", "4 min"))), 22).splitlines()
-    assert lines == ["peak  about 1.23 GiB,", "      whatever", "time  4 min"]
+    assert lines == ["peak", "  about 1.23 GiB,", "  whatever", "time", "  4 min"]
+    lines = text(Facts((("peak", "about 1.23 GiB, whatever the layers"), ("time", "4 min"))), 30).splitlines()
+    assert lines == ["peak  about 1.23 GiB, whatever", "      the layers", "time  4 min"]
+
+
+def test_letters_that_are_two_columns_wide() -> None:
+    for width in range(2, 12):
+        lines = [line.plain for line in Prose("量子化された模型 1.23 GiB", indent=0).lines(width)]
+        assert max(map(cell_len, lines)) <= width and "".join(lines).replace(" ", "") == "量子化された模型1.23GiB"
+
+
+@pytest.mark.parametrize("width", [24, 32, 40])
+@pytest.mark.parametrize("name", ["plan", "methods", "recipes", "compare", "run"])
+def test_even_a_telephone_cuts_nothing(name: str, width: int) -> None:
+    shown = text(SCREENS[name](), width)
+    assert max(map(cell_len, shown.splitlines())) <= width and "…" not in shown
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
