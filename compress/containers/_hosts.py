@@ -19,8 +19,8 @@ class Host:
     name: of the engine; cache: codecs that its cache of keys and values may have, what it takes by itself first; slides: drops
     what lies behind a sliding window; layers: may put some layers, or their experts, on a GPU and compute the others on the CPU;
     gpu: runs on GPUs alone; batch: tokens that it computes at once while it reads a prompt; process: bytes that it takes by
-    itself; spare: bytes of a GPU that it leaves free; share: of a GPU's memory that it takes at most. start, context_flag, cache_flag: what to type, with
-    `{file}`, `{tokens}` and `{codec}`; "" where there is no such command or choice.
+    itself; spare: bytes of a GPU that it leaves free; share: of a GPU's memory that it takes at most. start, context_flag,
+    cache_flag: what to type, with `{file}`, `{tokens}` and `{codec}`; "" where there is no such command or choice.
     """
 
     name: str

@@ -25,8 +25,9 @@ SHORTEST = 4096
 class Running:
     """One artifact in one engine.
 
-    weights: bytes of its tensors; pasts: what its sub-layers keep, each with how many do; vocabulary, inside: values a
-    token of the logits, and of what one layer holds at once while it computes; longest: the tokens that the model knows positions for.
+    weights: bytes of its tensors; pasts: what its sub-layers keep, each with how many do; vocabulary, inside: values a token
+    of the logits, and of what one layer holds at once while it computes; longest: the tokens that the model knows positions
+    for.
     """
 
     container: str
