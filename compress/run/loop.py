@@ -140,9 +140,9 @@ def _carry_out(
             discard(journal.folder)
         raise
     card = make_scorecard(plan, journal, results, reporter)
-    write_synced(output / scorecards.TENSORS_FILE, jsonl(tensor_records(plan, journal)))
+    write_synced(journal.folder / scorecards.TENSORS_FILE, jsonl(tensor_records(plan, journal)))
     scorecards.write(card, output)
-    write_recipe(plan, output)
+    _tell(plan, output)
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
         raise GateFailed(
@@ -182,9 +182,16 @@ def _finished(plan: Plan, output: Path) -> Scorecard | None:
         return run_digest(plan.digest, text, plan.recipe)
 
     card = finished(output, digest)
-    if card is not None and not (output / scorecards.RECIPE_FILE).exists():  # killed just behind its scorecard
-        write_recipe(plan, output)
+    if card is not None:
+        _tell(plan, output)
     return card
+
+
+def _tell(plan: Plan, output: Path) -> None:
+    """What lies beside a scorecard: put there behind it, or by the next run where one was killed just then."""
+    if (made := output / WORK / scorecards.TENSORS_FILE).exists():
+        write_recipe(plan, output)
+        made.replace(output / scorecards.TENSORS_FILE)
 
 
 def compress_model(

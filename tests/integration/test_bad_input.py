@@ -99,13 +99,13 @@ def reconfigure(model: Path, **changes: Any) -> Path:
 
 
 def test_no_such_model(bench: Bench, tmp_path: Path) -> None:
-    assert "no such model" in bench.fails(tmp_path / "nowhere")
+    assert "no such model" in bench.fails(tmp_path / "nowhere", code=2)
     assert not bench.output.exists()
 
 
 def test_folder_without_config(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "config.json" in bench.fails(tmp_path / "empty")
+    assert "config.json" in bench.fails(tmp_path / "empty", code=2)
 
 
 def test_missing_tensor(bench: Bench, model: Path) -> None:

@@ -393,4 +393,7 @@ def test_a_run_recovers_and_resumes_to_the_same_bytes(tmp_path: Path, monkeypatc
     for tensor in plan.tensors:
         one, two = whole.fetch(tensor.name).parts, resumed.fetch(tensor.name).parts
         assert all(torch.equal(one[part], two[part]) for part in one), tensor.name
+    for run in (resumed, whole):  # which are the same but for the time they took
+        for solved in (s for unit in run.units.values() for s in unit.get("solved", ())):
+            del solved["seconds"]
     assert resumed.units == whole.units
