@@ -149,6 +149,9 @@ class Scorecard(Value):
     created: str | None = None
     calibration: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+    """Where the bytes were made: sums of floats depend on their order, so the same recipe gives the same bytes on the same kind of
+    processor or device, with as many threads and the same versions."""
     notes: tuple[str, ...] = ()
     format: int = FORMAT
     errors: tuple[LayerError, ...] = ()

@@ -139,7 +139,7 @@ def _carry_out(
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
         raise
-    card = make_scorecard(plan, journal, results, reporter)
+    card = make_scorecard(plan, journal, results, reporter, str(placement.device))
     write_synced(journal.folder / scorecards.TENSORS_FILE, jsonl(tensor_records(plan, journal)))
     scorecards.write(card, output)
     _tell(plan, output)

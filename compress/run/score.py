@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from compress import __version__
 from compress.engines.open import OpenedModel, remembered
 from compress.engines.timing import Job, speed_prompt, time_models
 from compress.errors import CompressError
 from compress.export.text import source_lines, tokenizer_lines
 from compress.report.checksums import require_unchanged
 from compress.report.progress import Reporter
+from compress.report.provenance import versions
 from compress.report.scorecard import Artifact, Base, Check, Gate, Scorecard
 from compress.run.targets import Target, expanded, open_original, open_target, source_of, streamed
 from compress.scoring.measure import Measured, measure
@@ -198,7 +198,7 @@ def _described(found: Target) -> Scorecard:
         base=base,
         gate=Gate(passed=True),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={"compress": __version__},
+        versions=versions(),
     )
 
 

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compress import __version__
 from compress.export.deliver import Delivery
 from compress.plan.plan import Plan
 from compress.report.progress import Reporter
+from compress.report.provenance import machine, versions
 from compress.report.scorecard import Base, Experts, Gate, LayerError, Scorecard
 from compress.run.claim import TEXT, run_digest
 from compress.run.inspect import INSPECTED
@@ -54,8 +52,10 @@ def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Reporter) -> Scorecard:
-    """What `scorecard.json` says about a run whose artifacts are written."""
+def make_scorecard(
+    plan: Plan, journal: Journal, results: Delivery, reporter: Reporter, device: str = "cpu"
+) -> Scorecard:
+    """What `scorecard.json` says about a run whose artifacts are written. device: where it computed."""
     solved = [s for report in journal.units.values() for s in report.get("solved", ())]
     experts = _experts(plan, journal, solved)
     fallbacks = [
@@ -89,7 +89,8 @@ def make_scorecard(plan: Plan, journal: Journal, results: Delivery, reporter: Re
         run_digest=run_digest(journal.digest, journal.inputs.get(TEXT), plan.recipe),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         calibration=_text_read(plan),
-        versions={"compress": __version__, "torch": torch.__version__},
+        versions=versions(),
+        machine=machine(device),
         notes=(*plan.warnings, *journal.units[INSPECTED]["doubts"], *results.doubts, *structure_notes(plan, journal)),
         errors=tuple(layer_errors(plan, solved)),
         suite=None if plan.recipe.score is None else Path(plan.recipe.score.suite).stem,
