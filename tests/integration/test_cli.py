@@ -128,7 +128,7 @@ def test_all_problems_of_a_recipe_get_a_line_each(compress: Compress) -> None:
     assert (code, out) == (2, "")
     lines = err.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: --set ") for line in lines)
-    assert "nearest: length" in err
+    assert "nearest: calibration.length" in err
 
 
 # --- plan ---------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def make_small(folder: Path) -> None:
 def executed(commands: list[tuple[str, list[str]]], folder: Path) -> Iterator[tuple[str, list[str]]]:
     """One shell for all of a walk; what each command said, both streams together."""
     mark = "=== behind command"
-    script = "".join(f"{command}\necho '{mark} {number}'\n" for number, (command, _) in enumerate(commands))
+    script = "".join(f"{command}\nprintf '\\n{mark} {number}\\n'\n" for number, (command, _) in enumerate(commands))
     environment = {
         "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "HOME": str(folder),
@@ -85,7 +85,7 @@ def executed(commands: list[tuple[str, list[str]]], folder: Path) -> Iterator[tu
     done = subprocess.run(
         ["bash", "-c", f"exec 2>&1\n{script}"], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    for (command, _), said in zip(commands, re.split(rf"^{mark} \d+\n", done.stdout, flags=re.MULTILINE), strict=False):
+    for (command, _), said in zip(commands, re.split(rf"\n{mark} \d+\n", done.stdout), strict=False):
         yield command, said.splitlines()
 
 
