@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.app import load_plugins, show
-from compress.cli.options import DeviceOption, JsonOption, PluginOption, QuietOption, StrictOption
+from compress.cli.options import DeviceOption, JsonOption, PluginOption, StrictOption
 from compress.errors import GateFailed
 
 
@@ -33,7 +33,7 @@ def score(
     plugin: PluginOption = None,
     as_json: JsonOption = False,
     strict: StrictOption = False,
-    quiet: QuietOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the table.")] = False,
     device: DeviceOption = None,
 ) -> None:
     """Perplexity, KL divergence and task accuracy of files and folders against the original."""

@@ -35,4 +35,5 @@ def machine(device: str) -> dict[str, Any]:
         "device": device,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "bytes_depend_on": ["cpu", "threads", "device", "versions"],  # sums of floats depend on their order
     }
