@@ -44,6 +44,9 @@ SeedOption = Annotated[
     int | None, typer.Option("--seed", min=0, metavar="N", help="Of the draws; without it they differ every time.")
 ]
 
+AS_ADVISED = "By default what the model's files advise, else {}."
+USUAL = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # llama.cpp's own
+
 COMMANDS = """\
 /exit           leave (so do /quit, /bye and Ctrl-D)
 /reset          forget what was said
@@ -101,11 +104,17 @@ def chat(
     system: SystemOption = "",
     tokens: TokensOption = 512,
     context: ContextOption = 4096,
-    temp: TemperatureOption = 0.8,
-    top_k: TopKOption = 40,
-    top_p: TopPOption = 0.95,
-    min_p: MinPOption = 0.05,
-    repeat_penalty: PenaltyOption = 1.0,
+    temp: Annotated[float | None, typer.Option("--temp", min=0.0, metavar="T", help=AS_ADVISED.format("0.8"))] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=0, metavar="N", help=AS_ADVISED.format("40"))] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0, max=1, metavar="P", help=AS_ADVISED.format("0.95"))
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option("--min-p", min=0, max=1, metavar="P", help=AS_ADVISED.format("0.05"))
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option("--repeat-penalty", min=0.01, metavar="P", help=AS_ADVISED.format("1"))
+    ] = None,
     seed: SeedOption = None,
     plugin: PluginOption = None,
 ) -> None:
@@ -113,8 +122,9 @@ def chat(
     load_plugins(plugin)
     from compress.engines.sampling import Sampling, chooser
 
-    choose = chooser(Sampling(temp, top_k, top_p, min_p, repeat_penalty, seed))
+    given = {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": repeat_penalty}
     with _opened(model, context) as speaker:
+        choose = chooser(Sampling.first({**given, "seed": seed}, speaker.suggests, USUAL))
         talk = _conversation(speaker, choose, context, tokens, system)
         if sys.stdin.isatty():
             typer.echo(f"{Path(model).name} in {speaker.engine.name}; /help lists the commands", err=True)

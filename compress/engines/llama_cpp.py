@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from compress.engines.llama_api import GGML_TYPES, default_threads, llama_api, log
-from compress.engines.sampling import Choose
+from compress.engines.sampling import Choose, likeliest, until
 from compress.errors import CheckpointError, CompressError
 
 _UBATCH_LOGIT_BYTES = 64 << 20  # logits of one decode call; bounds memory for vocabularies of 150k
@@ -187,12 +187,7 @@ class LlamaCpp:
 
     def continuation(self, prompt: np.ndarray, most: int, stop: Callable[[Sequence[int]], bool]) -> list[int]:
         """See Generates.continuation; with llama.cpp's cache."""
-        produced: list[int] = []
-        for token in self.stream(prompt, most, lambda logits, _: int(logits.argmax())):
-            produced.append(token)
-            if stop(produced):
-                break
-        return produced
+        return until(self.stream(prompt, most, likeliest), stop)
 
     def stream(self, prompt: np.ndarray, most: int, choose: Choose, *, reuse: bool = False) -> Iterator[int]:
         """See Speaks.stream."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,12 @@ class Sampling:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     seed: int | None = None
+
+    @classmethod
+    def first(cls, *choices: Mapping[str, float | None]) -> Sampling:
+        """Every field as the first of some choices says that names it."""
+        found = {key: value for choice in reversed(choices) for key, value in choice.items() if value is not None}
+        return cls(**{key: int(value) if key in ("top_k", "seed") else float(value) for key, value in found.items()})  # type: ignore[arg-type]
 
 
 def probabilities(logits: np.ndarray, so_far: Sequence[int], sampling: Sampling) -> np.ndarray:
@@ -54,6 +60,21 @@ def chooser(sampling: Sampling) -> Choose:
         return int(generator.choice(len(logits), p=probabilities(logits, so_far, sampling)))
 
     return choose
+
+
+def likeliest(logits: np.ndarray, so_far: Sequence[int]) -> int:
+    """Greedy: the id of the largest logit, the lowest where several are."""
+    return int(logits.argmax())
+
+
+def until(tokens: Iterable[int], stop: Callable[[Sequence[int]], bool]) -> list[int]:
+    """Ids up to the one with which stop(ids so far) is true, that one included."""
+    produced: list[int] = []
+    for token in tokens:
+        produced.append(token)
+        if stop(produced):
+            break
+    return produced
 
 
 def _penalized(logits: np.ndarray, so_far: Sequence[int], penalty: float) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -23,6 +23,11 @@ from compress.scoring.source import LogitSource, tails
 from compress.text.chat import rendered
 from compress.text.tokenizer import Tokenizer, load_tokenizer
 
+SUGGESTED = {
+    "temperature": ("temperature", "temp"), "top_k": ("top_k", "top_k"), "top_p": ("top_p", "top_p"), "min_p": ("min_p", "min_p"),
+    "repeat_penalty": ("repetition_penalty", "penalty_repeat"),
+}  # fmt: skip
+"""Fields of `Sampling` as generation_config.json and GGUF's general.sampling.* call them."""
 SHORT = {"unknown": "unk", "padding": "pad"}
 """Special tokens that GGUF calls otherwise than templates do."""
 
@@ -49,7 +54,8 @@ class Speaker:
 
     encode: text to ids, special tokens that are written in it included; begin: the ids that a text begins with; context: most
     tokens that it reads, None where nothing says; template: its chat template, None where it has none; special: texts of
-    special tokens by the names that templates know them by; notes: what stands in for what.
+    special tokens by the names that templates know them by; notes: what stands in for what; suggests: fields of `Sampling` as the
+    model's own files advise.
     """
 
     engine: Speaks
@@ -60,6 +66,7 @@ class Speaker:
     template: str | None
     special: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    suggests: Mapping[str, float] = field(default_factory=dict)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued."""
@@ -143,16 +150,27 @@ def open_speaker(target: str, context: int) -> Iterator[Speaker]:
         yield _folder(opened, tokenizer, engine, tuple(notes))
 
 
+def _generation(folder: Path) -> Mapping[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _suggested(found: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers among `found`, by the names of `Sampling`."""
+    return {
+        name: value for name, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
 def _ends(folder: Path) -> list[int]:
     """The end-of-generation ids that generation_config.json names."""
-    path = folder / "generation_config.json"
-    named = read_json(path).get("eos_token_id") if path.is_file() else None
+    named = _generation(folder).get("eos_token_id")
     return [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
 
 
 def _folder(opened: OpenedModel, tokenizer: Tokenizer, engine: Speaks, notes: tuple[str, ...] = ()) -> Speaker:
     """A folder in Hugging Face's layout, with its own tokenizer and template."""
-    files = tokenizer.files
+    files, generation = tokenizer.files, _generation(opened.folder)
     return Speaker(
         engine,
         lambda text: tokenizer.encode(text, add_special_tokens=False),
@@ -162,6 +180,9 @@ def _folder(opened: OpenedModel, tokenizer: Tokenizer, engine: Speaks, notes: tu
         files.chat_templates.get("default"),
         {f"{name}_token": text for name, text in files.special.items()},
         notes,
+        _suggested(
+            {name: generation.get(key) for name, (key, _) in SUGGESTED.items()} if generation.get("do_sample") else {}
+        ),
     )
 
 
@@ -183,4 +204,5 @@ def _file(engine: LlamaCpp) -> Speaker:
         engine.trained_context,
         template if isinstance(template, str) else None,
         special,
+        suggests=_suggested({name: fields.get(f"general.sampling.{key}") for name, (_, key) in SUGGESTED.items()}),
     )

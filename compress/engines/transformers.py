@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.engines.sampling import Choose
+from compress.engines.sampling import Choose, likeliest, until
 from compress.errors import CalibrationError, CheckpointError, MissingExtra
 
 # Sequences of one length share a forward pass while their float32 logits stay below this many bytes.
@@ -72,12 +72,7 @@ class TransformersSource:
 
     def continuation(self, prompt: np.ndarray, most: int, stop: Callable[[Sequence[int]], bool]) -> list[int]:
         """See Generates.continuation; with the model's own cache of keys, values and states."""
-        produced: list[int] = []
-        for token in self.stream(prompt, most, lambda logits, _: int(logits.argmax())):
-            produced.append(token)
-            if stop(produced):
-                break
-        return produced
+        return until(self.stream(prompt, most, likeliest), stop)
 
     def stream(self, prompt: np.ndarray, most: int, choose: Choose, *, reuse: bool = False) -> Iterator[int]:
         """See Speaks.stream; nothing is reused."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compress.engines.sampling import Sampling, chooser
 from tests.integration.runs import carry_out, command, small
 from tests.tiny import tiny_model
 
@@ -84,6 +85,25 @@ def test_draws_follow_the_seed(place: Path, monkeypatch: pytest.MonkeyPatch, cap
         return command(monkeypatch, capfd, "generate", str(place / "gguf"), "x", "--temp", "1", "--seed", seed)[1]
 
     assert said("1") == said("1") != said("2")
+
+
+def test_sampling_is_what_the_model_advises(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    for file in (place / "model").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 0.3, "top_k": 7, "repetition_penalty": 1.1}'
+    )
+    used: list[Sampling] = []
+    monkeypatch.setattr(
+        "compress.engines.sampling.chooser", lambda sampling: used.append(sampling) or chooser(sampling)
+    )
+    for more in ((), ("--temp", "0", "--top-k", "5")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        assert command(monkeypatch, capfd, "chat", str(tmp_path), "-n", "2", "--seed", "1", *more)[0] == 0
+    assert used == [Sampling(0.3, 7, 0.95, 0.05, 1.1, 1), Sampling(0.0, 5, 0.95, 0.05, 1.1, 1)]
 
 
 def test_what_cannot_talk_says_so(
