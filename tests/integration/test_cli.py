@@ -158,9 +158,13 @@ def test_rehearsal_needs_weights(compress: Compress, tmp_path: Path) -> None:
     assert code == 1 and "no model.safetensors" in err
 
 
-def test_a_plan_ends_with_a_verdict(compress: Compress, place: Path) -> None:
+def test_a_plan_ends_with_a_verdict(
+    compress: Compress, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the time it speaks where the same steps were taken on this machine before."""
     sets = ["--set", f"score={{suite: {place / 'suite.yaml'}}}", "--set", "calibration.samples=4"]
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    assert compress("run", place / "gguf.yaml", "--model", place / "model", "--output", tmp_path / "out", *sets)[0] == 0
     code, out, _ = compress("plan", place / "gguf.yaml", "--model", place / "model", *sets)
     assert code == 0
     last = out[out.index("On this machine") :]

@@ -32,7 +32,7 @@ from compress.solvers import rtn
 from compress.solvers.options import RtnOptions
 from compress.streaming.journal import Journal
 from compress.transforms.incoherence import Incoherence
-from tests.integration.runs import text_file
+from tests.integration.runs import text_file, without_times
 from tests.tiny import tiny_model
 
 RECIPE = """
@@ -298,7 +298,7 @@ def test_a_stage_killed_at_any_moment_comes_to_the_same_bytes(tmp_path: Path, mo
     killed("write", "recovered-00001")
     killed("name", "recovered")
     resumed = _carry_out(plan, tmp_path / "killed")
-    assert resumed.units == whole.units
+    assert without_times(resumed) == without_times(whole)
     assert all(_same(whole, resumed, t.name) for t in plan.tensors)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress.containers._refusal import SETTINGS
 from compress.models.checkpoint import Checkpoint
 from compress.plan import make_plan
 from compress.recipe import Recipe
@@ -102,7 +103,8 @@ def as_solved(recipe: Recipe, model: Path, work: Path) -> Path:
     """A dense folder of what the run solved, with the config that was written."""
     artifact = next((Path(recipe.output)).glob(f"{recipe.name}-*"))
     config = json.loads((artifact / "config.json").read_text())
-    config.pop("quantization_config", None)
+    for packed in ("quantization_config", *SETTINGS):
+        config.pop(packed, None)
     (work / "config").mkdir()
     (work / "config" / "config.json").write_text(json.dumps(config))
     return as_model(kept(recipe), work / "config", work / "solved")

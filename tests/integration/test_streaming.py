@@ -141,7 +141,7 @@ def collected(recipe: Recipe, patch: pytest.MonkeyPatch, **options: Any) -> dict
     seen: dict[Place, dict[str, Moments]] = {}
     collect = sublayer.collect
 
-    def keep(site: Site, stage: int, group: Any) -> dict[str, Moments]:
+    def keep(site: Site, stage: int, group: Any, *rest: Any) -> dict[str, Moments]:
         seen[site.branch.layer, site.branch.part, stage] = found = collect(site, stage, group)
         return found
 
