@@ -32,10 +32,8 @@ from compress.report.layout import Prose
 from compress.report.numbers import human_seconds
 from compress.report.scorecard import Stage
 
-LINE_SECONDS = (
-    15.0,
-    60.0,
-)  # in a log a stage says at least as often how far it is: at first, and when it has run for long
+# In a log a stage says at least as often how far it is: at first, and when it has run for long.
+LINE_SECONDS = (15.0, 60.0)
 KEEP_SECONDS = 10.0  # so often a running stage's time is kept, so that a killed process's counts
 BAR_BESIDE = 62  # columns that stand beside a bar
 TIMES = "times.json"  # in the work folder

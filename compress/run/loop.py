@@ -34,7 +34,7 @@ from compress.report.scorecard import Scorecard
 from compress.run.claim import TEXT, WORK, claim, finished, open_journal, run_digest, write_recipe
 from compress.run.head import head_statistics, survey_head
 from compress.run.inspect import INSPECTED, inspect_weights
-from compress.run.records import jsonl, tensor_records, told
+from compress.run.records import jsonl, tensor_line, tensor_records
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.run.sublayer import Job, compress_sublayer
 from compress.run.summary import make_scorecard
@@ -214,7 +214,7 @@ def compress_model(
     if not plan.solves:
         ids = None
     shape = None if ids is None else (*ids.shape, spec.hidden_size)
-    run = Run(plan, load, journal, placement, shape, lambda report: reporter.say(f"  {told(report)}", level=2))
+    run = Run(plan, load, journal, placement, shape, lambda report: reporter.say(f"  {tensor_line(report)}", level=2))
     with reporter.stage("embeddings"):
         if "embeddings" not in journal:
             _embeddings(run, ids)

@@ -40,7 +40,7 @@ def jsonl(records: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
-def told(report: Solved) -> str:
+def tensor_line(report: Solved) -> str:
     """A solved tensor in a line."""
     tokens = "" if report.tokens is None else f", {report.tokens:,} tokens"
     borrowed = f", {report.borrowed:.0%} borrowed" if report.borrowed else ""
