@@ -8,8 +8,9 @@ CompressError                 exit 1   anything we can name; one line that says 
 ├── CheckpointError           exit 1   missing, truncated or non-finite weights
 │   └── NoSuchModel           exit 2   what was named is no model: nothing at all, an adapter, another kind of file
 ├── CalibrationError          exit 1   empty or damaged text, sequences longer than the model allows
-│   └── NoSuchText            exit 2   what was named is no calibration text: nothing at all, or nothing that the hub has
+│   └── NoSuchText            exit 2   what was named is no text or suite: nothing at all, or nothing that the hub has
 ├── NumericalError            exit 1   non-finite activations, gram that no damping repairs
+├── NoSuchRun                 exit 2   what was named is no finished run and nothing that one made
 ├── OutputError               exit 1   output folder holds something else or is in use, disk full
 ├── ResumeError               exit 1   the work folder belongs to another recipe, or is not what was written
 ├── MissingExtra              exit 1   an optional package is not installed
@@ -66,7 +67,13 @@ class CalibrationError(CompressError):
 
 
 class NoSuchText(CalibrationError):
-    """What was named as calibration text is none; the message says what would do."""
+    """What was named as a text or a suite is none; the message says what would do."""
+
+    exit_code = 2
+
+
+class NoSuchRun(CompressError):
+    """What was given for a run, or for what one made, is none."""
 
     exit_code = 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -45,10 +46,21 @@ PluginOption = Annotated[
         help="A Python file that adds codecs, methods, containers or families; its code runs. Repeatable.",
     ),
 ]
+
+
+def _device(name: str | None) -> str | None:
+    if name is not None and re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name) is None:
+        raise typer.BadParameter(f"no such device: {name}; use auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps; by default $COMPRESS_DEVICE, else the CPU."
+        "--device",
+        metavar="DEVICE",
+        callback=_device,
+        help="auto, cpu, cuda, cuda:N or mps; by default $COMPRESS_DEVICE, else the CPU.",
     ),
 ]
 StrictOption = Annotated[

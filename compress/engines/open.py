@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 from compress.containers import CONTAINERS, Container, Engine, original_layout
 from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource, whole_model
-from compress.errors import CheckpointError, UnsupportedModel
+from compress.errors import CheckpointError, NoSuchModel, UnsupportedModel
 from compress.files import fingerprint
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, deciding_files
 from compress.models.companions import companion_bytes
@@ -103,7 +103,7 @@ def file_container(target: str) -> Container | None:
     for container in _single_files():
         if path.suffix == container.suffix and not path.is_dir():
             if not path.is_file():
-                raise CheckpointError(f"no {_label(container)} file at {path}")
+                raise NoSuchModel(f"no {_label(container)} file at {path}; check the path")
             return container
     if not path.is_file():
         return None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from compress.errors import CheckpointError, CompressError
+from compress.errors import CheckpointError, CompressError, NoSuchRun
 from compress.files import sha256_each
 from compress.report.scorecard import FILE_NAME, RECIPE_FILE, TENSORS_FILE, Artifact, read
 
@@ -50,7 +50,7 @@ def verify(target: str | Path) -> dict[str, str]:
     if target.name == FILE_NAME:
         target = target.parent
     if not os.path.lexists(target):
-        raise CompressError(f"there is no {target}; give a finished run's folder or an artifact in it")
+        raise NoSuchRun(f"there is no {target}; give a finished run's folder or an artifact in it")
     if (target / FILE_NAME).is_file():
         file, wanted, root = target / FILE_NAME, read(target).files, target
     elif (named := _named(target)) is not None:

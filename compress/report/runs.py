@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.errors import CompressError
+from compress.errors import CompressError, NoSuchRun
 from compress.report import scorecard as scorecards
 from compress.report.compare import Run
 from compress.streaming.journal import WORK
@@ -48,7 +48,7 @@ def _expanded(argument: str) -> Iterator[_Named]:
     """The runs that an argument stands for."""
     label, path = _split(argument)
     if not path.exists():
-        raise CompressError(f"no run at {path}; give a finished run's folder or its {scorecards.FILE_NAME}")
+        raise NoSuchRun(f"no run at {path}; give a finished run's folder or its {scorecards.FILE_NAME}")
     inside = [] if not path.is_dir() or (path / scorecards.FILE_NAME).exists() else _runs_in(path)
     if not inside:
         yield _Named(path, label)

@@ -62,17 +62,14 @@ def find_data(kind: Literal["calibration", "eval"], name: str) -> Path:
     """The file behind a set: a path as given, else the set of that name that ships with the project.
 
     Raises:
-        CalibrationError: there is no such file or set; names the nearest sets and lists all.
+        NoSuchText: there is no such file or set; names the nearest sets and lists all.
     """
     if (path := own_file(name)) is not None:
         return path
     root = data_root(kind)
     if kind == "eval":
         return _named(name, root, "evaluation set")
-    try:
-        return _named(name, root, "calibration set", "a file, a folder or a hub set (owner/name)")
-    except CalibrationError as error:
-        raise NoSuchText(str(error)) from None
+    return _named(name, root, "calibration set", "a file, a folder or a hub set (owner/name)")
 
 
 def own_file(name: str) -> Path | None:
@@ -89,7 +86,7 @@ def _named(name: str, folder: Path, what: str, else_: str = "a file") -> Path:
     if name in names:
         return folder / f"{name}.yaml"
     known = ", ".join(names) or "none"
-    raise CalibrationError(f"no {what} '{shown(name)}'{_suggest(name, names)}; there are: {known}, or give {else_}")
+    raise NoSuchText(f"no {what} '{shown(name)}'{_suggest(name, names)}; there are: {known}, or give {else_}")
 
 
 def _suggest(name: str, names: Iterable[str]) -> str:

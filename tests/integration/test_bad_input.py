@@ -190,7 +190,7 @@ def test_no_such_calibration_set(bench: Bench, model: Path) -> None:
 
 
 def test_no_such_suite(bench: Bench, model: Path) -> None:
-    assert "quick" in bench.fails(model, "score={suite: quik}")
+    assert "quick" in bench.fails(model, "score={suite: quik}", code=2)
     assert not bench.output.exists()
 
 
@@ -231,7 +231,7 @@ def test_text_of_the_suite_is_missed_before_the_work(bench: Bench, model: Path, 
     """A suite whose text cannot be had stops the run before anything is computed."""
     suite = tmp_path / "suite.yaml"
     suite.write_text("{name: mine, text: wikipedie, windows: 2, length: 64}\n")
-    assert "wikipedie" in bench.fails(model, f"score={{suite: {suite}}}")
+    assert "wikipedie" in bench.fails(model, f"score={{suite: {suite}}}", code=2)
     assert "block-00000.safetensors" not in names(bench.output / WORK)
 
 

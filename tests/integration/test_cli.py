@@ -495,7 +495,20 @@ def test_generate_is_greedy_and_repeats_the_prompt(compress: Compress, place: Pa
 def test_generate_refuses(compress: Compress, place: Path, file: str, prompt: str, line: str) -> None:
     pytest.importorskip("llama_cpp")
     code, out, err = compress("generate", place / "gguf" / file, prompt)
-    assert (code, out) == (1, "") and len(err.splitlines()) == 1 and line in err
+    assert (code, out) == (2 if file == "none.gguf" else 1, "") and len(err.splitlines()) == 1 and line in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("score", "none.gguf"), ("chat", "none.gguf"), ("compare", "nowhere"), ("verify", "nowhere"), ("advise", "nowhere"),
+     ("score", "tiny-qwen3-moe", "--suite", "nowhere"), ("plan", "Q4_K_M", "--model", "tiny-qwen3-moe", "--set", "suite=nowhere"),
+     ("plan", "Q4_K_M", "--model", "tiny-qwen3-moe", "--set", "dataset=nowhere"), ("plan", "nowhere"),
+     ("plan", "Q4_K_M", "--model", "tiny-qwen3-moe", "--device", "gpu")],
+)  # fmt: skip
+def test_what_is_not_there_cannot_work(compress: Compress, arguments: tuple[str, ...]) -> None:
+    """Files, names and options alike: exit code 2, as the README says."""
+    code, out, err = compress(*arguments)
+    assert (code, out) == (2, "") and "Traceback" not in err and arguments[-1].split("=")[-1] in err
 
 
 def test_compare_shows_every_run(compress: Compress, place: Path) -> None:
