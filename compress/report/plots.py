@@ -6,6 +6,7 @@ An SVG keeps its text as text, and its colours are the page's: each is drawn in 
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ FONT = 8.5
 LOG_FROM = 3.0  # from this ratio of largest to smallest on, sizes are shown on a logarithmic axis
 DPI = 220  # of pictures and heat maps
 TICK_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8)
+TICK_ROOM = 0.13  # share of the axis that a label takes
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,16 @@ def _size_axis(axes: Axes, least: int, most: int) -> None:
     inside = sorted({tick for tick in ticks if low <= tick <= high})
     while len(inside) > 7:
         inside = inside[::2]
+    log = axes.get_xscale() == "log"
+
+    def along(size: float) -> float:
+        return math.log(size / low) / math.log(high / low) if log else (size - low) / (high - low)
+
+    apart: list[float] = []
+    for tick in inside:
+        if not apart or along(tick) - along(apart[-1]) >= TICK_ROOM:
+            apart.append(tick)
+    inside = apart
     if len(inside) < 3:
         inside = [low + (high - low) * part / 4 for part in range(1, 4)]
     axes.xaxis.set_major_locator(FixedLocator(inside))
