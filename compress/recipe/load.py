@@ -18,7 +18,7 @@ from compress.recipe.document import Document, read_document
 from compress.recipe.named import named_recipe, output_name
 from compress.recipe.paths import find_place
 from compress.recipe.problems import explain, impossible
-from compress.recipe.rules import nearest
+from compress.recipe.rules import closest
 from compress.recipe.schema import Recipe
 from compress.recipe.schemes import SCHEMES
 from compress.text import data_root
@@ -116,6 +116,6 @@ def _unknown(path: Path, known: Mapping[str, Path]) -> str:
     if path.is_dir():
         model = " but a model" if (path / "config.json").is_file() else ""
         return f"{path}: is a folder, not a recipe{model}; compress a model with: compress run Q4_K_M --model FOLDER"
-    near = nearest(path.name, (*known, *SCHEMES, *CONTAINERS, *FIXED_NAMES))
-    told = near if near.startswith("; nearest") else "; `compress recipes` and `compress methods` list them"
+    near = closest(path.name, (*known, *SCHEMES, *CONTAINERS, *FIXED_NAMES))
+    told = f"; nearest: {', '.join(near)}" if near else "; `compress recipes` and `compress methods` list them"
     return f"{path}: no such file, bundled recipe or type{told}"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from compress.reading import Place, dotted
-from compress.recipe.rules import nearest
+from compress.recipe.rules import closest
 from compress.recipe.schema import STEP_KINDS, Recipe, Step
 from compress.solvers.options import FACTORIZERS, PRUNERS, SOLVERS
 from compress.transforms.options import SCALINGS
@@ -25,44 +25,40 @@ def find_place(text: str, data: Any) -> Place | str:
     if not _PATH.fullmatch(text):
         return "expected key=value, e.g. calibration.samples=64"
     path: Place = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", text))
-    if path[0] in Recipe.model_fields and (found := _reached(path, data)) is not None:
-        return found
-    known = sorted(set(_places(Recipe, data, ())), key=lambda place: (len(place), dotted(place)))
+    places = set(_places(Recipe, data, ()))
+    if path[0] in Recipe.model_fields and _is_there(path, places):
+        return path
+    known = sorted(places, key=lambda place: (len(place), dotted(place)))
     ends = [place for place in known if path in (place[-len(path) :], _keys(place)[-len(path) :])]
     if len(ends) == 1:
         return ends[0]
     if ends:
         return f"{dotted(path)} may be {' or '.join(map(dotted, ends[:4]))}; write one of these"
-    names = {dotted(place): place for place in known}
     tails = {str(place[-1]): dotted(place) for place in reversed(known)}
-    near = nearest(dotted(path), names)
-    if not near.startswith("; nearest") and (close := nearest(str(path[-1]), tails, 1)).startswith("; nearest"):
-        near = f"; nearest: {tails[close.rpartition(' ')[2]]}"
-    return f"{dotted(path)}: there is no such place in this recipe{near if near.startswith('; nearest') else ''}"
+    near = closest(dotted(path), map(dotted, known)) or [tails[tail] for tail in closest(str(path[-1]), tails, 1)]
+    told = f"; nearest: {', '.join(near)}" if near else ""
+    return f"{dotted(path)}: there is no such place in this recipe{told}"
 
 
 def _keys(place: Place) -> Place:
     return tuple(part for part in place if isinstance(part, str))
 
 
-def _reached(path: Place, data: Any) -> Place | None:
-    """`path` where a recipe has a place for it: one that is known, an item of a list, a kind of step, or whatever is
-    inside of a value that is no section."""
-    known = set(_places(Recipe, data, ()))
-    for end in range(len(path), 0, -1):
-        if (head := path[:end]) not in known:
-            continue
-        other = head[-1] == "solver" and path[end:] in _OPTIONS  # of a method that a later value may name
-        free = end == len(path) or isinstance(path[end], int) or not _is_section(head, data)
-        return path if free or other else None
-    return None
+def _is_there(path: Place, places: set[Place]) -> bool:
+    """Whether a recipe has a place for `path`: one that is known, an item of a list, a kind of step, or whatever is inside of a
+    value that is no section."""
+    head = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in places), ())
+    rest = path[len(head) :]
+    if not head or not rest or isinstance(rest[0], int):
+        return bool(head)
+    of_another_method = head[-1] == "solver" and rest in _OPTIONS  # which a later value may name
+    return of_another_method or not _is_section(head, places)
 
 
-def _is_section(place: Place, data: Any) -> bool:
+def _is_section(place: Place, places: set[Place]) -> bool:
     """Whether all keys inside of a place are known."""
     within = len(place)
-    return any(other[:within] == place and len(other) > within and isinstance(other[within], str)
-               for other in _places(Recipe, data, ()))  # fmt: skip
+    return any(len(p) > within and p[:within] == place and isinstance(p[within], str) for p in places)
 
 
 def _places(model: type[BaseModel], data: Any, at: Place) -> Iterator[Place]:

@@ -71,9 +71,20 @@ def problem(message: str) -> PydanticCustomError:
 
 def nearest(name: str, names: Iterable[str], count: int = 2) -> str:
     """'; nearest: a, b' or, when nothing is near, '; one of: ...'; ignores case."""
+    names = list(names)
+    near = closest(name, names, count)
+    return (
+        f"; nearest: {', '.join(near)}"
+        if near
+        else f"; one of: {', '.join({found.lower(): found for found in names}.values())}"
+    )
+
+
+def closest(name: str, names: Iterable[str], count: int = 2) -> list[str]:
+    """The names that are most like `name`, the likest first; none where none is near. Ignores case."""
     by_lower = {candidate.lower(): candidate for candidate in names}
     near = difflib.get_close_matches(str(name)[:64].lower(), by_lower, n=count, cutoff=0.5)
-    return f"; nearest: {', '.join(by_lower[n] for n in near)}" if near else f"; one of: {', '.join(by_lower.values())}"
+    return [by_lower[found] for found in near]
 
 
 def check_target(target: str) -> str:
