@@ -60,14 +60,17 @@ def _codec(info: CodecInfo) -> tuple[str, Keys]:
 
 def _contents(container: Container, usual: str) -> Keys | str:
     if not usual:
-        return _keys(None, container)
+        return {"steps": [], **_export(container)}
     found = named_recipe(usual)
-    return usual if found is None or isinstance(found[1], str) else {**found[1], **_keys(None, container, steps=False)}
+    return usual if found is None or isinstance(found[1], str) else {**found[1], **_export(container)}
 
 
-def _keys(quantize: Keys | None, container: Container, *, steps: bool = True) -> Keys:
-    keys: Keys = {"steps": [] if quantize is None else [{"quantize": quantize}]} if steps else {}
-    return {**keys, "export": [{"container": container.name}]}
+def _keys(quantize: Keys, container: Container) -> Keys:
+    return {"steps": [{"quantize": quantize}], **_export(container)}
+
+
+def _export(container: Container) -> Keys:
+    return {"export": [{"container": container.name}]}
 
 
 def output_name(model: str, type_name: str) -> str:

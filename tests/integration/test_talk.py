@@ -29,6 +29,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def linked(model: Path, folder: Path, *, without: str) -> None:
+    """The files of a model in another folder, but for one."""
+    for file in model.iterdir():
+        if file.name != without:
+            (folder / file.name).symlink_to(file)
+
+
 @pytest.fixture(scope="module")
 def expected(place: Path) -> list[str]:
     """The answers of transformers alone: its template, its tokenizer, its greedy search."""
@@ -90,9 +97,7 @@ def test_draws_follow_the_seed(place: Path, monkeypatch: pytest.MonkeyPatch, cap
 def test_sampling_is_what_the_model_advises(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    for file in (place / "model").iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "generation_config.json").unlink()
+    linked(place / "model", tmp_path, without="generation_config.json")
     (tmp_path / "generation_config.json").write_text(
         '{"do_sample": true, "temperature": 0.3, "top_k": 7, "repetition_penalty": 1.1}'
     )
@@ -109,9 +114,7 @@ def test_sampling_is_what_the_model_advises(
 def test_what_cannot_talk_says_so(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    for file in (place / "model").iterdir():
-        if file.name != "chat_template.jinja":
-            (tmp_path / file.name).symlink_to(file)
+    linked(place / "model", tmp_path, without="chat_template.jinja")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     code, _, err = command(monkeypatch, capfd, "chat", str(tmp_path))
     assert code == 1 and "no chat template" in err and err.count("\n") <= 2
@@ -123,9 +126,7 @@ def test_a_model_that_ends_at_once_is_told(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """Every token ends a text here: nothing is said, and why is told."""
-    for file in (place / "model").iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "generation_config.json").unlink()
+    linked(place / "model", tmp_path, without="generation_config.json")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(4096))}))
     code, out, err = command(monkeypatch, capfd, "generate", str(tmp_path), "x")
     assert (code, out) == (
