@@ -45,6 +45,8 @@ class Artifact(Value):
     path: str
     bytes: int
     bits_per_weight: float
+    variant: str | None = None
+    """What tells it from the others of one container, as the type of each file of a ladder; None where there is one."""
     ratio: float | None = None
     sha256: str | None = None
     files: dict[str, str] = Field(default_factory=dict)
@@ -153,6 +155,8 @@ class Scorecard(Value):
     """Where the bytes were made: sums of floats depend on their order, so the same recipe gives the same bytes on the same kind of
     processor or device, with as many threads and the same versions."""
     notes: tuple[str, ...] = ()
+    beside: dict[str, str] = Field(default_factory=dict)
+    """sha256 of what was made beside the artifacts, as an importance matrix, by its path relative to the scorecard."""
     format: int = FORMAT
     errors: tuple[LayerError, ...] = ()
     suite: str | None = None
