@@ -20,8 +20,8 @@ class Moments:
     """Second moments of one group of inputs of width n.
 
     gram, drift: float32 [n, n] sums (drift None when only one model is run); residual: [m, n], sum of
-    w (r0 - r) x^T for the residual stream r that the output is added to, or None; absolute, peak: [n], sum and maximum
-    of |x| over tokens whatever their weight, or None; weight: sum of w; tokens: count.
+    w (r0 - r) x^T for the residual stream r that the output is added to, or None; absolute, peak, squares: [n], sum and
+    maximum of |x| and sum of x^2 over tokens whatever their weight, or None; weight: sum of w; tokens: count.
     """
 
     gram: Tensor
@@ -31,6 +31,7 @@ class Moments:
     peak: Tensor | None = None
     weight: float = 0.0
     tokens: int = 0
+    squares: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -40,6 +41,7 @@ class Moments:
         drift: bool = False,
         residual: int | None = None,
         magnitudes: bool = False,
+        squares: bool = False,
         device: torch.device | None = None,
     ) -> Moments:
         """Nothing seen yet, of what is asked for; on the CPU unless a device is given."""
@@ -53,6 +55,7 @@ class Moments:
             sums(residual, n) if residual else None,
             sums(n) if magnitudes else None,
             sums(n) if magnitudes else None,
+            squares=sums(n) if squares else None,
         )
 
     def add(
@@ -70,6 +73,8 @@ class Moments:
         if self.absolute is not None and self.peak is not None and len(x):
             self.absolute += x.abs().sum(0)
             torch.maximum(self.peak, x.abs().amax(0), out=self.peak)
+        if self.squares is not None:
+            self.squares += x.square().sum(0)
         if self.residual is not None and lag is not None:
             self.residual.addmm_((lag if gate is None else lag * gate[:, None]).T, scaled)
 

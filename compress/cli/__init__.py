@@ -7,11 +7,12 @@ from compress.cli.app import Command, app, main
 from compress.cli.check import verify
 from compress.cli.examples import EXAMPLES, epilog
 from compress.cli.judge import compare, score
+from compress.cli.ladder import ladder
 from compress.cli.lists import methods, recipes
 from compress.cli.talk import chat, generate
 from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (run, plan, advise, recipes, methods, score, compare, chat, generate, verify):  # the order of --help
+for command in (run, ladder, plan, advise, recipes, methods, score, compare, chat, generate, verify):  # as in --help
     app.command(cls=Command, epilog=epilog(EXAMPLES.get(command.__name__, ())))(command)

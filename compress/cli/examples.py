@@ -8,6 +8,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress run qwen-moe-2bit --set samples=64",
         "compress run my.yaml --output out/mine",
     ),
+    "ladder": (
+        "compress ladder Qwen/Qwen3-0.6B",
+        "compress ladder ./model --types Q8_0,Q4_K_M,IQ2_M",
+    ),
     "plan": (
         "compress plan qwen-moe-2bit",
         "compress plan gguf-q4-k-m --model model.gguf",

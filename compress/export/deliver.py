@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.containers import CONTAINERS
 from compress.decode import decode
@@ -34,9 +35,13 @@ from compress.scoring.divergence import Scores
 from compress.scoring.original import Original
 from compress.scoring.results import Fallback, Speed, TaskScore
 from compress.scoring.source import LogitSource
-from compress.streaming.journal import Journal
 from compress.streaming.placement import CPU, Placement
 from compress.text import load_suite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.weights import Packed
 
 
 @dataclass
@@ -61,14 +66,34 @@ class Delivery:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A plan and what was solved for it. fetch: one packed tensor by name; variant: what tells it from others that ship
+    together."""
+
+    plan: Plan
+    fetch: Callable[[str], Packed]
+    variant: str | None = None
+
+    def dense(self, name: str) -> Tensor:
+        """One tensor, decoded."""
+        return decode(self.fetch(name))
+
+
+@dataclass(frozen=True)
 class _Written:
     """An artifact in the staging folder; roots: its files there, or the folder they lie in, then what lies beside a single
     file; sha256: of all that ships, by path from the staging folder."""
 
+    product: Product
     export: Export
     files: list[Path]
     roots: list[Path]
     sha256: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What stages and checks call it."""
+        return self.product.variant or self.export.container
 
 
 def require_texts(plan: Plan, reporter: Reporter) -> list[Fallback]:
@@ -90,35 +115,31 @@ def require_texts(plan: Plan, reporter: Reporter) -> list[Fallback]:
 
 
 def deliver(
-    plan: Plan,
+    products: Sequence[Product],
     checkpoint: Checkpoint,
-    journal: Journal,
     output: Path,
     reporter: Reporter,
     placement: Placement = CPU,
     result: Delivery | None = None,
 ) -> Delivery:
-    """Write and prove every artifact of the plan. result: what is known before, see Delivery."""
+    """Write and prove every artifact of every plan, all of one model and scored alike. result: what is known before, see
+    Delivery."""
     result = result or Delivery()
     staging = output / ".checking"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(output / "rejected", ignore_errors=True)
     written: list[_Written] = []
+    plan = products[0].plan
     try:
-        for export in plan.recipe.export:
-            with reporter.stage(f"write {export.container}") as progress:
-                files = write(plan, export, journal, staging, progress)
-                roots = _roots(files, staging)
-                if CONTAINERS[export.container].suffix:
-                    roots += copy_companions(plan.source, staging, LEGAL)
-                written.append(_Written(export, files, roots, checksums(roots, staging)))
+        for product in products:
+            for export in product.plan.recipe.export:
+                written.append(_written(product, export, staging, reporter))
         whole = continues(plan.source, checkpoint.weight_files, plan.original_parameters)
         source = StreamedSource(plan.original, checkpoint.load, "original", placement, generator=whole)
         original = remembered(source, checkpoint.weight_files, checkpoint.folder)
-        solved = lambda name: decode(journal.fetch(name))  # noqa: E731
-        memory = StreamedSource(plan.spec, solved, "in-memory compressed model", placement)
         for one in written:
-            result.artifacts.append(_proved(plan, one, journal, original, memory, result, reporter))
+            memory = StreamedSource(one.product.plan.spec, one.product.dense, "in-memory compressed model", placement)
+            result.artifacts.append(_proved(one, original, memory, result, reporter))
         if plan.recipe.score is not None and plan.recipe.score.speed and result.passed:
             _time(plan, checkpoint, written, result, reporter)
         result.checks += [
@@ -130,42 +151,50 @@ def deliver(
     return result
 
 
+def _written(product: Product, export: Export, staging: Path, reporter: Reporter) -> _Written:
+    """One artifact in the staging folder."""
+    plan = product.plan
+    with reporter.stage(f"write {product.variant or export.container}") as progress:
+        files = write(plan, export, product.fetch, staging, progress)
+        roots = _roots(files, staging)
+        if CONTAINERS[export.container].suffix:
+            roots += copy_companions(plan.source, staging, LEGAL)
+        return _Written(product, export, files, roots, checksums(roots, staging))
+
+
 def _proved(
-    plan: Plan,
-    written: _Written,
-    journal: Journal,
-    original: Original,
-    memory: LogitSource,
-    result: Delivery,
-    reporter: Reporter,
+    written: _Written, original: Original, memory: LogitSource, result: Delivery, reporter: Reporter
 ) -> Artifact:
     """An artifact with its scores; what was checked on the way, and the original's scores, go into `result`."""
-    export, files = written.export, written.files
-    artifact = described(plan, written)
+    plan, export, files = written.product.plan, written.export, written.files
+    artifact, checks = described(written), list[Check]()
     container = CONTAINERS[export.container]
     try:
         with ExitStack() as held:
-            with reporter.stage(f"check {container.name}") as progress:
+            with reporter.stage(f"check {written.name}") as progress:
                 source = held.enter_context(
                     artifact_source(container, files, plan.spec, plan.parameters, result.fallbacks)
                 )
-                result.checks += check(plan, export, files, journal, Compared(source, memory), progress)
+                checks += check(plan, export, files, written.product.fetch, Compared(source, memory), progress)
             if plan.recipe.score is not None:
-                with reporter.stage(f"score {container.name}") as progress:
+                with reporter.stage(f"score {written.name}") as progress:
                     found = measured(plan, source, original, progress)
                 result.base_scores = result.base_scores or found.base_scores
                 result.base_tasks = result.base_tasks or found.base_tasks
                 result.base_texts = result.base_texts or found.base_texts
-                result.fallbacks += found.fallbacks
+                result.fallbacks += (line for line in found.fallbacks if line not in result.fallbacks)
                 result.doubts = result.doubts or found.doubts
                 artifact = artifact.model_copy(
                     update={"scores": found.scores, "tasks": found.tasks, "texts": found.texts}
                 )
-                result.checks += limits(plan, artifact)
+                checks += limits(plan, artifact)
     except (CalibrationError, MissingExtra, OutputError):
         raise  # nothing the artifact can help
     except CompressError as error:  # the engine refuses the file, or its logits are not finite
-        result.checks.append(Check(name=f"{container.name} in its engine", passed=False, detail=str(error)))
+        checks.append(Check(name=f"{container.name} in its engine", passed=False, detail=str(error)))
+    if written.product.variant is not None:
+        checks = [check.model_copy(update={"name": f"{written.name}: {check.name}"}) for check in checks]
+    result.checks += checks
     return artifact
 
 
@@ -175,7 +204,7 @@ def _time(
     """Add the throughput of every artifact, in turns with each other and the original, to `result`."""
     assert plan.recipe.score is not None
     jobs = {
-        f"{number} {one.export.container}": Job.of(CONTAINERS[one.export.container], one.files, plan.parameters)
+        f"{number} {one.name}": Job.of(CONTAINERS[one.export.container], one.files, one.product.plan.parameters)
         for number, one in enumerate(written)
     }
     original = Job.of_original(checkpoint.weight_files, plan.original_parameters)
@@ -190,9 +219,9 @@ def _time(
     result.fallbacks += timed.lines(*jobs)
 
 
-def described(plan: Plan, written: _Written) -> Artifact:
+def described(written: _Written) -> Artifact:
     """Bytes and bits per weight of an artifact, before any score. A single file runs without what lies beside it."""
-    staging = written.roots[0].parent
+    staging, plan = written.roots[0].parent, written.product.plan
     weight_bytes = sum(f.stat().st_size for f in written.files)
     single = bool(CONTAINERS[written.export.container].suffix)
     shipped = weight_bytes if single else sum((staging / name).stat().st_size for name in written.sha256)
@@ -201,6 +230,7 @@ def described(plan: Plan, written: _Written) -> Artifact:
         path=written.roots[0].name,
         bytes=shipped,
         bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
+        variant=written.product.variant,
         ratio=shipped / plan.original_bytes,
         sha256=combined(written.sha256),
         files=dict(written.sha256),

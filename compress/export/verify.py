@@ -19,8 +19,8 @@ from compress.recipe.schema import Export
 from compress.report.scorecard import Check
 from compress.scoring.divergence import score
 from compress.scoring.source import LogitSource
-from compress.streaming.journal import Journal
 from compress.text import calibration_windows, eval_windows, load_suite
+from compress.weights import Packed
 
 CHECK_WINDOWS, CHECK_LENGTH = 4, 256
 TENSORS_SHARE = 0.5  # of the progress bar; the rest goes to logits
@@ -44,14 +44,15 @@ def check(
     plan: Plan,
     export: Export,
     files: Sequence[Path],
-    journal: Journal,
+    packed: Callable[[str], Packed],
     compared: Compared,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Check]:
-    """Every planned tensor present, finite and decoding to what was solved; logits as computed in memory."""
+    """Every planned tensor present, finite and decoding to what was solved; logits as computed in memory. packed: what was
+    solved, by name."""
     container, source = CONTAINERS[export.container], compared.source
     try:
-        checks = [_check_tensors(plan, container, files, journal, lambda done: progress(TENSORS_SHARE * done))]
+        checks = [_check_tensors(plan, container, files, packed, lambda done: progress(TENSORS_SHARE * done))]
     except CompressError as error:
         return [_tensors(container, False, str(error))]
     windows = check_windows(plan)
@@ -75,7 +76,11 @@ def _tensors(container: Container, passed: bool, detail: str) -> Check:
 
 
 def _check_tensors(
-    plan: Plan, container: Container, files: Sequence[Path], journal: Journal, progress: Callable[[float], None]
+    plan: Plan,
+    container: Container,
+    files: Sequence[Path],
+    packed: Callable[[str], Packed],
+    progress: Callable[[float], None],
 ) -> Check:
     load = container.open_dense(files, plan.spec)
     stored: Mapping[str, str] = {} if container.inventory is None else container.inventory(files, plan.spec)
@@ -84,7 +89,7 @@ def _check_tensors(
             return _tensors(container, False, f"{planned.name} is {codec}, planned {planned.codec}")
     worst = 0.0
     for number, planned in enumerate(plan.tensors, start=1):
-        values, wanted = load(planned.name).float(), decode(journal.fetch(planned.name))
+        values, wanted = load(planned.name).float(), decode(packed(planned.name))
         if values.shape != wanted.shape or not torch.isfinite(values).all():
             return _tensors(container, False, f"{planned.name} is not finite or misshapen")
         gap = float((values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))

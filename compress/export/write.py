@@ -1,4 +1,4 @@
-"""One artifact of a plan, written from the journal's codes."""
+"""One artifact of a plan, written from the codes that were solved."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from compress.containers import CONTAINERS, Options, WriteRequest
 from compress.export.text import plan_tokenizer, reads_no_text
 from compress.plan.plan import Plan
 from compress.recipe.schema import Export
-from compress.streaming.journal import Journal
 from compress.text.agreement import shipped
 from compress.weights import Packed
 
 
-def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: Callable[[float], None]) -> list[Path]:
-    """Write one container into `folder`. Returns its weight files."""
+def write(
+    plan: Plan, export: Export, packed: Callable[[str], Packed], folder: Path, progress: Callable[[float], None]
+) -> list[Path]:
+    """Write one container into `folder`. packed: what was solved, by name. Returns its weight files."""
     container = CONTAINERS[export.container]
     done = 0
 
@@ -24,7 +25,7 @@ def write(plan: Plan, export: Export, journal: Journal, folder: Path, progress: 
         nonlocal done
         done += 1
         progress(done / len(plan.tensors))
-        return journal.fetch(name)
+        return packed(name)
 
     path = folder / plan.artifact_name(container, export.name)
     options = Options(max_shard_size=export.max_shard_size, scheme=plan.scheme, dtype=plan.own_codec)

@@ -64,6 +64,9 @@ def step_problems(recipe: Recipe) -> list[str]:
         problems.append(f"steps: this order makes no sense, write them as {wanted}")
     if "recover" in kinds and "quantize" not in kinds:
         problems.append("steps: recover repairs what quantize did; add a quantize step before it")
+    quantize = recipe.step("quantize")
+    if "recover" in kinds and quantize is not None and quantize.inputs == "original":
+        problems.append("steps: recover compares with the compressed model's own inputs; drop inputs: original")
     problems += [
         f"steps: {step.options.name} scales for what quantize rounds; add a quantize step behind it"
         for step in recipe.steps

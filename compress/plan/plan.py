@@ -109,10 +109,16 @@ class Plan:
         return None if quantize is None or quantize.rules or quantize.ignore or shrunk else quantize.scheme
 
     @property
+    def original_inputs(self) -> bool:
+        """Whether solvers see the original's inputs, not those that the compressed layers before them give."""
+        quantize = self.recipe.step("quantize")
+        return quantize is not None and quantize.inputs == "original"
+
+    @property
     def two_streams(self) -> bool:
-        """Whether the original's activations are carried along."""
+        """Whether the original's activations are carried along beside the compressed model's."""
         drifts = any(t.asks.drift or t.asks.residual for t, _ in self.counted)
-        return self.solves and (drifts or self.recover is not None)
+        return self.solves and not self.original_inputs and (drifts or self.recover is not None)
 
     @cached_property
     def by_name(self) -> Mapping[str, PlannedTensor]:

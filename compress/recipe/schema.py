@@ -181,6 +181,9 @@ class Quantize(Section):
     scheme: Annotated[str, AfterValidator(_scheme)] | None = None
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_tuple), Field(max_length=MOST_RULES)] = ()
     ignore: Ignored = ()
+    inputs: Literal["compressed", "original"] = "compressed"
+    """Whose inputs solvers see: what the compressed layers before a weight give it, so that it makes up for them; or the
+    original's, which are the same for every type that a model is compressed to."""
 
     def expanded(self, model: ModelSpec) -> tuple[Rule, ...]:
         """The explicit rules, then those of the scheme."""
@@ -369,6 +372,8 @@ class Recipe(Section):
         for step in decisive["steps"]:  # recipes without one keep the digest they had before there were any
             if step["scaling"] is None:
                 del step["scaling"]
+            if (step.get("quantize") or {}).get("inputs") == "compressed":
+                del step["quantize"]["inputs"]
         text = {key: value for key, value in decisive["calibration"].items() if value is not None}
         decisive["calibration"] = text if "mix" in text else {"dataset": BASE_TEXT, **text}  # as above
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -90,7 +90,7 @@ class LayerError(Value):
 
     layer: None outside the layers (embeddings, head); codec: what most of their weights are stored in. error: squared
     error over squared output, both summed over the tensors and the calibration tokens that reached them (what solvers
-    minimise); 0 is exact. parameters: weights in them.
+    minimise); 0 is exact. parameters: weights in them; variant: of the artifact that they are in, where there are several.
     """
 
     layer: int | None
@@ -98,6 +98,7 @@ class LayerError(Value):
     codec: str
     error: float
     parameters: int
+    variant: str | None = None
 
 
 class Experts(Value):
@@ -163,8 +164,9 @@ class Scorecard(Value):
 
     @property
     def files(self) -> dict[str, str]:
-        """sha256 of every file of every artifact, by its path relative to the scorecard."""
-        return {name: found for artifact in self.artifacts for name, found in artifact.files.items()}
+        """sha256 of every file of every artifact and of what was made beside them, by path relative to the scorecard."""
+        own = {name: found for artifact in self.artifacts for name, found in artifact.files.items()}
+        return {**own, **self.beside}
 
     @property
     def fallback_kinds(self) -> list[tuple[Fallback, int]]:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,47 @@ from compress.streaming.journal import JOURNAL, WORK, Journal, OtherRun
 
 TEXT = "calibration text"  # as the journal calls the windows that units are made from
 MOST_DIFFERENCES = 3
+LADDER = "ladder"  # the key of a ladder's recipes, by type
 JUDGED = ("score", "gate")  # may differ: they decide no byte
 
 
-def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
+@dataclass(frozen=True)
+class Undertaking:
+    """What a run is to its output folder.
+
+    told: the recipe as it is carried out, for a file that ships; recipe_digest: of the recipe's content; digest: of all that its
+    units depend on; disk_bytes: what it takes there.
+    """
+
+    told: Mapping[str, Any]
+    recipe_digest: str
+    digest: str
+    disk_bytes: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Undertaking:
+        """Of a single plan."""
+        return cls(recipe_as_told(plan), plan.recipe.digest(), plan.digest, plan.disk_bytes)
+
+    @classmethod
+    def of_ladder(cls, name: str, plans: Mapping[str, Plan]) -> Undertaking:
+        """Of several plans of one model, by type."""
+        lead = next(iter(plans.values()))
+        told = {"name": name, "model": lead.identity.version}
+        shared = (len(plans) - 1) * 6 * lead.activation_bytes  # one copy of the activations serves all
+        return cls(
+            {**told, LADDER: {kind: recipe_as_told(plan) for kind, plan in plans.items()}},
+            _combined({kind: plan.recipe.digest() for kind, plan in plans.items()}),
+            _combined({kind: plan.digest for kind, plan in plans.items()}),
+            sum(plan.disk_bytes for plan in plans.values()) - shared,
+        )
+
+
+def _combined(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def claim(output: Path, ours: Undertaking, *, fresh: bool = False) -> Path:
     """The output folder, if it can be ours: new, empty, or of this very recipe. Raises OutputError otherwise or on a
     full disk; touches nothing. Whose an unfinished run is, its journal says.
 
@@ -40,8 +78,8 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
             raise OutputError(f"{output} holds something else ({sorted(names)[0]}); choose another --output")
         if scorecards.FILE_NAME in names and not fresh and not begun:
             finished = _read(output)
-            if finished.recipe_digest != plan.recipe.digest():
-                differing = differences(output / scorecards.RECIPE_FILE, plan)
+            if finished.recipe_digest != ours.recipe_digest:
+                differing = differences(output / scorecards.RECIPE_FILE, ours)
                 raise OutputError(
                     f"{output} holds a finished run of another recipe ({finished.recipe}{differing and f': {differing}'}); "
                     "choose another --output, or replace it with --fresh"
@@ -50,34 +88,34 @@ def claim(output: Path, plan: Plan, *, fresh: bool = False) -> Path:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise OutputError(f"cannot write into {output}: {nearest} is no folder or read-only; choose another --output")
     free = shutil.disk_usage(nearest).free
-    if free < plan.disk_bytes and not begun:
+    if free < ours.disk_bytes and not begun:
         raise OutputError(
-            f"{output} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB; "
+            f"{output} has {free / 1e9:.2f} GB free, the run needs {ours.disk_bytes / 1e9:.2f} GB; "
             "free some space or choose another --output"
         )
     return output
 
 
-def open_journal(output: Path, plan: Plan, *, fresh: bool) -> Journal:
+def open_journal(output: Path, ours: Undertaking, *, fresh: bool) -> Journal:
     """The journal of a run, begun or to be begun. Raises ResumeError as `Journal.open`; where the recipe is another one, it says
     which settings differ."""
     told = output / WORK / scorecards.RECIPE_FILE
     try:
-        journal = Journal.open(output / WORK, plan.digest, fresh=fresh)
+        journal = Journal.open(output / WORK, ours.digest, fresh=fresh)
     except OtherRun as error:
-        if differing := differences(told, plan):
+        if differing := differences(told, ours):
             raise ResumeError(
                 f"{output} holds an unfinished run of another recipe: {differing}; "
                 "finish that one, choose another --output, or discard it with --fresh"
             ) from None
         raise error from None
-    write_recipe(plan, told.parent)
+    write_recipe(ours, told.parent)
     return journal
 
 
-def write_recipe(plan: Plan, folder: Path) -> None:
+def write_recipe(ours: Undertaking, folder: Path) -> None:
     """The recipe as it is carried out, beside what is made of it."""
-    write_synced(folder / scorecards.RECIPE_FILE, json.dumps(recipe_as_told(plan), indent=2).encode())
+    write_synced(folder / scorecards.RECIPE_FILE, json.dumps(ours.told, indent=2).encode())
 
 
 def recipe_as_told(plan: Plan) -> dict[str, Any]:
@@ -85,11 +123,11 @@ def recipe_as_told(plan: Plan) -> dict[str, Any]:
     return {**plan.recipe.portable(), "model": plan.identity.version}
 
 
-def differences(told: Path, plan: Plan) -> str:
-    """Which settings of the recipe in a file are others than a plan's, and what they are there and here; "" where all are
+def differences(told: Path, ours: Undertaking) -> str:
+    """Which settings of the recipe in a file are others than ours, and what they are there and here; "" where all are
     the same or there is no such file."""
     try:
-        there, here = _flat(json.loads(told.read_text(encoding="utf-8"))), _flat(recipe_as_told(plan))
+        there, here = _flat(json.loads(told.read_text(encoding="utf-8"))), _flat(dict(ours.told))
     except (OSError, ValueError):
         return ""
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key) and not key.startswith(JUDGED)]

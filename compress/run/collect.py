@@ -23,15 +23,18 @@ POOL_TOKENS_PER_COLUMN = 8  # tokens that a cold expert's pool holds, per input 
 
 @dataclass
 class Site:
-    """One sub-layer at work: the activations in front of it and its weights before and after, by checkpoint name.
+    """One sub-layer at work: the activations in front of it, and its weights before and those that inputs are observed with, by
+    checkpoint name.
 
-    tokens: of the calibration text that each routed expert saw, once they are counted.
+    squares: every input's are summed, too; tokens: of the calibration text that each routed expert saw, once they are
+    counted.
     """
 
     branch: Branch
     streams: Streams
     original: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
+    squares: bool = False
     tokens: tuple[int, ...] = ()
 
     @property
@@ -88,14 +91,17 @@ def wanted_moments(site: Site, stage: int, group: Sequence[PlannedTensor]) -> di
     """Empty accumulators for a stage: the union of what its solvers need, shared where inputs are shared."""
     wanted: dict[str, Moments] = {}
     spec, inputs, device = site.branch.spec, site.branch.inputs, site.device
-    drifting = {t.spec.input for t in group if t.asks.drift}
+    both = site.streams.original is not None
+    drifting = {t.spec.input for t in group if t.asks.drift and both}
     for planned in group:
         key, n = planned.spec.input, planned.spec.shape[-1]
         if key is None:
             continue
-        residual = spec.hidden_size if repairs_residual(planned) else None
+        residual = spec.hidden_size if both and repairs_residual(planned) else None
         if key not in wanted:
-            wanted[key] = Moments.zeros(n, drift=key in drifting, residual=residual, device=device)
+            wanted[key] = Moments.zeros(
+                n, drift=key in drifting, residual=residual, squares=site.squares, device=device
+            )
         pool = inputs[key].pool
         if pool is not None and pool in inputs and pool not in wanted:
             wanted[pool] = Moments.zeros(n, drift=bool(drifting), device=device)

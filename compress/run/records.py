@@ -8,11 +8,10 @@ from typing import Any
 
 from compress.plan.plan import Plan
 from compress.solve.tensor import Solved
-from compress.streaming.journal import Journal
 
 
-def tensor_records(plan: Plan, journal: Journal) -> Iterator[dict[str, Any]]:
-    """One record a tensor in the order of the plan.
+def tensor_records(plan: Plan, units: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One record a tensor in the order of the plan. units: the journal's reports.
 
     name, shape, role, layer (None outside the blocks), expert, codec, wanted (where another codec stands in for it), bytes; of
     those that were solved also solver, error (squared error over squared output on the calibration text, what solvers
@@ -20,7 +19,7 @@ def tensor_records(plan: Plan, journal: Journal) -> Iterator[dict[str, Any]]:
     (that the statistics are of), borrowed (share of the statistics that is the layer's pool's) and seconds (beside others at the
     same time).
     """
-    solved = {s["name"]: s for report in journal.units.values() for s in report.get("solved", ())}
+    solved = {s["name"]: s for report in units.values() for s in report.get("solved", ())}
     for t in plan.tensors:
         record = {
             "name": t.name,

@@ -20,7 +20,7 @@ from compress.weights import Packed
 if TYPE_CHECKING:
     import numpy as np
 
-    from compress.run.loop import Run
+    from compress.run.units import Run
 
 
 RECOVERED = "recovered"  # the journal's unit for all this; what moved in block 3 is the unit `recovered-00003`

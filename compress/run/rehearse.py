@@ -148,7 +148,8 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal, placement: P
                 max_positions=spec.max_positions,
             )
         streams = _embedded(plan, load, journal.folder, ids, placement)
-    job, kinds = Job(load, plan.transforms, plan.recipe.seed, placement), _kinds(plan)
+    job = Job(load, plan.transforms, plan.recipe.seed, placement, original_inputs=plan.original_inputs)
+    kinds = _kinds(plan)
     chosen = walk(spec, load, placement, layers=[layer for _, layer in kinds])
     measured = {
         kind: _block(plan, block, job, journal, streams) for (kind, _), block in zip(kinds, chosen, strict=True)
@@ -304,7 +305,7 @@ def _observe(
     more = plan.recipe.calibration.samples // streams.windows
     for stage in range(branch.sublayer.stages):
         for group in stage_groups(branch, stage, tensors):
-            site = Site(branch, streams, result.original, result.weights, result.tokens)
+            site = Site(branch, streams, result.original, result.weights, tokens=result.tokens)
             with clock("gather"):
                 collect(site, stage, group)
             # experts that are cold after this little text may not be so after all of it

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -28,20 +28,23 @@ from compress.weights import Loader, Packed
 @dataclass(frozen=True)
 class Job:
     """What is asked of every sub-layer. transforms: scalings that come first; seed: the recipe's; tell: hears of every tensor
-    that is solved."""
+    that is solved. original_inputs: solvers see what the original's weights see; squares: the sums are wanted that an
+    importance matrix is made of."""
 
     load: Loader
     transforms: Sequence[TransformOptions] = ()
     seed: int = 0
     placement: Placement = CPU
     tell: Callable[[Solved], None] = lambda report: None
+    original_inputs: bool = False
+    squares: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
     """packed: every tensor of a sub-layer as it ships; outcomes: one a solved tensor; tokens: per expert; original,
     weights: the float32 weights before and after, by checkpoint name, the former as transforms left them; folded: what
-    those did."""
+    those did; squares: of every input by key, float32 [n] sums over all tokens and their number, where they are wanted."""
 
     packed: dict[str, Packed] = field(default_factory=dict)
     outcomes: dict[str, Outcome | Shipped] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class Result:
     original: Mapping[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     folded: tuple[Folded, ...] = ()
+    squares: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     @property
     def solved(self) -> tuple[Solved, ...]:
@@ -68,27 +72,65 @@ def compress_sublayer(
     tensors: its own; streams: activations in front of it. progress receives the number of tensors that are done; one whose
     inputs have been observed is half done.
     """
-    placement = job.placement
-    original = {t.name: placement.weight(job.load(t.name)) for t in tensors}
+    (result,) = compress_variants(branch, [tensors], streams, job, progress)
+    return result
+
+
+def compress_variants(
+    branch: Branch,
+    variants: Sequence[Sequence[PlannedTensor]],
+    streams: Streams | None,
+    job: Job,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[Result]:
+    """Compress one sub-layer in several ways, all of which see the original's inputs: they are observed once, and every
+    result is what its variant alone would have been.
+
+    variants: the sub-layer's tensors as each plan has them. progress as above, of one variant.
+    """
+    assert len(variants) == 1 or job.original_inputs
+    original = {t.name: job.placement.weight(job.load(t.name)) for t in variants[0]}
     folded: tuple[Folded, ...] = ()
     if streams is not None and job.transforms:
-        original, folded = scale_sublayer(branch, tensors, original, streams, job.transforms)
-    weights, packed = dict(original), {}
-    for planned in tensors:
-        if planned.method is None:
-            packed[planned.name] = as_stored(planned, original[planned.name])
-            weights[planned.name] = placement.put(decode(packed[planned.name]))
-    result = Result(packed, {}, (), original, weights, folded)
-    site = None if streams is None else Site(branch, streams, original, weights)
+        original, folded = scale_sublayer(branch, variants[0], original, streams, job.transforms)
+    results = [_unsolved(tensors, original, folded, job.placement) for tensors in variants]
+    site = None
+    if streams is not None:
+        seen = original if job.original_inputs else results[0].weights
+        site = Site(branch, streams, original, seen, job.squares)
+    asked = list({t.name: t for tensors in variants for t in tensors if t.method is not None}.values())
     for stage in range(branch.sublayer.stages):
-        for group in stage_groups(branch, stage, tensors):
-            before, half = len(packed), len(group) / 2
-            observed = lambda share, before=before, half=half: progress(before + half * share)  # noqa: E731
-            moments = {} if site is None else collect(site, stage, group, observed)
+        for group in stage_groups(branch, stage, asked):
+            moments = {} if site is None else collect(site, stage, group, _half(results, group, progress))
             if site is not None and not site.tokens:
                 site.tokens = counted(branch, stage, moments)
-            _solve(branch, group, moments, result, job, progress)
-    return Result(packed, result.outcomes, () if site is None else site.tokens, original, weights, folded)
+            names = {t.name for t in group}
+            for tensors, result in zip(variants, results, strict=True):
+                own = [t for t in tensors if t.name in names and t.method is not None]
+                _solve(branch, own, moments, result, job, progress)
+                result.squares.update({key: (m.squares, m.tokens) for key, m in moments.items() if m.squares is not None})
+    return [replace(result, tokens=() if site is None else site.tokens) for result in results]
+
+
+def _unsolved(
+    tensors: Sequence[PlannedTensor], original: Mapping[str, Tensor], folded: tuple[Folded, ...], placement: Placement
+) -> Result:
+    """A result with what no solver touches."""
+    result = Result(original=original, weights=dict(original), folded=folded)
+    for planned in tensors:
+        if planned.method is None:
+            packed = as_stored(planned, original[planned.name])
+            result.packed[planned.name] = packed
+            result.weights[planned.name] = placement.put(decode(packed))
+    return result
+
+
+def _half(
+    results: Sequence[Result], group: Sequence[PlannedTensor], progress: Callable[[float], None]
+) -> Callable[[float], None]:
+    """Progress of observing a group's inputs, a half of its share."""
+    before = sum(len(result.packed) for result in results) / len(results)
+    return lambda share: progress(before + len(group) / 2 * share)
 
 
 def _solve(

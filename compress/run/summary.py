@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from compress.export.deliver import Delivery
 from compress.plan.plan import Plan
@@ -17,7 +17,6 @@ from compress.run.inspect import INSPECTED
 from compress.run.recover import RECOVERED
 from compress.run.surveys import STRUCTURE
 from compress.scoring.results import Fallback
-from compress.streaming.journal import Journal
 from compress.structured.shapes import widths_of
 
 CHANNELS = {
@@ -29,7 +28,19 @@ CHANNELS = {
 MORE_TEXT = "--set calibration.samples={}"  # what makes fewer experts cold and grams better conditioned
 
 
-def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
+class Reports(Protocol):
+    """What a journal says of the units of one plan."""
+
+    @property
+    def units(self) -> Mapping[str, Any]: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, str]: ...
+    def __contains__(self, unit: str) -> bool: ...
+
+
+def structure_notes(plan: Plan, journal: Reports) -> tuple[str, ...]:
     """What went of a model that changed its shape, and what the repair was worth."""
     if STRUCTURE not in journal:
         return ()
@@ -53,7 +64,7 @@ def structure_notes(plan: Plan, journal: Journal) -> tuple[str, ...]:
 
 
 def make_scorecard(
-    plan: Plan, journal: Journal, results: Delivery, reporter: Reporter, device: str = "cpu"
+    plan: Plan, journal: Reports, results: Delivery, reporter: Reporter, device: str = "cpu"
 ) -> Scorecard:
     """What `scorecard.json` says about a run whose artifacts are written. device: where it computed."""
     solved = [s for report in journal.units.values() for s in report.get("solved", ())]
@@ -147,7 +158,7 @@ def _of_damping(plan: Plan, solved: Sequence[Mapping[str, Any]]) -> Iterator[Fal
             )
 
 
-def _of_recovery(plan: Plan, journal: Journal) -> Iterator[Fallback]:
+def _of_recovery(plan: Plan, journal: Reports) -> Iterator[Fallback]:
     """Blocks that recovery left as they were, and the model where that is true of the last stage."""
     for layer in range(plan.spec.layers):
         recovered = journal.units[f"block-{layer:05d}"].get("recovered")
@@ -194,7 +205,7 @@ def _of_cold_experts(layer: Experts, samples: int) -> Iterator[Fallback]:
         )
 
 
-def _experts(plan: Plan, journal: Journal, solved: Sequence[Mapping[str, Any]]) -> list[Experts]:
+def _experts(plan: Plan, journal: Reports, solved: Sequence[Mapping[str, Any]]) -> list[Experts]:
     """What the calibration text was to the experts of every layer that has some; shares borrowed unrounded."""
     experts = []
     for layer in range(plan.spec.layers):

@@ -1,0 +1,267 @@
+"""Several plans of one model in one pass over its blocks and the calibration text: what solvers see is the original's, so it is
+collected once; an importance matrix for llama.cpp comes of it, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.codecs import float_codec
+from compress.decode import decode
+from compress.export.deliver import Delivery
+from compress.export.imatrix import Importance, ImportanceMatrix, write_dat, write_gguf
+from compress.models.checkpoint import Checkpoint
+from compress.models.layers.views import Piece
+from compress.plan.plan import Plan
+from compress.report.checksums import checksums
+from compress.report.progress import Reporter
+from compress.report.scorecard import LayerError, Scorecard
+from compress.run.claim import TEXT, Undertaking, run_digest
+from compress.run.records import tensor_line, tensor_records
+from compress.run.source import working_model
+from compress.run.sublayer import compress_variants
+from compress.run.summary import make_scorecard
+from compress.run.units import Run, head_seen, solve_embeddings, solve_head, surveyed_head
+from compress.scoring.results import Fallback
+from compress.solve.tensor import Solved
+from compress.streaming.journal import Journal
+from compress.streaming.placement import CPU, Placement
+from compress.streaming.walk import BlockAt, advance, embed, walk
+from compress.weights import Packed
+
+IMATRIX = "imatrix"  # of what a unit holds: sums of squared inputs
+VARIANTS = "variants"  # of a unit's report: what each type's would be
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One type of a ladder: its plan, and its part of the journal that all share, which reads like a journal of its own."""
+
+    name: str
+    plan: Plan
+    journal: Journal
+
+    def key(self, tensor: str) -> str:
+        """What the journal calls a tensor of this type."""
+        return f"{self.name}:{tensor}"
+
+    def fetch(self, tensor: str) -> Packed:
+        """One packed tensor."""
+        return self.journal.fetch(self.key(tensor))
+
+    @property
+    def units(self) -> dict[str, Any]:
+        """Reports of the units."""
+        return {
+            unit: {**told, **told.get(VARIANTS, {}).get(self.name, {})} for unit, told in self.journal.units.items()
+        }
+
+    @property
+    def digest(self) -> str:
+        return self.journal.digest
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        return self.journal.inputs
+
+    def __contains__(self, unit: str) -> bool:
+        return unit in self.journal
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Its lines of tensors.jsonl."""
+        return ({"variant": self.name, **record} for record in tensor_records(self.plan, self.units))
+
+
+# ---------------------------------------------------------------- units
+
+
+def compress_ladder(
+    rungs: Sequence[Rung],
+    checkpoint: Checkpoint,
+    journal: Journal,
+    reporter: Reporter,
+    placement: Placement = CPU,
+    ids: np.ndarray | None = None,
+) -> None:
+    """Every unit that the journal does not hold yet, for all types. ids: calibration windows [samples, length]."""
+    lead = next((rung.plan for rung in rungs if rung.plan.solves), rungs[0].plan)
+    if ids is not None:
+        journal.agree(TEXT, ids.tobytes())
+    if not lead.solves:
+        ids = None
+    shape = None if ids is None else (*ids.shape, lead.spec.hidden_size)
+
+    def tell(report: Solved) -> None:
+        reporter.say(f"  {tensor_line(report)}", level=2)
+
+    run = Run(lead, working_model(lead, checkpoint), journal, placement, shape, tell)
+    with reporter.stage("embeddings"):
+        if "embeddings" not in journal:
+            _embeddings(run, rungs, ids)
+    with reporter.stage("blocks") as progress:
+        layers = lead.spec.layers
+        left = [layer for layer in range(layers) if f"block-{layer:05d}" not in journal]
+        for block in walk(lead.spec, run.load, placement, layers=left):
+            _block(run, rungs, block)
+            progress((block.layer + 1) / layers, f"block {block.layer + 1} of {layers}")
+    with reporter.stage("head"):
+        if "head" not in journal:
+            _head(run, rungs)
+
+
+def _finish(
+    run: Run, rungs: Sequence[Rung], unit: str, found: Sequence[tuple[Mapping[str, Packed], Any]], **common: Any
+) -> None:
+    """Name a unit. found: of each type its packed tensors and its report; common: what is said for all."""
+    packed = {rung.key(name): p for rung, (own, _) in zip(rungs, found, strict=True) for name, p in own.items()}
+    packed |= common.pop(IMATRIX, {})
+    told = {rung.name: report for rung, (_, report) in zip(rungs, found, strict=True)}
+    run.journal.finish(unit, packed, {VARIANTS: told, **common})
+
+
+def _embeddings(run: Run, rungs: Sequence[Rung], ids: np.ndarray | None) -> None:
+    survey = None if ids is None else cache(partial(surveyed_head, run, ids))
+    found = [solve_embeddings(replace(run, plan=rung.plan), survey) for rung in rungs]
+    if ids is not None and (streams := run.streams(0)) is not None:
+        embed(run.load(run.plan.spec.embeddings), ids, streams.compressed)
+        run.journal.keep(*streams.paths)
+    name = run.plan.spec.embeddings
+    _finish(run, rungs, "embeddings", [({name: packed}, report) for packed, report in found])
+
+
+def _block(run: Run, rungs: Sequence[Rung], block: BlockAt) -> None:
+    """All sub-layers of one block, of every type; then its line in the journal."""
+    at = [run.streams(block.layer, part) for part in range(len(block.branches) + 1)]
+    packed: list[dict[str, Packed]] = [{} for _ in rungs]
+    solved: list[list[dict[str, Any]]] = [[] for _ in rungs]
+    tokens: Sequence[int] = ()
+    squares: dict[str, Packed] = {}
+    counts: dict[str, int] = {}
+    for branch in block.branches:
+        variants = [[t for t in rung.plan.block(block.layer) if t.spec.part == branch.part] for rung in rungs]
+        job = replace(run.job, squares=True)
+        results = compress_variants(branch, variants, at[branch.part], job)
+        source, target = at[branch.part], at[branch.part + 1]
+        if source is not None and target is not None:
+            advance(branch, results[0].original, source.compressed, target.compressed)
+        for number, result in enumerate(results):
+            packed[number] |= result.packed
+            solved[number] += [vars(report) for report in result.solved]
+        tokens = list(results[0].tokens) or tokens
+        for key, (sums, count) in results[0].squares.items():
+            squares[_squares(block.layer, key)] = float_codec("f32").encode(sums.cpu())
+            counts[key] = count
+    if (behind := at[-1]) is not None:
+        run.journal.keep(*behind.paths)
+    run.journal.release(*(path for streams in at[:-1] if streams is not None for path in streams.paths))
+    found = [(own, {"solved": lines, "folded": []}) for own, lines in zip(packed, solved, strict=True)]
+    _finish(run, rungs, f"block-{block.layer:05d}", found, tokens=tokens, imatrix=squares, counts=counts)
+
+
+def _head(run: Run, rungs: Sequence[Rung]) -> None:
+    """The last norm, and the head where it is not the embeddings."""
+    streams = run.streams(run.plan.spec.layers)
+
+    seen = None if streams is None else cache(partial(head_seen, run, streams))
+    found = [solve_head(replace(run, plan=rung.plan), seen) for rung in rungs]
+    if streams is not None:
+        run.journal.release(*streams.paths)
+    _finish(run, rungs, "head", found)
+
+
+# ---------------------------------------------------------------- importance matrix
+
+
+def _squares(layer: int, key: str) -> str:
+    """What the journal calls the sums of one input."""
+    return f"{IMATRIX}:{layer}:{key}"
+
+
+def write_imatrix(rungs: Sequence[Rung], output: Path) -> dict[str, str]:
+    """Write the importance matrix in both formats, where any file is for llama.cpp and text was read. Returns sha256 by name."""
+    lead, journal = rungs[0].plan, rungs[0].journal
+    matrix = importance_matrix(lead, journal)
+    if not matrix.tensors or not any("ggml" in c.kinds for rung in rungs for c in rung.plan.recipe.containers):
+        return {}
+    paths = [output / f"{lead.identity.name}-imatrix{suffix}" for suffix in (".gguf", ".dat")]
+    write_gguf(paths[0], matrix)
+    write_dat(paths[1], matrix)
+    return checksums(paths, output)
+
+
+def importance_matrix(plan: Plan, journal: Journal) -> ImportanceMatrix:
+    """What the journal of a ladder knows of every linear's inputs, by GGUF tensor; experts are stacked."""
+    rows: dict[str, list[tuple[int, np.ndarray, int]]] = {}
+    for tensor in plan.spec.tensors():
+        if tensor.layer is None or tensor.input is None:
+            continue
+        counts = journal.units[f"block-{tensor.layer:05d}"]["counts"]
+        if tensor.input not in counts:
+            continue
+        sums = decode(journal.fetch(_squares(tensor.layer, tensor.input)))
+        for piece in tensor.pieces:
+            if piece.exact and piece.shape is None:  # of others a row does not meet these inputs
+                row = (tensor.expert or 0, _in_order(piece, sums), counts[tensor.input])
+                rows.setdefault(piece.name, []).append(row)
+    stacked = {
+        name: Importance(np.stack([sums for _, sums, _ in found]), np.array([count for *_, count in found], np.float32))
+        for name, unordered in rows.items()
+        if (found := sorted(unordered, key=lambda row: row[0]))
+    }
+    text = plan.recipe.calibration
+    return ImportanceMatrix(stacked, text.source.label, text.samples, text.length)
+
+
+def _in_order(piece: Piece, sums: Tensor) -> np.ndarray:
+    """Sums of a tensor's columns as they stand in a GGUF file."""
+    return (sums if piece.columns is None else sums[torch.from_numpy(piece.columns.index(len(sums)))]).numpy()
+
+
+# ---------------------------------------------------------------- scorecard
+
+
+def ladder_scorecard(
+    undertaking: Undertaking,
+    rungs: Sequence[Rung],
+    results: Delivery,
+    reporter: Reporter,
+    device: str,
+    beside: Mapping[str, str],
+) -> Scorecard:
+    """One scorecard for all types. beside: files made beside the artifacts."""
+    lead = rungs[0]
+    card = make_scorecard(lead.plan, lead, results, reporter, device)
+    own = {rung.name: make_scorecard(rung.plan, rung, Delivery(), reporter, device) for rung in rungs}
+    errors = [_of(name, error) for name, found in own.items() for error in found.errors]
+    return card.model_copy(
+        update={
+            "recipe": undertaking.told["name"],
+            "fallbacks": (*_fallbacks({name: found.fallbacks for name, found in own.items()}), *results.fallbacks),
+            "errors": tuple(errors),
+            "notes": tuple(dict.fromkeys(note for found in (card, *own.values()) for note in found.notes)),
+            "recipe_digest": undertaking.recipe_digest,
+            "run_digest": run_digest(undertaking.digest, lead.inputs.get(TEXT), lead.plan.recipe),
+            "beside": dict(beside),
+        }
+    )
+
+
+def _of(variant: str, error: LayerError) -> LayerError:
+    return error.model_copy(update={"variant": variant})
+
+
+def _fallbacks(told: Mapping[str, Sequence[Fallback]]) -> Iterator[Fallback]:
+    """What befell all types once, of the others whose it is."""
+    common = set.intersection(*(set(lines) for lines in told.values()))
+    yield from (line for line in next(iter(told.values())) if line in common)
+    for name, lines in told.items():
+        yield from (
+            line.model_copy(update={"subject": f"{name}: {line.subject}"}) for line in lines if line not in common
+        )
