@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.containers._atomic import atomic_files
+from compress.containers import atomic_files
 from compress.files import writing
 
 

@@ -93,6 +93,10 @@ class PlannedTensor:
             return "the file stores it in pieces, some of them transposed, which only floats can be"
         return f"rows of {self.spec.shape[-1]} do not divide into {self.wanted} blocks"
 
+    def same_work(self, other: PlannedTensor) -> bool:
+        """Whether both become the same, whatever codec each was to have."""
+        return self.name == other.name and replace(self, wanted=None) == replace(other, wanted=None)
+
     @property
     def kept(self) -> int | None:
         """Values that a sparse tensor, or the coefficients of a factored one, store."""

@@ -3,11 +3,11 @@ collected once; an importance matrix for llama.cpp comes of it, too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -128,11 +128,11 @@ def _finish(
 
 def _embeddings(run: Run, rungs: Sequence[Rung], ids: np.ndarray | None) -> None:
     survey = None if ids is None else cache(partial(surveyed_head, run, ids))
-    found = [solve_embeddings(replace(run, plan=rung.plan), survey) for rung in rungs]
+    name = run.plan.spec.embeddings
+    found = _each(rungs, [name], lambda plan: solve_embeddings(replace(run, plan=plan), survey))
     if ids is not None and (streams := run.streams(0)) is not None:
         embed(run.load(run.plan.spec.embeddings), ids, streams.compressed)
         run.journal.keep(*streams.paths)
-    name = run.plan.spec.embeddings
     _finish(run, rungs, "embeddings", [({name: packed}, report) for packed, report in found])
 
 
@@ -170,10 +170,25 @@ def _head(run: Run, rungs: Sequence[Rung]) -> None:
     streams = run.streams(run.plan.spec.layers)
 
     seen = None if streams is None else cache(partial(head_seen, run, streams))
-    found = [solve_head(replace(run, plan=rung.plan), seen) for rung in rungs]
+    spec = run.plan.spec
+    found = _each(rungs, [spec.final_norm, spec.head], lambda plan: solve_head(replace(run, plan=plan), seen))
     if streams is not None:
         run.journal.release(*streams.paths)
     _finish(run, rungs, "head", found)
+
+
+Made = TypeVar("Made")
+
+
+def _each(rungs: Sequence[Rung], names: Sequence[str], solve: Callable[[Plan], Made]) -> list[Made]:
+    """What is made of some tensors for each type; once where types have them alike."""
+    found: list[Made] = []
+    for number, rung in enumerate(rungs):
+        plan, earlier = rung.plan.by_name, [other.plan.by_name for other in rungs[:number]]
+        twins = (n for n, other in enumerate(earlier) if all(plan[name].same_work(other[name]) for name in names))
+        twin = next(twins, None)
+        found.append(solve(rung.plan) if twin is None else found[twin])
+    return found
 
 
 # ---------------------------------------------------------------- importance matrix

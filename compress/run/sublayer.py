@@ -105,10 +105,13 @@ def compress_variants(
             if site is not None and not site.tokens:
                 site.tokens = counted(branch, stage, moments)
             names = {t.name for t in group}
-            for tensors, result in zip(variants, results, strict=True):
+            for number, (tensors, result) in enumerate(zip(variants, results, strict=True)):
                 own = [t for t in tensors if t.name in names and t.method is not None]
-                _solve(branch, own, moments, result, job, progress)
-                result.squares.update({key: (m.squares, m.tokens) for key, m in moments.items() if m.squares is not None})
+                earlier = list(zip(variants[:number], results, strict=False))
+                _solve(branch, [t for t in own if not _taken_over(t, earlier, result)], moments, result, job, progress)
+                result.squares.update(
+                    {key: (m.squares, m.tokens) for key, m in moments.items() if m.squares is not None}
+                )
     return [replace(result, tokens=() if site is None else site.tokens) for result in results]
 
 
@@ -123,6 +126,19 @@ def _unsolved(
             result.packed[planned.name] = packed
             result.weights[planned.name] = placement.put(decode(packed))
     return result
+
+
+def _taken_over(
+    planned: PlannedTensor, earlier: Sequence[tuple[Sequence[PlannedTensor], Result]], result: Result
+) -> bool:
+    """Whether an earlier variant has solved the same tensor in the same way; into `result`."""
+    for tensors, solved in earlier:
+        if planned.name in solved.outcomes and any(planned.same_work(t) for t in tensors):
+            result.outcomes[planned.name] = solved.outcomes[planned.name]
+            result.packed[planned.name] = solved.packed[planned.name]
+            result.weights[planned.name] = solved.weights[planned.name]
+            return True
+    return False
 
 
 def _half(

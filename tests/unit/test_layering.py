@@ -119,6 +119,7 @@ COUNT_BLOCKS = {
     "run/loop.py": "units of the journal",
     "run/rehearse.py": "which are alike, and their measured seconds",
     "run/summary.py": "lines of the scorecard",
+    "run/units.py": "units of the journal",
     "run/surveys.py": "a view that keeps all of them",
 }
 """Files that count a model's blocks without touching a tensor, and what for; all work on blocks goes through `walk`."""
