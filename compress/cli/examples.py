@@ -11,6 +11,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "ladder": (
         "compress ladder Qwen/Qwen3-0.6B",
         "compress ladder ./model --types Q8_0,Q4_K_M,IQ2_M",
+        "compress ladder model.gguf --dry-run",
     ),
     "plan": (
         "compress plan qwen-moe-2bit",

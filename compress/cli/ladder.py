@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from compress.cli.options import (
     VerboseOption,
 )
 
+if TYPE_CHECKING:
+    from compress.recipe.ladder import Ladder
+
 
 def ladder(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file or hub id of the original.")],
@@ -30,6 +33,7 @@ def ladder(
     output: OutputOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and fallbacks; make nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever the output folder holds.")] = False,
     keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
     device: DeviceOption = None,
@@ -44,6 +48,9 @@ def ladder(
     load_plugins(plugin)
     wanted = USUAL if types is None else tuple(name.strip() for name in types.split(","))
     loaded = load_ladder(wanted, set or (), model=model, output=output)
+    if dry_run:
+        _show_sizes(loaded, as_json)
+        return
     from compress.report.progress import Reporter
 
     reporter = Reporter(0 if quiet else 2 if verbose else 1)
@@ -62,3 +69,15 @@ def ladder(
         show(CompareTable(comparison, advise(comparison)))
     for name in (*(artifact.path for artifact in card.artifacts), *card.beside):
         typer.echo(str(Path(loaded.output) / name))
+
+
+def _show_sizes(ladder: Ladder, as_json: bool) -> None:
+    """What would be made."""
+    from compress.plan.make import make_plan
+    from compress.report.ladder_table import ladder_rows, ladder_table
+
+    plans = {str(kind): make_plan(recipe) for kind, recipe in ladder.recipes.items()}
+    if as_json:
+        typer.echo(json.dumps(ladder_rows(plans)))
+    else:
+        show(ladder_table(plans))

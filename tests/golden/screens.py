@@ -30,6 +30,7 @@ from compress.report.advice import advise
 from compress.report.advise_table import advise_table
 from compress.report.compare import Run, compare
 from compress.report.compare_table import CompareTable
+from compress.report.ladder_table import ladder_table
 from compress.report.methods_table import methods_table, recipes_table
 from compress.report.plan_table import plan_table
 from compress.report.table import scorecard_table
@@ -45,7 +46,7 @@ LARGE = {
     "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "vocab_size": 151936, "max_position_embeddings": 40960,
     "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-COMMANDS = ("run", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
+COMMANDS = ("run", "ladder", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
 
 
 def _plan(recipe: str, *overrides: str) -> Any:
@@ -70,6 +71,12 @@ def _plan_of(config: dict[str, Any], recipe: str) -> Any:
     with _folder(config) as model:
         plan = make_plan(load_recipe(recipe, model=model))
         return _Shown(plan_table(plan, verdict=judge(plan, MACHINE, free=1 << 40)))
+
+
+def _ladder() -> Any:
+    with _folder({**LARGE, "num_hidden_layers": 24, "hidden_size": 4000}) as model:
+        kinds = ("Q8_0", "Q4_K_M", "IQ2_M")
+        return _Shown(ladder_table({kind: make_plan(load_recipe(kind, model=model)) for kind in kinds}))
 
 
 def _advised() -> Any:
@@ -125,6 +132,7 @@ SCREENS: dict[str, Callable[[], Any]] = {
     "plan-structured": lambda: _plan("structured-25"),
     "plan-fallbacks": lambda: _plan_of({**LARGE, "hidden_size": 320, "moe_intermediate_size": 96}, "qwen-moe-2bit"),
     "plan-large": lambda: _plan_of(LARGE, "sparsegpt-50-int4"),
+    "ladder": _ladder,
     "advise": _advised,
     "methods": methods_table,
     "recipes": lambda: recipes_table(about_recipes()),
