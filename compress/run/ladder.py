@@ -21,7 +21,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.models.layers.views import Piece
 from compress.plan.plan import Plan
 from compress.report.checksums import checksums
-from compress.report.progress import Reporter
+from compress.report.progress import Reporter, StageProgress
 from compress.report.scorecard import LayerError, Scorecard
 from compress.run.claim import TEXT, Undertaking, run_digest
 from compress.run.records import tensor_line, tensor_records
@@ -109,11 +109,20 @@ def compress_ladder(
         layers = lead.spec.layers
         left = [layer for layer in range(layers) if f"block-{layer:05d}" not in journal]
         for block in walk(lead.spec, run.load, placement, layers=left):
-            _block(run, rungs, block)
-            progress((block.layer + 1) / layers, f"block {block.layer + 1} of {layers}")
+            what = f"block {block.layer + 1} of {layers}"
+            _block(run, rungs, block, _after(block.layer, layers, partial(_told, progress, what)))
     with reporter.stage("head"):
         if "head" not in journal:
             _head(run, rungs)
+
+
+def _after(before: int, total: int, progress: Callable[[float], None]) -> Callable[[float], None]:
+    """Progress of what comes behind `before` of `total` parts, in parts."""
+    return lambda done: progress((before + done) / total)
+
+
+def _told(progress: StageProgress, what: str, done: float) -> None:
+    progress(done, what)
 
 
 def _finish(
@@ -136,8 +145,9 @@ def _embeddings(run: Run, rungs: Sequence[Rung], ids: np.ndarray | None) -> None
     _finish(run, rungs, "embeddings", [({name: packed}, report) for packed, report in found])
 
 
-def _block(run: Run, rungs: Sequence[Rung], block: BlockAt) -> None:
+def _block(run: Run, rungs: Sequence[Rung], block: BlockAt, progress: Callable[[float], None]) -> None:
     """All sub-layers of one block, of every type; then its line in the journal."""
+    total = len(rungs[0].plan.block(block.layer))
     at = [run.streams(block.layer, part) for part in range(len(block.branches) + 1)]
     packed: list[dict[str, Packed]] = [{} for _ in rungs]
     solved: list[list[dict[str, Any]]] = [[] for _ in rungs]
@@ -146,8 +156,8 @@ def _block(run: Run, rungs: Sequence[Rung], block: BlockAt) -> None:
     counts: dict[str, int] = {}
     for branch in block.branches:
         variants = [[t for t in rung.plan.block(block.layer) if t.spec.part == branch.part] for rung in rungs]
-        job = replace(run.job, squares=True)
-        results = compress_variants(branch, variants, at[branch.part], job)
+        job = replace(run.job, original_inputs=True, squares=True)
+        results = compress_variants(branch, variants, at[branch.part], job, _after(len(packed[0]), total, progress))
         source, target = at[branch.part], at[branch.part + 1]
         if source is not None and target is not None:
             advance(branch, results[0].original, source.compressed, target.compressed)
@@ -163,6 +173,7 @@ def _block(run: Run, rungs: Sequence[Rung], block: BlockAt) -> None:
     run.journal.release(*(path for streams in at[:-1] if streams is not None for path in streams.paths))
     found = [(own, {"solved": lines, "folded": []}) for own, lines in zip(packed, solved, strict=True)]
     _finish(run, rungs, f"block-{block.layer:05d}", found, tokens=tokens, imatrix=squares, counts=counts)
+    progress(1.0)
 
 
 def _head(run: Run, rungs: Sequence[Rung]) -> None:

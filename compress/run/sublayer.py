@@ -107,8 +107,8 @@ def compress_variants(
             names = {t.name for t in group}
             for number, (tensors, result) in enumerate(zip(variants, results, strict=True)):
                 own = [t for t in tensors if t.name in names and t.method is not None]
-                earlier = list(zip(variants[:number], results, strict=False))
-                _solve(branch, [t for t in own if not _taken_over(t, earlier, result)], moments, result, job, progress)
+                left = [t for t in own if not _taken_over(t, variants[:number], results, result)]
+                _solve(branch, left, moments, result, job, _share(results, number, group, progress))
                 result.squares.update(
                     {key: (m.squares, m.tokens) for key, m in moments.items() if m.squares is not None}
                 )
@@ -129,10 +129,10 @@ def _unsolved(
 
 
 def _taken_over(
-    planned: PlannedTensor, earlier: Sequence[tuple[Sequence[PlannedTensor], Result]], result: Result
+    planned: PlannedTensor, earlier: Sequence[Sequence[PlannedTensor]], results: Sequence[Result], result: Result
 ) -> bool:
-    """Whether an earlier variant has solved the same tensor in the same way; into `result`."""
-    for tensors, solved in earlier:
+    """Whether an earlier variant has solved the same tensor in the same way; then it goes into `result`."""
+    for tensors, solved in zip(earlier, results, strict=False):
         if planned.name in solved.outcomes and any(planned.same_work(t) for t in tensors):
             result.outcomes[planned.name] = solved.outcomes[planned.name]
             result.packed[planned.name] = solved.packed[planned.name]
@@ -147,6 +147,15 @@ def _half(
     """Progress of observing a group's inputs, a half of its share."""
     before = sum(len(result.packed) for result in results) / len(results)
     return lambda share: progress(before + len(group) / 2 * share)
+
+
+def _share(
+    results: Sequence[Result], number: int, group: Sequence[PlannedTensor], progress: Callable[[float], None]
+) -> Callable[[float], None]:
+    """Progress of solving a group for one of several variants; those behind it have been observed."""
+    others = len(group) / 2 * (len(results) - number - 1)
+    others += sum(len(result.packed) for n, result in enumerate(results) if n != number)
+    return lambda done: progress((others + done) / len(results))
 
 
 def _solve(
