@@ -31,6 +31,7 @@ from compress.run.summary import make_scorecard
 from compress.run.units import Run, head_seen, solve_embeddings, solve_head, surveyed_head
 from compress.scoring.results import Fallback
 from compress.solve.tensor import Solved
+from compress.statistics import Statistics
 from compress.streaming.journal import Journal
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import BlockAt, advance, embed, walk
@@ -180,12 +181,20 @@ def _head(run: Run, rungs: Sequence[Rung]) -> None:
     """The last norm, and the head where it is not the embeddings."""
     streams = run.streams(run.plan.spec.layers)
 
-    seen = None if streams is None else cache(partial(head_seen, run, streams))
+    found: list[Statistics] = []
+
+    def seen(norm: Packed) -> Statistics:  # the original's, whatever the norm ships as
+        assert streams is not None
+        if not found:
+            found.append(head_seen(run, streams, norm))
+        return found[0]
+
     spec = run.plan.spec
-    found = _each(rungs, [spec.final_norm, spec.head], lambda plan: solve_head(replace(run, plan=plan), seen))
+    observe = None if streams is None else seen
+    made = _each(rungs, [spec.final_norm, spec.head], lambda plan: solve_head(replace(run, plan=plan), observe))
     if streams is not None:
         run.journal.release(*streams.paths)
-    _finish(run, rungs, "head", found)
+    _finish(run, rungs, "head", made)
 
 
 Made = TypeVar("Made")

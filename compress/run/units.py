@@ -284,18 +284,16 @@ def _head(run: Run) -> None:
     run.journal.finish("head", packed, report)
 
 
-def head_seen(run: Run, streams: Streams) -> Statistics:
-    """Moments of what the head sees of the activations behind the last block."""
+def head_seen(run: Run, streams: Streams, norm: Packed) -> Statistics:
+    """Moments of what the head sees of the activations behind the last block. norm: the last norm as it ships."""
     plan, spec = run.plan, run.plan.spec
-    norm = run.load(spec.final_norm)
-    if not plan.original_inputs:
-        norm = decode(as_stored(plan.by_name[spec.final_norm], norm))
-    return head_statistics(spec, run.placement.weight(norm), streams, bool(plan.by_name[spec.head].asks.drift))
+    weight = run.load(spec.final_norm) if plan.original_inputs else decode(norm)
+    return head_statistics(spec, run.placement.weight(weight), streams, bool(plan.by_name[spec.head].asks.drift))
 
 
-def solve_head(run: Run, seen: Callable[[], Statistics] | None) -> tuple[dict[str, Packed], dict[str, Any]]:
-    """The last norm and a head of its own, packed by name, and the report. seen: moments of what the head sees, where text is
-    read."""
+def solve_head(run: Run, seen: Callable[[Packed], Statistics] | None) -> tuple[dict[str, Packed], dict[str, Any]]:
+    """The last norm and a head of its own, packed by name, and the report. seen: moments of what the head sees behind the norm as
+    it ships, where text is read."""
     plan, spec = run.plan, run.plan.spec
     norm = plan.by_name[spec.final_norm]
     packed = {norm.name: as_stored(norm, run.load(norm.name))}
@@ -305,7 +303,7 @@ def solve_head(run: Run, seen: Callable[[], Statistics] | None) -> tuple[dict[st
     if head.method is None or seen is None:
         packed[head.name], report = _alone(run, head)
         return packed, report
-    outcome = solve_tensor(head, run.weight(head.name), seen(), plan.recipe.seed)
+    outcome = solve_tensor(head, run.weight(head.name), seen(packed[norm.name]), plan.recipe.seed)
     run.tell(outcome.report)
     packed[head.name] = outcome.pack()
     return packed, {"solved": [vars(outcome.report)]}

@@ -76,7 +76,7 @@ def _plan_of(config: dict[str, Any], recipe: str) -> Any:
 def _ladder() -> Any:
     with _folder({**LARGE, "num_hidden_layers": 24, "hidden_size": 4000}) as model:
         kinds = ("Q8_0", "Q4_K_M", "IQ2_M")
-        return _Shown(ladder_table({kind: make_plan(load_recipe(kind, model=model)) for kind in kinds}))
+        return ladder_table({kind: make_plan(load_recipe(kind, model=model)) for kind in kinds})
 
 
 def _advised() -> Any:

@@ -37,8 +37,9 @@ def _ladder(model: Path, folder: Path, types: tuple[str, ...] = TYPES) -> Ladder
 @pytest.mark.parametrize("kind", ["llama", "demo"])
 def test_every_file_is_that_of_a_run_of_its_own(kind: str, tmp_path: Path) -> None:
     model = demo_blocks(tmp_path / "model", 1) if kind == "demo" else tiny_model(kind, tmp_path / "model")
-    card = run_ladder(_ladder(model, tmp_path))
-    assert [artifact.variant for artifact in card.artifacts] == list(TYPES)
+    types = TYPES[:2] if kind == "demo" else TYPES
+    card = run_ladder(_ladder(model, tmp_path, types))
+    assert [artifact.variant for artifact in card.artifacts] == list(types)
     for artifact in card.artifacts:
         sets = ("inputs=original", *_sets(tmp_path))
         alone = load_recipe(artifact.variant, sets, model=str(model), output=str(tmp_path / artifact.variant))

@@ -139,7 +139,7 @@ def test_dense_export_holds_the_same_values(step: str, model: Path, tmp_path: Pa
 
 def test_a_killed_survey_is_not_done_twice(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped behind its structure and allocation, a run goes on with both, to the same bytes."""
-    from compress.run import loop, surveys
+    from compress.run import surveys, units
 
     chain = "steps=[{prune_experts: {}}, {factorize: {solver: compot, ratio: 0.2}}]"
     whole, cut = (small("wanda-50", model, tmp_path / name, chain, "name=chain") for name in ("whole", "cut"))
@@ -149,7 +149,7 @@ def test_a_killed_survey_is_not_done_twice(model: Path, tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_block", killed)
+        patched.setattr(units, "_block", killed)
         with pytest.raises(KeyboardInterrupt):
             carry_out(cut)
 

@@ -24,7 +24,7 @@ from compress.plan.tensor import PlannedTensor
 from compress.recipe import Recipe
 from compress.report.scorecard import read
 from compress.run import load_calibration, run, sublayer
-from compress.run import loop as run_module
+from compress.run import units as run_module
 from compress.run.collect import Site
 from compress.statistics import Moments, Statistics
 from compress.streaming import activations as files
