@@ -82,7 +82,7 @@ def write_recipe(plan: Plan, folder: Path) -> None:
 
 def recipe_as_told(plan: Plan) -> dict[str, Any]:
     """The recipe as it was carried out, for a file that ships: the model by its name, no path of this machine."""
-    return {**plan.recipe.portable(), "model": plan.identity.version}
+    return plan.told.portable()
 
 
 def differences(told: Path, plan: Plan) -> str:
