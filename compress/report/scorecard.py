@@ -27,6 +27,16 @@ FORMAT = 1
 FILE_NAME = "scorecard.json"
 RECIPE_FILE = "recipe.json"  # beside it: the recipe as it was carried out
 TENSORS_FILE = "tensors.jsonl"  # beside it: a line a tensor, see run/records.py
+CARD_FILE = "README.md"  # beside it, and in every artifact that is a folder: the model card, see report/card.py
+REPRODUCE_FILE = "reproduce.json"  # beside it: what the run started from, see report/reproduction.py
+
+
+def inside(files: dict[str, str]) -> dict[str, str]:
+    """Checksums by path, each of which is in the folder that they count from. Raises ValueError."""
+    for name in files:
+        if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} is not in the scorecard's folder")
+    return files
 
 
 class Artifact(Value):
@@ -59,10 +69,12 @@ class Artifact(Value):
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in files:
-            if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{name!r} is not in the scorecard's folder")
-        return files
+        return inside(files)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether its files lie in a folder of their own."""
+        return any(name.startswith(f"{self.path}/") for name in self.files)
 
 
 class Base(Value):
@@ -160,6 +172,21 @@ class Scorecard(Value):
     format: int = FORMAT
     errors: tuple[LayerError, ...] = ()
     suite: str | None = None
+
+    @field_validator("beside")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        return inside(files)
+
+    @property
+    def cards(self) -> tuple[str, ...]:
+        """Where its model cards lie: beside it, and in every artifact that is a folder."""
+        return (CARD_FILE, *(f"{artifact.path}/{CARD_FILE}" for artifact in self.artifacts if artifact.is_folder))
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """All that tells of the run in its folder, by path: files without checksums here."""
+        return (FILE_NAME, RECIPE_FILE, TENSORS_FILE, REPRODUCE_FILE, *self.cards)
 
     @property
     def files(self) -> dict[str, str]:

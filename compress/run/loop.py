@@ -12,10 +12,10 @@ import torch
 
 from compress.codecs import float_codec
 from compress.decode import decode
-from compress.errors import CheckpointError, CompressError, GateFailed
+from compress.errors import CompressError, GateFailed
 from compress.export.deliver import Delivery, deliver, require_texts
 from compress.export.text import plan_tokenizer
-from compress.files import checksum, locked, write_synced
+from compress.files import checksum, locked
 from compress.machine import look
 from compress.machine.measured import Measured
 from compress.models.checkpoint import Checkpoint
@@ -31,14 +31,15 @@ from compress.recover.sensitivity import output_sensitivity
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
-from compress.run.claim import TEXT, WORK, claim, finished, open_journal, run_digest, write_recipe
+from compress.run.claim import TEXT, WORK, claim, finished, open_journal, recipe_as_told, run_digest
 from compress.run.head import head_statistics, survey_head
-from compress.run.inspect import INSPECTED, inspect_weights
+from compress.run.inspect import INSPECTED, inspect
 from compress.run.records import jsonl, tensor_line, tensor_records
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.run.sublayer import Job, compress_sublayer
 from compress.run.summary import make_scorecard
 from compress.run.surveys import settle
+from compress.run.told import Expected, prepare, put, started, told_files
 from compress.solve.files import save_outcomes
 from compress.solve.tensor import Outcome, Solved, as_stored, solve_tensor
 from compress.streaming.activations import Activations
@@ -67,11 +68,12 @@ def run(
     reporter: Reporter | None = None,
     device: str | None = None,
     strict: bool = False,
+    expected: Expected | None = None,
 ) -> Scorecard:
     """Carry out a recipe and return its scorecard; artifacts lie in `recipe.output`.
 
     device: auto, cpu, cuda, cuda:N or mps; by default what COMPRESS_DEVICE says, else the CPU. strict: what speaks against
-    the original itself is an error instead of a note.
+    the original itself is an error instead of a note. expected: of the run that it repeats.
 
     A run that was killed continues where it stopped; one that is finished, and whose artifacts are unchanged, is not done
     again. A second run into `recipe.output` meanwhile raises OutputError. Raises GateFailed (exit code 3) after writing the
@@ -81,12 +83,12 @@ def run(
     output = Path(recipe.output)
     with ExitStack() as held:
         with reporter.stage("plan"):
-            early = make_plan(recipe)
+            early = _planned(recipe, expected)
             claim(output, early, fresh=fresh)
             if not early.stamp:  # before weights are downloaded: all that config.json, tokenizer and texts tell
                 read_texts(early)
             held.enter_context(locked(output / WORK / LOCK, output))
-            plan = make_plan(recipe, weights=True)
+            plan = _planned(recipe, expected, weights=True)
             claim(output, plan, fresh=fresh)
             card = None if fresh else _finished(plan, output)
             journal = open_journal(output, plan, fresh=fresh) if card is None else None
@@ -95,15 +97,28 @@ def run(
         if journal is None:
             reporter.say(f"already done: {output} holds what this recipe makes, unchanged; --fresh makes it anew")
         else:
-            card = _carry_out(plan, journal, output, reporter, placement, strict)
+            card = _carry_out(plan, journal, output, reporter, placement, Demands(strict, expected))
         if not keep_work:
             discard(output / WORK)
     assert card is not None
     return card
 
 
+@dataclass(frozen=True)
+class Demands:
+    """What a run must not go on without: nothing that speaks against the original, what another one started from."""
+
+    strict: bool = False
+    expected: Expected | None = None
+
+
+def _planned(recipe: Recipe, expected: Expected | None, *, weights: bool = False) -> Plan:
+    plan = make_plan(recipe, weights=weights)
+    return plan if expected is None else expected.plan(plan)
+
+
 def _carry_out(
-    plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement, strict: bool
+    plan: Plan, journal: Journal, output: Path, reporter: Reporter, placement: Placement, demands: Demands
 ) -> Scorecard:
     """All of a run once there is something to do: solve, deliver, tell. Raises GateFailed when that is told."""
     if plan.exchanges:
@@ -120,8 +135,14 @@ def _carry_out(
         units += [RECOVERED] if tunes_end_to_end(plan) else []
         done = sum(unit in journal for unit in units)
         reporter.say(f"continuing: {done} of {len(units)} units are already done")
+    strict, expected = demands.strict, demands.expected
     try:
         checkpoint = Checkpoint.open(plan.place)
+        if expected is not None:
+            with reporter.stage("compare original"):
+                other = expected.require_original(checkpoint)
+            for line in other:
+                reporter.say(f"note: {line}")
         with reporter.stage("tokenizer"):
             result = Delivery(strict=strict, fallbacks=list(require_texts(plan, reporter)))
         ids = None
@@ -130,8 +151,10 @@ def _carry_out(
                 text = read_calibration(plan, progress)
             for line in text.lines:
                 reporter.say(f"note: calibration text: {line}")
+            if expected is not None:
+                expected.require_text(text.ids.tobytes())
             ids, plan = text.ids, plan.saying(tuple(f"calibration text: {line}" for line in text.lines))
-        _inspect(plan, checkpoint, journal, reporter, strict)
+        inspect(plan, checkpoint, journal, reporter, strict)
         with torch.inference_mode():
             plan = compress_model(plan, checkpoint, journal, reporter, placement, ids)
             results = deliver(plan, checkpoint, journal, output, reporter, placement, result)
@@ -140,9 +163,11 @@ def _carry_out(
             discard(journal.folder)
         raise
     card = make_scorecard(plan, journal, results, reporter, str(placement.device))
-    write_synced(journal.folder / scorecards.TENSORS_FILE, jsonl(tensor_records(plan, journal)))
+    start = started(plan, journal, checkpoint) if card.gate.passed else None
+    tensors = {scorecards.TENSORS_FILE: jsonl(tensor_records(plan, journal))}
+    prepare(output, told_files(card, recipe_as_told(plan), start, tensors))
     scorecards.write(card, output)
-    _tell(plan, output)
+    put(output)
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
         raise GateFailed(
@@ -161,19 +186,6 @@ def _remember(plan: Plan, card: Scorecard, placement: Placement) -> None:
     runs_like(plan, look(), placement.device.type).remember(run)
 
 
-def _inspect(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter, strict: bool) -> None:
-    """Look at the original's weights once. Raises CheckpointError for values that are not finite; strict: for whatever
-    speaks against it."""
-    if INSPECTED not in journal:
-        with reporter.stage("check weights") as progress:
-            found = inspect_weights(plan, checkpoint, progress)
-        for line in found:
-            reporter.say(f"note: {line}")
-        journal.finish(INSPECTED, {}, {"doubts": found})
-    if strict and (doubts := (*plan.doubts, *journal.units[INSPECTED]["doubts"])):
-        raise CheckpointError(f"{doubts[0]}; --strict stops here")
-
-
 def _finished(plan: Plan, output: Path) -> Scorecard | None:
     """The scorecard of a run that has done all this already, see `claim.finished`."""
 
@@ -183,15 +195,8 @@ def _finished(plan: Plan, output: Path) -> Scorecard | None:
 
     card = finished(output, digest)
     if card is not None:
-        _tell(plan, output)
+        put(output)
     return card
-
-
-def _tell(plan: Plan, output: Path) -> None:
-    """What lies beside a scorecard: put there behind it, or by the next run where one was killed just then."""
-    if (made := output / WORK / scorecards.TENSORS_FILE).exists():
-        write_recipe(plan, output)
-        made.replace(output / scorecards.TENSORS_FILE)
 
 
 def compress_model(
