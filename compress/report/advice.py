@@ -72,15 +72,15 @@ def occasions(comparison: Comparison, advice: Advice) -> dict[str, str]:
     rows = sorted(comparison.comparable, key=lambda row: (row.bytes, _divergence(row)))
     if len(rows) < 2:
         return {}
-    closest, front = best(rows)[0], [row for row in rows if row.on_front]
+    better = {row.name: [r for r in rows if r.bytes <= row.bytes and _divergence(r) < _divergence(row)] for row in rows}
+    closest, front = best(rows)[0], [row for row in rows if not better[row.name]]
     found = {}
     for row in rows:
         words = ["**recommended**"] if row.name in advice.picks else []
         words += ["closest to the original"] if row is closest else []
         words += ["smallest"] if row is rows[0] else []
-        if not row.on_front:
-            better = min((r for r in front if r.bytes <= row.bytes), key=_divergence)
-            words = [f"rather {better.name}: no larger, and closer"]
+        if better[row.name]:
+            words = [f"rather {min(better[row.name], key=_divergence).name}: no larger, and closer"]
         elif not words:
             words = [f"where {front[front.index(row) + 1].name} does not fit"]
         found[row.name] = "; ".join(words)

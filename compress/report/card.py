@@ -86,13 +86,14 @@ def _context(card: Scorecard, made: Reproduction, repo: str, alone: bool) -> dic
     names = _names(card)
     runs = [Run(card.model_copy(update={"artifacts": (a,)}), n) for a, n in zip(card.artifacts, names, strict=True)]
     comparison = compare(runs)
-    advice, clean = advise(comparison), cleaner(card)
     several, scored = len(names) > 1, any(artifact.scores is not None for artifact in card.artifacts)
+    chosen = several and len({a.container for a in card.artifacts}) == 1 and comparison.comparable
+    clean = cleaner(card)
     return {
         "lead": _lead(card, made),
         "several": several,
         "files": _files(card, made, dict(zip(names, card.artifacts, strict=True)), comparison),
-        "advice": advice.sentences if several and comparison.comparable else (),
+        "advice": advise(comparison).sentences if chosen else (),
         "runs": list(_runs(card, names, repo)),
         "scores": _scores(comparison) if scored else "",
         "measured": list(measured(comparison)),
@@ -104,7 +105,7 @@ def _context(card: Scorecard, made: Reproduction, repo: str, alone: bool) -> dic
         "recipe": yaml.safe_dump(
             made.recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
         ).rstrip(),
-        "reproduce": _reproduce(card, repo, alone),
+        "reproduce": _reproduce(card, made, repo, alone),
         "licence": _licence(card, made),
     }
 
@@ -123,12 +124,13 @@ def _lead(card: Scorecard, made: Reproduction) -> str:
     of, sizes = made.original, sorted({artifact.bytes for artifact in card.artifacts})
     commit = f" (commit {code(of.commit[:12])})" if of.commit else ""
     size = human_bytes(sizes[0]) if len(sizes) == 1 else f"{human_bytes(sizes[0])} to {human_bytes(sizes[-1])}"
+    ways = "" if len(card.artifacts) == 1 else f" in {len(card.artifacts)} ways"
     before = f"; the original has {human_bytes(card.base.bytes)}" if card.base.bytes else ""
     only = card.artifacts[0] if len(card.artifacts) == 1 else None
     if only is not None and (share := share_of(only, card.base)) is not None:
         size += f", {percent(share)} of the original"
         before = f" ({human_bytes(card.base.bytes)})" if card.base.bytes else ""
-    told = [f"{code(of.identity.id)}{commit}, compressed: {size}{before}."]
+    told = [f"{code(of.identity.id)}{commit}, compressed{ways}: {size}{before}."]
     if only is not None and only.scores is not None and (kld := only.scores.kld) is not None:
         figure = estimate(kld.mean, kld.low, kld.high)
         told.append(f"Its predictions are {figure} nats a token (mean KL divergence) from the original's.")
@@ -139,12 +141,11 @@ def _lead(card: Scorecard, made: Reproduction) -> str:
 
 def _files(card: Scorecard, made: Reproduction, artifacts: dict[str, Artifact], comparison: Comparison) -> str:
     """Which file to take: a line each, in the order that they were made."""
-    rows = {row.name: row for row in comparison.variants}
-    when, several = occasions(comparison, advise(comparison)), len({a.container for a in card.artifacts}) > 1
+    rows, when = {row.name: row for row in comparison.variants}, _when(comparison)
     lines = []
     for name, artifact in artifacts.items():
         scores, why = artifact.scores, [escaped(when[name])] if name in when else []
-        if several or not why:
+        if len({a.container for a in card.artifacts}) > 1 or not why:
             why.insert(0, f"for {_engines(artifact)}")
         lines.append(
             [
@@ -161,6 +162,16 @@ def _files(card: Scorecard, made: Reproduction, artifacts: dict[str, Artifact], 
     heads = ["file", "type", "size", "bits per weight", "KL divergence", "perplexity", "top-1", "when to take it"]
     shown = [n for n in range(len(heads)) if any(line[n] != DASH for line in lines)]
     return _table([heads[n] for n in shown], [[line[n] for n in shown] for line in lines], 0, 1, -1)
+
+
+def _when(comparison: Comparison) -> dict[str, str]:
+    """When to take which, among those of one container: others are for other engines."""
+    found: dict[str, str] = {}
+    for container in dict.fromkeys(row.container for row in comparison.variants):
+        rows = tuple(row for row in comparison.rows if row.original or row.container == container)
+        alike = replace(comparison, rows=rows)
+        found |= occasions(alike, advise(alike))
+    return found
 
 
 def _engines(artifact: Artifact) -> str:
@@ -224,7 +235,7 @@ def _checked(card: Scorecard) -> str:
     checks = [escaped(check.name) for check in card.gate.checks if check.passed]
     if not checks:
         return "It was not checked before it was delivered."
-    return f"Checked before it was delivered, each of {len(checks)} passed: {', '.join(checks)}."
+    return f"Checked before it was delivered; {len(checks)} of {len(card.gate.checks)} passed: {', '.join(checks)}."
 
 
 def _experts(card: Scorecard) -> Iterator[str]:
@@ -286,7 +297,7 @@ def _made(card: Scorecard, made: Reproduction) -> str:
     return "\n\n".join(lines)
 
 
-def _reproduce(card: Scorecard, repo: str, alone: bool) -> str:
+def _reproduce(card: Scorecard, made: Reproduction, repo: str, alone: bool) -> str:
     version, target = card.versions.get("compress"), repo or REPRODUCE_FILE
     pinned = f"=={version}" if version else ""
     told = (
@@ -294,6 +305,8 @@ def _reproduce(card: Scorecard, repo: str, alone: bool) -> str:
         "sha256 of every file. The bytes are the same with the same versions, on the same kind of processor or device, with as "
         "many threads; otherwise it says what differs."
     )
+    if not made.original.commit:
+        told += " The original is known by its name and checksums: `--model` says where it lies."
     where = f"With the `{REPRODUCE_FILE}` of the run that made this folder:\n\n" if alone else ""
     return f"{where}```sh\npip install compress-llm{pinned}\ncompress reproduce {target}\n```\n\n{told}"
 
