@@ -20,7 +20,8 @@ PROVENANCE = "compress.json"
 """What a folder says of the run that made it."""
 _REPLACED = ("config.json", "*.safetensors", "*.safetensors.index.json", PROVENANCE)
 """What the artifact has its own of, or what is no part of a model."""
-RENAMED = {"README.md": "README-original.md"}
+ORIGINAL_CARD = "README-original.md"
+_RENAMED = {"README.md": ORIGINAL_CARD}
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 """Keys under which older versions of transformers noted paths of the machine that saved the model."""
 
@@ -41,13 +42,13 @@ def companion_bytes(folder: Path) -> int:
     """Bytes of what belongs to a model beside the weights in its folder: what goes along, and what an artifact has its own
     of."""
     own = (name for name in _REPLACED if name != "*.safetensors")
-    names = companions(folder, (*LEGAL, *LAYOUT, *RENAMED.values(), *own))
+    names = companions(folder, (*LEGAL, *LAYOUT, *_RENAMED.values(), *own))
     return sum((folder / name).stat().st_size for name in names if not is_report(folder / name))
 
 
 def is_report(path: Path) -> bool:
     """Whether a file is the card that a run has put into its artifact: it tells of scores, and is no part of the model."""
-    return path.name in RENAMED and (path.parent / PROVENANCE).is_file()
+    return path.name in _RENAMED and (path.parent / PROVENANCE).is_file()
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -57,14 +58,14 @@ def left_behind(folder: Path) -> list[str]:
 
 def is_legal(name: str) -> bool:
     """Whether a file goes along for what it says, not for what it makes a model do; as it is called there or in an artifact."""
-    return _matches(name, LEGAL) or name in RENAMED.values()
+    return _matches(name, LEGAL) or name in _RENAMED.values()
 
 
 def copy_companions(source: Path, target: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Copy what matches; the original's card under another name, and settings without paths of other machines."""
     copied = []
     for name in companions(source, patterns):
-        path = target / RENAMED.get(name, name)
+        path = target / _RENAMED.get(name, name)
         path.parent.mkdir(exist_ok=True)
         if (settings := _without_paths(source / name)) is not None:
             path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -28,6 +28,8 @@ from compress.report.scorecard import CARD_FILE, REPRODUCE_FILE, Artifact, Score
 from compress.report.table import fallback_line
 
 TEMPLATES = Path(__file__).parent / "templates"
+TOP = "."
+"""The path of a folder whose files lie beside the card, as a run's only one does where it is published."""
 SHOWN_LAYERS, SHOWN_KINDS = 8, 20
 MOST_BESIDE = 3  # artifacts whose scores stand beside each other; more stand below each other
 
@@ -35,12 +37,12 @@ MOST_BESIDE = 3  # artifacts whose scores stand beside each other; more stand be
 def model_cards(card: Scorecard, made: Reproduction, repo: str = "") -> dict[str, str]:
     """The text of every model card of a run that passed its gate, by path: one of all that it made, and one of each artifact
     that is a folder, which is what people copy. repo: the hub id that the run is published under, where that is known."""
-    alone = {
-        f"{artifact.path}/{CARD_FILE}": _card(card.model_copy(update={"artifacts": (artifact,)}), made, alone=True)
-        for artifact in card.artifacts
-        if artifact.is_folder
-    }
-    return {CARD_FILE: _card(card, made, repo), **alone}
+    cards = {CARD_FILE: _card(card, made, repo)}
+    for artifact in card.artifacts:
+        if artifact.is_folder and artifact.path != TOP:
+            only = card.model_copy(update={"artifacts": (artifact,)})
+            cards[f"{artifact.path}/{CARD_FILE}"] = _card(only, made, alone=True)
+    return cards
 
 
 def _card(card: Scorecard, made: Reproduction, repo: str = "", alone: bool = False) -> str:
@@ -92,7 +94,7 @@ def _context(card: Scorecard, made: Reproduction, repo: str, alone: bool) -> dic
     return {
         "lead": _lead(card, made),
         "several": several,
-        "files": _files(card, made, dict(zip(names, card.artifacts, strict=True)), comparison),
+        "files": _files(card, made, dict(zip(names, card.artifacts, strict=True)), comparison, repo),
         "advice": advise(comparison).sentences if chosen else (),
         "runs": list(_runs(card, names, repo)),
         "scores": _scores(comparison) if scored else "",
@@ -139,7 +141,9 @@ def _lead(card: Scorecard, made: Reproduction) -> str:
     return " ".join(told)
 
 
-def _files(card: Scorecard, made: Reproduction, artifacts: dict[str, Artifact], comparison: Comparison) -> str:
+def _files(
+    card: Scorecard, made: Reproduction, artifacts: dict[str, Artifact], comparison: Comparison, repo: str
+) -> str:
     """Which file to take: a line each, in the order that they were made."""
     rows, when = {row.name: row for row in comparison.variants}, _when(comparison)
     lines = []
@@ -149,7 +153,7 @@ def _files(card: Scorecard, made: Reproduction, artifacts: dict[str, Artifact], 
             why.insert(0, f"for {_engines(artifact)}")
         lines.append(
             [
-                code(artifact.path),
+                code(_place(artifact, repo)),
                 code(artifact.variant or scheme_of(made.recipe) or _codecs(card)),
                 human_bytes(artifact.bytes),
                 bits(artifact.bits_per_weight),
@@ -162,6 +166,11 @@ def _files(card: Scorecard, made: Reproduction, artifacts: dict[str, Artifact], 
     heads = ["file", "type", "size", "bits per weight", "KL divergence", "perplexity", "top-1", "when to take it"]
     shown = [n for n in range(len(heads)) if any(line[n] != DASH for line in lines)]
     return _table([heads[n] for n in shown], [[line[n] for n in shown] for line in lines], 0, 1, -1)
+
+
+def _place(artifact: Artifact, repo: str) -> str:
+    """What commands call it."""
+    return repo or TOP if artifact.path == TOP else artifact.path
 
 
 def _when(comparison: Comparison) -> dict[str, str]:
@@ -207,8 +216,9 @@ def _runs(card: Scorecard, names: Sequence[str], repo: str) -> Iterator[_Runs]:
         artifact, container = kinds[name], CONTAINERS.get(name)
         uses = () if container is None else container.uses
         single = not artifact.is_folder and sum(not is_legal(file) for file in artifact.files) <= 1
-        shown = [replace(use, code=use.of(artifact.path)) for use in uses if single or not use.single]
-        if repo:
+        place = _place(artifact, repo)
+        shown = [replace(use, code=use.of(place)) for use in uses if single or not use.single]
+        if repo and artifact.path != TOP:
             wanted = f"{artifact.path}/*" if artifact.is_folder else artifact.path
             shown.insert(0, Use("Download", f"hf download {repo} --include '{wanted}' --local-dir ."))
         yield _Runs(escaped(name) if len(kinds) > 1 else "", tuple(shown), _engines(artifact))

@@ -22,6 +22,8 @@ from compress.report.scorecard import REPRODUCE_FILE, Scorecard, inside
 from compress.scoring.results import Value
 
 FORMAT = 1
+DECIDING = ("compress", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf")
+"""Packages on whose versions bytes may depend; others score, or run what was made."""
 ENVIRONMENT = ("cpu", "threads", "device", "python", "system")
 """Of a machine: what is compared, beside the versions of packages."""
 
@@ -142,10 +144,8 @@ def read(path: str | Path) -> Reproduction:
 
 
 def environment_changes(before: Reproduction, here: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
-    """A line for each thing that bytes depend on and that is another one here than it was. here: of `provenance.machine`;
-    packages that only this machine has decided nothing."""
-    pairs: list[tuple[str, Any, Any]] = [
-        (name, version, versions.get(name)) for name, version in before.versions.items()
-    ]
-    pairs += [(name, before.machine.get(name), here.get(name)) for name in ENVIRONMENT if name in before.machine]
-    return [f"{name}: {was} there, {is_ or 'none'} here" for name, was, is_ in pairs if was != is_]
+    """A line for each thing that bytes depend on and that is another one here than it was. here: of `provenance.machine`."""
+    was, machine = before.versions, before.machine
+    pairs: list[tuple[str, Any, Any]] = [(name, was[name], versions.get(name)) for name in DECIDING if name in was]
+    pairs += [(name, machine[name], here.get(name)) for name in ENVIRONMENT if name in machine]
+    return [f"{name}: {then} there, {now or 'none'} here" for name, then, now in pairs if then != now]

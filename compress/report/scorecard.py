@@ -29,6 +29,8 @@ RECIPE_FILE = "recipe.json"  # beside it: the recipe as it was carried out
 TENSORS_FILE = "tensors.jsonl"  # beside it: a line a tensor, see run/records.py
 CARD_FILE = "README.md"  # beside it, and in every artifact that is a folder: the model card, see report/card.py
 REPRODUCE_FILE = "reproduce.json"  # beside it: what the run started from, see report/reproduction.py
+OWN_FILES = (FILE_NAME, RECIPE_FILE, TENSORS_FILE, CARD_FILE, REPRODUCE_FILE)
+"""What a run says of itself."""
 
 
 def inside(files: dict[str, str]) -> dict[str, str]:
@@ -73,8 +75,8 @@ class Artifact(Value):
 
     @property
     def is_folder(self) -> bool:
-        """Whether its files lie in a folder of their own."""
-        return any(name.startswith(f"{self.path}/") for name in self.files)
+        """Whether its files lie in a folder, which its path names."""
+        return bool(self.files) and self.path not in self.files
 
 
 class Base(Value):
@@ -181,12 +183,13 @@ class Scorecard(Value):
     @property
     def cards(self) -> tuple[str, ...]:
         """Where its model cards lie: beside it, and in every artifact that is a folder."""
-        return (CARD_FILE, *(f"{artifact.path}/{CARD_FILE}" for artifact in self.artifacts if artifact.is_folder))
+        inside = (PurePosixPath(artifact.path, CARD_FILE) for artifact in self.artifacts if artifact.is_folder)
+        return tuple(dict.fromkeys((CARD_FILE, *map(str, inside))))
 
     @property
     def told(self) -> tuple[str, ...]:
         """All that tells of the run in its folder, by path: files without checksums here."""
-        return (FILE_NAME, RECIPE_FILE, TENSORS_FILE, REPRODUCE_FILE, *self.cards)
+        return tuple(dict.fromkeys((*OWN_FILES, *self.cards)))
 
     @property
     def files(self) -> dict[str, str]:
