@@ -4,6 +4,7 @@ the work."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,16 @@ def test_cards_are_those_of_the_run(place: Path) -> None:
     assert "pair-gptq" not in folder and "import compress\n" in folder
     assert "Carried along from the original: `LICENSE`, `README-original.md`." in folder
     assert (place / "out" / "pair-compress" / "README-original.md").read_text().endswith("# A model\n")
+
+
+def test_what_a_card_says_to_type_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (place / "out" / "pair-compress" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(place / "out")
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("The city of London")
 
 
 @pytest.mark.parametrize("done", [0, 3])
