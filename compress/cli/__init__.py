@@ -9,10 +9,12 @@ from compress.cli.examples import EXAMPLES, epilog
 from compress.cli.judge import compare, score
 from compress.cli.ladder import ladder
 from compress.cli.lists import methods, recipes
+from compress.cli.reproduce import reproduce
 from compress.cli.talk import chat, generate
 from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (run, ladder, plan, advise, recipes, methods, score, compare, chat, generate, verify):  # as in --help
+# in the order of --help
+for command in (run, ladder, plan, advise, recipes, methods, score, compare, chat, generate, verify, reproduce):
     app.command(cls=Command, epilog=epilog(EXAMPLES.get(command.__name__, ())))(command)

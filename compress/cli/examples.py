@@ -43,6 +43,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress generate model.gguf 'The city of London'",
         "compress generate out/x --chat 'Name three colours.'",
     ),
+    "reproduce": (
+        "compress reproduce out/qwen-moe-2bit",
+        "compress reproduce reproduce.json --model ./Qwen3-0.6B",
+        "compress reproduce me/Qwen3-0.6B-GGUF@main --json",
+    ),
     "verify": ("compress verify out/qwen-moe-2bit", "compress verify out/qwen-moe-2bit/model.gguf"),
 }
 """By the name of a command, as narrow as 60 columns show them."""

@@ -18,6 +18,7 @@ from compress.containers.base import (
     Engine,
     Host,
     Options,
+    Use,
     WriteRequest,
     folder_of,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Engine",
     "Host",
     "Options",
+    "Use",
     "WriteRequest",
     "activation_problem",
     "atomic_files",

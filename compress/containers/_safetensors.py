@@ -17,7 +17,7 @@ from compress.codecs.names import codec_info
 from compress.containers._atomic import atomic_folder
 from compress.containers.base import PlannedTensor, WriteRequest
 from compress.errors import OutputError
-from compress.models.companions import LAYOUT, LEGAL, copy_companions
+from compress.models.companions import LAYOUT, LEGAL, PROVENANCE, copy_companions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +92,7 @@ def write_checkpoint(
         copy_companions(Path(request.source), folder, LEGAL + LAYOUT)
         if request.tokenizer_settings is not None:
             write_json(folder / "tokenizer_config.json", request.tokenizer_settings)
-        write_json(folder / "compress.json", request.provenance)
+        write_json(folder / PROVENANCE, request.provenance)
     return [path / file.name for file in files]
 
 

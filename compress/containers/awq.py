@@ -25,6 +25,7 @@ from compress.containers._quantized import (
     write_folder,
 )
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
+from compress.containers._uses import CHAT, GPTQMODEL, SERVERS
 from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
@@ -222,6 +223,8 @@ CONTAINER = Container(
     float_roles=("embeddings", "lm_head"),
     masks="the AWQ layout has no masks: zeros take as many bits as other weights",
     quant_method="awq",
+    library="transformers",
+    uses=(*SERVERS, GPTQMODEL, CHAT),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._hosts import Host
+from compress.containers._uses import Use
 from compress.models.identity import Identity, identify
 
 if TYPE_CHECKING:
@@ -242,6 +243,11 @@ class Container:
 
     hosts: tuple[Host, ...] = ()
     """Engines whose memory for an artifact is known, the usual one first."""
+
+    library: str = ""
+    """What the hub calls the library that reads it, for model cards."""
+    uses: tuple[Use, ...] = ()
+    """How people run an artifact, the usual way first, for model cards."""
 
     def takes(self, codec: str) -> bool:
         """Whether it holds a codec."""

@@ -25,6 +25,7 @@ from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._hosts import WHOLE
 from compress.containers._quantized import check_arrival, module_of, write_folder
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
+from compress.containers._uses import CHAT, transformers
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
@@ -249,6 +250,8 @@ CONTAINER = Container(
     quant_method="bitsandbytes",
     engine=replace(TRANSFORMERS, package="bitsandbytes", distribution="bitsandbytes", extra="bnb"),
     hosts=(WHOLE,),
+    library="transformers",
+    uses=(transformers("bitsandbytes", "accelerate"), CHAT),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

@@ -18,7 +18,7 @@ config.json says how to read that:
 
 `*` stands for a layer or an expert; of the rules that match a module the one with the fewest `*` counts, and null says
 that it is stored as floats. Modules that no rule matches are floats. `_refusal.py` says what else lies there for programs that
-cannot read that, README.md tells people.
+cannot read that; the model card tells people.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
 from compress.containers import _refusal
-from compress.containers._card import card
 from compress.containers._hosts import WHOLE
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes, write_checkpoint
+from compress.containers._uses import CHAT, OWN
 from compress.containers.base import (
     TRANSFORMERS,
     Container,
@@ -287,8 +287,7 @@ def write(request: WriteRequest) -> list[Path]:
     quantization = {"quant_method": METHOD, "format": FORMAT, "parts": layouts.parts(), "modules": modules}
     dtype = FLOATS[request.options.dtype][1]
     settings = {"dtype": dtype, "quantization_config": quantization, **_refusal.SETTINGS}
-    beside = {_refusal.FILE: _refusal.SOURCE, "README.md": card(request)}
-    return write_checkpoint(request, sources, produce, settings, beside)
+    return write_checkpoint(request, sources, produce, settings, {_refusal.FILE: _refusal.SOURCE})
 
 
 def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
@@ -346,6 +345,8 @@ CONTAINER = Container(
     quant_method=METHOD,
     engine=TRANSFORMERS,
     hosts=(WHOLE,),
+    library="transformers",
+    uses=(OWN, CHAT),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

@@ -37,6 +37,7 @@ from compress.containers._quantized import (
     write_folder,
 )
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
+from compress.containers._uses import CHAT, SERVERS, transformers
 from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec
@@ -353,6 +354,8 @@ CONTAINER = Container(
     quant_method="compressed-tensors",
     engine=replace(TRANSFORMERS, package="compressed_tensors", distribution="compressed-tensors", extra="ct"),
     hosts=(VLLM, WHOLE),
+    library="transformers",
+    uses=(*SERVERS, transformers("compressed-tensors"), CHAT),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

@@ -17,6 +17,7 @@ from compress.codecs.names import stored_bytes
 from compress.containers._atomic import atomic_files
 from compress.containers._gguf_general import FILE_TYPES, add_general
 from compress.containers._hosts import LLAMA
+from compress.containers._uses import LLAMA_CPP as LLAMA_CPP_USES
 from compress.containers.base import LLAMA_CPP, Container, Files, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models.gguf.header import read_set, shards
@@ -397,6 +398,8 @@ CONTAINER = Container(
     files=shards,
     engine=LLAMA_CPP,
     hosts=(LLAMA,),
+    library="gguf",
+    uses=LLAMA_CPP_USES,
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     copied_bytes=_copied_bytes,

@@ -21,6 +21,7 @@ from compress import __version__
 from compress.containers._hosts import VLLM
 from compress.containers._quantized import check_arrival, module_of, write_folder
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
+from compress.containers._uses import CHAT, GPTQMODEL, SERVERS
 from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
 from compress.models.spec import ModelSpec, TensorSpec
@@ -266,6 +267,8 @@ CONTAINER = Container(
     float_roles=("embeddings",),  # engines look them up as plain rows; no loader of these formats unpacks them
     masks="the GPTQ layout has no masks: zeros take as many bits as other weights",
     quant_method="gptq",
+    library="transformers",
+    uses=(*SERVERS, GPTQMODEL, CHAT),
     tensor_bytes=tensor_bytes,
     entry_bytes=entry_bytes,
     check_plan=check_plan,

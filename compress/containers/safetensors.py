@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compress.codecs.names import KIND_NAMES, stored_bytes
 from compress.containers._hosts import VLLM, WHOLE
 from compress.containers._safetensors import FLOATS, Slot, dense_entry_bytes, write_checkpoint
+from compress.containers._uses import CHAT, SERVERS, transformers
 from compress.containers.base import (
     ROUNDED_TOLERANCE,
     TRANSFORMERS,
@@ -69,6 +70,8 @@ CONTAINER = Container(
     engine=TRANSFORMERS,
     hosts=(WHOLE, VLLM),
     tolerance=ROUNDED_TOLERANCE,
+    library="transformers",
+    uses=(transformers(), *SERVERS, CHAT),
     tensor_bytes=tensor_bytes,
     entry_bytes=dense_entry_bytes,
     write=write,

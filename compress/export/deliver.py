@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -251,12 +251,13 @@ def _rename(written: Sequence[_Written], output: Path, result: Delivery) -> None
 
 
 def _retire(output: Path) -> None:
-    """Remove what an earlier run delivered here, then its scorecard, which would no longer be true of this folder."""
-    try:
-        earlier = scorecards.read(output).files
-    except CompressError:  # none, or nothing that could be read
-        earlier = {}
-    for name in earlier:
+    """Remove what an earlier run delivered here and what tells of it, its scorecard last: they would no longer be true of
+    this folder."""
+    gone = [scorecards.REPRODUCE_FILE, scorecards.CARD_FILE]
+    with suppress(CompressError):  # none, or nothing that could be read
+        earlier = scorecards.read(output)
+        gone += [*earlier.cards, *earlier.files, *earlier.beside]
+    for name in gone:
         path = output / name
         path.unlink(missing_ok=True)
         if path.parent != output and path.parent.is_dir() and not any(path.parent.iterdir()):

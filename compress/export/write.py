@@ -39,12 +39,13 @@ def write(
 
 def provenance(plan: Plan) -> dict[str, str]:
     """What a file says about where it comes from."""
-    text = plan.recipe.calibration
-    read = f"{text.source.label}, {text.samples} x {text.length} tokens, seed {plan.recipe.seed}"
+    told = plan.told
+    text = told.calibration
+    read = f"{text.source.label}, {text.samples} x {text.length} tokens, seed {told.seed}"
     return {
         "compress.version": __version__,
         "compress.model": plan.identity.version,
-        "compress.recipe": plan.recipe.name,
-        "compress.recipe_digest": plan.recipe.digest(),
+        "compress.recipe": told.name,
+        "compress.recipe_digest": told.digest(),
         "compress.calibration": read if plan.needs_calibration else "none",
     }

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError, NoSuchModel, UnsupportedModel
+from compress.files import sha256_each
+from compress.models.companions import LAYOUT, LEGAL, companions
 from compress.models.gguf.header import is_gguf
 from compress.models.gguf.source import open_source
 from compress.models.identity import hub_id
@@ -127,6 +129,17 @@ def deciding_files(weights: Sequence[Path], folder: Path) -> list[Path]:
         path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".model") and path.is_file()
     ]
     return [*weights, *beside]
+
+
+def checksums(checkpoint: Checkpoint) -> dict[str, str]:
+    """sha256 of a model's files by name: those that decide the bytes of whatever is made of it (weights, configuration, what
+    a tokenizer needs), and licence, notices and card, which go along. Of a GGUF file, or the parts of one, its own."""
+    folder = checkpoint.folder
+    if checkpoint.place.is_file():
+        return {path.name: found for path, found in sha256_each(checkpoint.weight_files).items()}
+    names = ("config.json", *companions(folder, (*LEGAL, *LAYOUT)))
+    paths = dict.fromkeys((*checkpoint.weight_files, *(folder / name for name in names)))
+    return {path.relative_to(folder).as_posix(): found for path, found in sha256_each(paths).items()}
 
 
 def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:

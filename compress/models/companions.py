@@ -16,9 +16,12 @@ LAYOUT = (
     "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 """What a folder in Hugging Face's layout needs besides."""
-_REPLACED = ("config.json", "*.safetensors", "*.safetensors.index.json", "compress.json")
+PROVENANCE = "compress.json"
+"""What a folder says of the run that made it."""
+_REPLACED = ("config.json", "*.safetensors", "*.safetensors.index.json", PROVENANCE)
 """What the artifact has its own of, or what is no part of a model."""
-_RENAMED = {"README.md": "README-original.md"}
+ORIGINAL_CARD = "README-original.md"
+_RENAMED = {"README.md": ORIGINAL_CARD}
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 """Keys under which older versions of transformers noted paths of the machine that saved the model."""
 
@@ -40,12 +43,22 @@ def companion_bytes(folder: Path) -> int:
     of."""
     own = (name for name in _REPLACED if name != "*.safetensors")
     names = companions(folder, (*LEGAL, *LAYOUT, *_RENAMED.values(), *own))
-    return sum((folder / name).stat().st_size for name in names)
+    return sum((folder / name).stat().st_size for name in names if not is_report(folder / name))
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is the card that a run has put into its artifact: it tells of scores, and is no part of the model."""
+    return path.name in _RENAMED and (path.parent / PROVENANCE).is_file()
 
 
 def left_behind(folder: Path) -> list[str]:
     """The files that no artifact takes along: code, pickled weights, pictures, whatever else lies there."""
     return [name for name in files_in(folder) if not _matches(name, (*LEGAL, *LAYOUT, *_REPLACED))]
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file goes along for what it says, not for what it makes a model do; as it is called there or in an artifact."""
+    return _matches(name, LEGAL) or name in _RENAMED.values()
 
 
 def copy_companions(source: Path, target: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         original=original,
         outline=outline,
         source=checkpoint.folder,
-        identity=identify(recipe.model, checkpoint.folder),
+        identity=identify(model_location(recipe.model), checkpoint.folder),
         warnings=tuple(warnings),
         exchanges=decided.exchanges,
         source_bytes=sum(stat.st_size for _, stat in files) or 2 * original.parameters,

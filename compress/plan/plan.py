@@ -56,11 +56,18 @@ class Plan:
     """What steps that make the model smaller save, in every container."""
     shapes: tuple[Reduction, ...] = ()
     """Where steps change the model's shape: those that a survey may choose, all of about the same size."""
+    repeats: Recipe | None = None
+    """Where it is carried out once more: the recipe as the files of the first time know it."""
     place: Path = Path()
     """Where the weights are read: `source`, or the GGUF file whose metadata `source` was written from."""
     chosen: tuple[str, ...] = ()
     """The warnings that say what was chosen where the recipe says nothing: it now does, and another plan of it would not
     know."""
+
+    @property
+    def told(self) -> Recipe:
+        """The recipe as files that ship know it: the model by its name, no path of this machine."""
+        return self.repeats or self.recipe.told(self.identity.version)
 
     def saying(self, chosen: tuple[str, ...]) -> Plan:
         """The same with more lines that say what was chosen."""

@@ -161,17 +161,19 @@ class Calibration(Section):
         """Which text that is."""
         return TextSource(self.dataset, self.mix or {}, self.column, self.split, self.template)
 
-    def portable(self) -> dict[str, Any]:
-        """For files that ship: what is said, of the user's own text the name alone."""
-        plain = self.model_dump(mode="json", exclude_none=True)
+    @property
+    def told(self) -> Calibration:
+        """The same as files that ship know it: of the user's own text the name alone."""
         if self.mix is not None:
             names = [told(name) for name in self.mix]
             twice = {name for name in names if names.count(name) > 1}
             unique = [f"{name} ({n})" if name in twice else name for n, name in enumerate(names, start=1)]
-            plain["mix"] = dict(zip(unique, self.mix.values(), strict=True))
-        elif self.dataset is not None:
-            plain["dataset"] = told(self.dataset)
-        return plain
+            return self.model_copy(update={"mix": dict(zip(unique, self.mix.values(), strict=True))})
+        return self if self.dataset is None else self.model_copy(update={"dataset": told(self.dataset)})
+
+    def portable(self) -> dict[str, Any]:
+        """What `told` says, ready for JSON."""
+        return self.told.model_dump(mode="json", exclude_none=True)
 
 
 class Quantize(Section):
@@ -291,14 +293,15 @@ STEP_KINDS: tuple[str, ...] = tuple(kind for kind in STEP_ORDER if kind != "scal
 
 
 def _registered(kind: str, options: Any) -> tuple[str, Any]:
-    """A step from outside as the value that it is, all others as they are."""
-    if kind in STEP_KINDS or kind not in SCALINGS:
+    """A step from outside as the value that it is, all others as they are; under its own name, or as `as_dict` says it."""
+    name = str(options.get("name")) if kind == "scaling" and isinstance(options, dict) else kind
+    if name in STEP_KINDS or name not in SCALINGS:
         return kind, options
     try:
-        return "scaling", SCALINGS[kind].model_validate(options)
+        return "scaling", SCALINGS[name].model_validate(options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise problem(f"{kind}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise problem(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 class Export(Section):
@@ -357,6 +360,11 @@ class Recipe(Section):
         """Everything, defaults filled in and names in canonical form, ready for JSON or YAML."""
         plain = self.model_dump(mode="json", exclude_none=True)
         return {**plain, "score": plain.get("score", False)}
+
+    def told(self, model: str) -> Recipe:
+        """The same as files that ship know it: the model under this name, text files without where they lie. Its digest is
+        the same on every machine."""
+        return self.model_copy(update={"model": model, "calibration": self.calibration.told})
 
     def portable(self) -> dict[str, Any]:
         """The same for files that ship: no output folder, and of text files their names alone."""

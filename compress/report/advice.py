@@ -67,6 +67,26 @@ def best(rows: Sequence[Row]) -> tuple[Row, Row | None]:
     return first, min(alike, key=lambda row: row.bytes, default=None)
 
 
+def occasions(comparison: Comparison, advice: Advice) -> dict[str, str]:
+    """When to take each variant that compares, by name, in a few words; of a single one nothing."""
+    rows = sorted(comparison.comparable, key=lambda row: (row.bytes, _divergence(row)))
+    if len(rows) < 2:
+        return {}
+    better = {row.name: [r for r in rows if r.bytes <= row.bytes and _divergence(r) < _divergence(row)] for row in rows}
+    closest, front = best(rows)[0], [row for row in rows if not better[row.name]]
+    found = {}
+    for row in rows:
+        words = ["**recommended**"] if row.name in advice.picks else []
+        words += ["closest to the original"] if row is closest else []
+        words += ["smallest"] if row is rows[0] else []
+        if better[row.name]:
+            words = [f"rather {min(better[row.name], key=_divergence).name}: no larger, and closer"]
+        elif not words:
+            words = [f"where {front[front.index(row) + 1].name} does not fit"]
+        found[row.name] = "; ".join(words)
+    return found
+
+
 # ---------------------------------------------------------------- sentences
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.errors import CheckpointError, CompressError, NoSuchRun
 from compress.files import sha256_each
-from compress.report.scorecard import FILE_NAME, RECIPE_FILE, TENSORS_FILE, Artifact, read
+from compress.report.scorecard import FILE_NAME, Artifact, read
 
 OK, CHANGED, MISSING, UNEXPECTED = "ok", "changed", "missing", "unexpected"
 
@@ -52,7 +52,8 @@ def verify(target: str | Path) -> dict[str, str]:
     if not os.path.lexists(target):
         raise NoSuchRun(f"there is no {target}; give a finished run's folder or an artifact in it")
     if (target / FILE_NAME).is_file():
-        file, wanted, root = target / FILE_NAME, read(target).files, target
+        card = read(target)
+        file, wanted, root = target / FILE_NAME, {**card.files, **card.beside} if card.files else {}, target
     elif (named := _named(target)) is not None:
         file, wanted, root = named[0], named[1].files, named[0].parent / named[1].path
     else:
@@ -64,7 +65,8 @@ def verify(target: str | Path) -> dict[str, str]:
             f"{file} holds no checksums: an earlier version wrote it; run the recipe again with --fresh"
         )
     base = file.parent
-    surplus = {_name(path, base) for path in _entries(root) if not _internal(path.relative_to(base))} - set(wanted)
+    found = {_name(path, base) for path in _entries(root) if not _internal(path.relative_to(base))}
+    surplus = found - set(wanted) - set(read(base).told)
     return dict(sorted({**statuses(wanted, base), **dict.fromkeys(surplus, UNEXPECTED)}.items()))
 
 
@@ -113,8 +115,8 @@ def _entries(path: Path) -> Iterator[Path]:
 
 
 def _internal(path: Path) -> bool:
-    """Whether a path from a run's folder is none of an artifact's: what tells of the run, or serves one that goes on."""
-    return path.parts[0] in (FILE_NAME, RECIPE_FILE, TENSORS_FILE) or path.parts[0].startswith(".")
+    """Whether a path from a run's folder serves one that goes on."""
+    return path.parts[0].startswith(".")
 
 
 def _name(path: Path, base: Path) -> str:

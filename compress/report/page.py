@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import MissingExtra
 from compress.reading import shown
 from compress.report.advice import Advice
 from compress.report.columns import Column, columns
-from compress.report.compare import Comparison, Row, model_name, text_facts, without_paths
+from compress.report.compare import Comparison, Row, model_name
 from compress.report.compare_table import notes
+from compress.report.measured import cleaner, measured
 from compress.report.numbers import Cell, human_seconds
 from compress.report.plots import Measure, error_map, error_scale, expert_map, measures, role_name, size_plot
 from compress.report.scorecard import Scorecard
@@ -52,12 +52,9 @@ class Told:
 
 
 def page(comparison: Comparison, advice: Advice) -> str:
-    """The whole file. Raises MissingExtra without jinja2 or matplotlib."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup, escape
-    except ImportError as error:
-        raise MissingExtra("jinja2", "report", "compare --html") from error
+    """The whole file. Raises MissingExtra without matplotlib."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
 
     def emphasized(sentence: str) -> Markup:
         """A sentence with the names that it says to take in bold."""
@@ -92,7 +89,7 @@ def _context(comparison: Comparison, advice: Advice) -> dict[str, Any]:
         "scale": error_scale(comparison.variants),
         "experts": list(_expert_maps(comparison)),
         "runs": [_told(card, rows) for card, rows in runs],
-        "measured": list(_measured(comparison)),
+        "measured": list(measured(comparison)),
         "made": [_made(card, rows) for card, rows in runs],
     }
 
@@ -137,7 +134,7 @@ def _expert_maps(comparison: Comparison) -> Iterator[Figure]:
 
 
 def _told(card: Scorecard, rows: Sequence[Row]) -> Told:
-    clean = _cleaner(card)
+    clean = cleaner(card)
     gate = card.gate
     done = f" ({sum(check.passed for check in gate.checks)} of {len(gate.checks)} checks)" if gate.checks else ""
     count = len(card.fallbacks)
@@ -160,40 +157,6 @@ def _first(lines: Sequence[str]) -> list[str]:
     return [*lines[:SHOWN_LINES], *([f"and {more} more kinds in scorecard.json"] if more > 0 else [])]
 
 
-def _measured(comparison: Comparison) -> Iterator[tuple[str, str]]:
-    """What the figures were measured with: term and what it was."""
-    rows = [row for row in comparison.variants if not row.mark]
-    scored = [row.scores for row in rows if row.scores is not None]
-    if suites := dict.fromkeys(shown(row.card.suite) for row in rows if row.card.suite):
-        yield "suite", ", ".join(suites)
-    if scored:
-        first = scored[0]
-        yield "text", text_facts(first)
-        units = f", {first.documents} documents are the independent units of the intervals" if first.documents else ""
-        yield "scored", f"{first.tokens:,} predicted tokens, stride {first.stride}, protocol {first.protocol}{units}"
-        yield "tokenizer", model_name(first.tokenizer)
-        engines: dict[str, list[str]] = {}
-        for row in rows:
-            if row.scores is not None:
-                engines.setdefault(shown(row.scores.engine), []).append(row.name)
-        told = (
-            [f"{engine} ({', '.join(names)})" for engine, names in engines.items()]
-            if len(engines) > 1
-            else list(engines)
-        )
-        yield ("engines" if len(engines) > 1 else "engine"), "; ".join(told)
-    speeds = [row.speed for row in rows if row.speed is not None]
-    if speeds:
-        first_speed = speeds[0]
-        yield (
-            "speed",
-            (
-                f"{first_speed.prompt_tokens} prompt and {first_speed.generated_tokens} generated tokens, "
-                f"{first_speed.threads} threads, {first_speed.repetitions} repetitions in turns with the original"
-            ),
-        )
-
-
 def _made(card: Scorecard, rows: Sequence[Row]) -> tuple[str, list[str]]:
     """What a run was made with."""
     facts = [f"recipe {shown(card.recipe)}" + (f" ({card.recipe_digest[:12]})" if card.recipe_digest else "")]
@@ -208,8 +171,3 @@ def _made(card: Scorecard, rows: Sequence[Row]) -> tuple[str, list[str]]:
     if card.created:
         facts.append(shown(card.created[:10]))
     return ", ".join(row.name for row in rows), facts
-
-
-def _cleaner(card: Scorecard) -> Any:
-    paths = (card.model, *(artifact.path for artifact in card.artifacts))
-    return lambda text: shown(without_paths(text, *paths), 400)

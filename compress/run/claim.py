@@ -24,6 +24,7 @@ from compress.streaming.journal import JOURNAL, WORK, Journal, OtherRun
 TEXT = "calibration text"  # as the journal calls the windows that units are made from
 MOST_DIFFERENCES = 3
 LADDER = "ladder"  # the key of a ladder's recipes, by type
+OWN = ("steps", "export")  # what each of them has of its own, beside its name
 JUDGED = ("score", "gate")  # may differ: they decide no byte
 
 
@@ -49,10 +50,11 @@ class Undertaking:
     def of_ladder(cls, name: str, plans: Mapping[str, Plan]) -> Undertaking:
         """Of several plans of one model, by type."""
         lead = next(iter(plans.values()))
-        told = {"name": name, "model": lead.identity.version}
+        recipes = {kind: recipe_as_told(plan) for kind, plan in plans.items()}
+        common = {key: value for key, value in next(iter(recipes.values())).items() if key not in OWN}
         shared = (len(plans) - 1) * 6 * lead.activation_bytes  # one copy of the activations serves all
         return cls(
-            {**told, LADDER: {kind: recipe_as_told(plan) for kind, plan in plans.items()}},
+            {**common, "name": name, LADDER: recipes},
             _combined({kind: plan.recipe.digest() for kind, plan in plans.items()}),
             _combined({kind: plan.digest for kind, plan in plans.items()}),
             sum(plan.disk_bytes for plan in plans.values()) - shared,
@@ -120,7 +122,7 @@ def write_recipe(ours: Undertaking, folder: Path) -> None:
 
 def recipe_as_told(plan: Plan) -> dict[str, Any]:
     """The recipe as it was carried out, for a file that ships: the model by its name, no path of this machine."""
-    return {**plan.recipe.portable(), "model": plan.identity.version}
+    return plan.told.portable()
 
 
 def differences(told: Path, ours: Undertaking) -> str:
@@ -159,7 +161,7 @@ def finished(output: Path, digest: Callable[[], str]) -> Scorecard | None:
     card = _read(output)
     if not card.gate.passed or card.run_digest is None or card.run_digest != digest():
         return None
-    found = statuses(card.files, output)
+    found = statuses(card.everything, output)
     bad = [name for name, status in found.items() if status != OK]
     if bad and (output / WORK / JOURNAL).exists():
         return None

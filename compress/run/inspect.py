@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from compress.errors import CheckpointError
 from compress.models.checkpoint import Checkpoint
 from compress.models.surplus import some_of
 from compress.plan.plan import Plan
+from compress.report.progress import Reporter
+from compress.streaming.journal import Journal
 
 INSPECTED = "inspected"  # the journal's unit
 
@@ -45,3 +48,16 @@ def _extremes(matrices: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Least and largest value of each, NaN where there is one; by rows it would take 20 times as long."""
     parts = [torch.aminmax(matrix) for matrix in matrices]
     return torch.stack([low for low, _ in parts]), torch.stack([high for _, high in parts])
+
+
+def inspect(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter, strict: bool) -> None:
+    """Look at the original's weights once. Raises CheckpointError for values that are not finite; strict: for whatever
+    speaks against it."""
+    if INSPECTED not in journal:
+        with reporter.stage("check weights") as progress:
+            found = inspect_weights(plan, checkpoint, progress)
+        for line in found:
+            reporter.say(f"note: {line}")
+        journal.finish(INSPECTED, {}, {"doubts": found})
+    if strict and (doubts := (*plan.doubts, *journal.units[INSPECTED]["doubts"])):
+        raise CheckpointError(f"{doubts[0]}; --strict stops here")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from compress.errors import CheckpointError, CompressError, GateFailed
+from compress.errors import CompressError, GateFailed
 from compress.export.deliver import Delivery, Product, deliver, require_texts
-from compress.files import checksum, locked, write_synced
+from compress.files import checksum, locked
 from compress.machine import look
 from compress.machine.measured import Measured
 from compress.models.checkpoint import Checkpoint
@@ -25,12 +27,13 @@ from compress.recipe.schema import Recipe
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
-from compress.run.claim import WORK, Undertaking, claim, finished, open_journal, run_digest, write_recipe
-from compress.run.inspect import INSPECTED, inspect_weights
+from compress.run.claim import WORK, Undertaking, claim, finished, open_journal, run_digest
+from compress.run.inspect import INSPECTED, inspect
 from compress.run.ladder import Rung, compress_ladder, ladder_scorecard, write_imatrix
 from compress.run.records import jsonl, tensor_records
 from compress.run.recover import RECOVERED, tunes_end_to_end
 from compress.run.summary import make_scorecard
+from compress.run.told import Expected, prepare, put, started, told_files
 from compress.run.units import compress_model, load_calibration, read_calibration
 from compress.streaming.journal import LOCK, Journal, discard
 from compress.streaming.placement import Placement
@@ -39,13 +42,15 @@ from compress.streaming.placement import Placement
 @dataclass(frozen=True)
 class Manner:
     """How a run goes about it. reporter: hears of stages; device: as `Placement.choose` reads it; strict: what speaks against
-    the original is an error; fresh: whatever the folder holds is made anew; keep_work: the work folder stays."""
+    the original is an error; fresh: whatever the folder holds is made anew; keep_work: the work folder stays; expected: of the
+    run that it repeats."""
 
     reporter: Reporter
     device: str | None = None
     strict: bool = False
     fresh: bool = False
     keep_work: bool = False
+    expected: Expected | None = None
 
 
 def run(
@@ -56,17 +61,18 @@ def run(
     reporter: Reporter | None = None,
     device: str | None = None,
     strict: bool = False,
+    expected: Expected | None = None,
 ) -> Scorecard:
     """Carry out a recipe and return its scorecard; artifacts lie in `recipe.output`.
 
     device: auto, cpu, cuda, cuda:N or mps; by default what COMPRESS_DEVICE says, else the CPU. strict: what speaks against
-    the original itself is an error instead of a note.
+    the original itself is an error instead of a note. expected: of the run that it repeats.
 
     A run that was killed continues where it stopped; one that is finished, and whose artifacts are unchanged, is not done
     again. A second run into `recipe.output` meanwhile raises OutputError. Raises GateFailed (exit code 3) after writing the
     scorecard when an artifact is not fit to deliver, and the other CompressErrors before anything has its final name.
     """
-    manner = Manner(reporter or Reporter(0), device, strict, fresh, keep_work)
+    manner = Manner(reporter or Reporter(0), device, strict, fresh, keep_work, expected)
     return _conduct(Ladder(recipe.name, recipe.output, {None: recipe}), manner)
 
 
@@ -78,10 +84,11 @@ def run_ladder(
     reporter: Reporter | None = None,
     device: str | None = None,
     strict: bool = False,
+    expected: Expected | None = None,
 ) -> Scorecard:
     """Compress a model to several types in one pass over its blocks and the calibration text; all artifacts, one scorecard and
     the importance matrix lie in `ladder.output`. Arguments, resume and errors as of `run`."""
-    return _conduct(ladder, Manner(reporter or Reporter(0), device, strict, fresh, keep_work))
+    return _conduct(ladder, Manner(reporter or Reporter(0), device, strict, fresh, keep_work, expected))
 
 
 def _conduct(ladder: Ladder, manner: Manner) -> Scorecard:
@@ -90,12 +97,12 @@ def _conduct(ladder: Ladder, manner: Manner) -> Scorecard:
     placement = Placement.choose(manner.device)
     with ExitStack() as held:
         with reporter.stage("plan"):
-            early = _plans(ladder)
+            early = _plans(ladder, manner.expected)
             claim(output, early.undertaking, fresh=manner.fresh)
             if not early.lead.stamp:  # before weights are downloaded: all that config.json, tokenizer and texts tell
                 read_texts(early.lead)
             held.enter_context(locked(output / WORK / LOCK, output))
-            plans = _plans(ladder, weights=True)
+            plans = _plans(ladder, manner.expected, weights=True)
             claim(output, plans.undertaking, fresh=manner.fresh)
             card = None if manner.fresh else _finished(plans, output)
             journal = open_journal(output, plans.undertaking, fresh=manner.fresh) if card is None else None
@@ -123,17 +130,15 @@ class _Plans:
         """The first: what is read, and what is scored, is the same for all."""
         return next(iter(self.by_variant.values()))
 
-    @property
-    def single(self) -> bool:
-        return None in self.by_variant
-
     def saying(self, chosen: tuple[str, ...]) -> _Plans:
         """The same with more lines that say what was chosen."""
         return _Plans({name: plan.saying(chosen) for name, plan in self.by_variant.items()}, self.undertaking)
 
 
-def _plans(ladder: Ladder, *, weights: bool = False) -> _Plans:
+def _plans(ladder: Ladder, expected: Expected | None, *, weights: bool = False) -> _Plans:
     plans = {name: make_plan(recipe, weights=weights) for name, recipe in ladder.recipes.items()}
+    if expected is not None:
+        plans = {name: expected.plan(plan, name) for name, plan in plans.items()}
     if None in plans:
         return _Plans(plans, Undertaking.of(plans[None]))
     return _Plans(plans, Undertaking.of_ladder(ladder.name, {str(name): plan for name, plan in plans.items()}))
@@ -145,6 +150,11 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
     _announce(plans, journal, reporter)
     try:
         checkpoint = Checkpoint.open(lead.place)
+        if manner.expected is not None:
+            with reporter.stage("compare original"):
+                other = manner.expected.require_original(checkpoint)
+            for line in other:
+                reporter.say(f"note: {line}")
         result = Delivery(strict=manner.strict)
         with reporter.stage("tokenizer"):
             for plan in plans.by_variant.values():
@@ -155,42 +165,49 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
                 text = read_calibration(lead, progress)
             for line in text.lines:
                 reporter.say(f"note: calibration text: {line}")
+            if manner.expected is not None:
+                manner.expected.require_text(text.ids.tobytes())
             ids, plans = text.ids, plans.saying(tuple(f"calibration text: {line}" for line in text.lines))
-        _inspect(lead, checkpoint, journal, reporter, manner.strict)
+        inspect(lead, checkpoint, journal, reporter, manner.strict)
+        rungs = [Rung(str(name), plan, journal) for name, plan in plans.by_variant.items() if name is not None]
         with torch.inference_mode():
-            products: Sequence[Product]
-            if plans.single:
-                solved = compress_model(plans.lead, checkpoint, journal, reporter, placement, ids)
-                products = [Product(solved, journal.fetch)]
-            else:
-                rungs = [Rung(str(name), plan, journal) for name, plan in plans.by_variant.items()]
+            if rungs:
                 compress_ladder(rungs, checkpoint, journal, reporter, placement, ids)
                 products = [Product(rung.plan, rung.fetch, rung.name) for rung in rungs]
+            else:
+                solved = compress_model(plans.lead, checkpoint, journal, reporter, placement, ids)
+                products = [Product(solved, journal.fetch)]
             results = deliver(products, checkpoint, output, reporter, placement, result)
     except CompressError:
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
         raise
     device = str(placement.device)
-    if plans.single:
-        card = make_scorecard(products[0].plan, journal, results, reporter, device)
-        records = tensor_records(products[0].plan, journal.units)
-    else:
+    if rungs:
         beside = write_imatrix(rungs, output) if results.passed else {}
         card = ladder_scorecard(plans.undertaking, rungs, results, reporter, device, beside)
-        records = (record for rung in rungs for record in rung.records())
-    write_synced(journal.folder / scorecards.TENSORS_FILE, jsonl(records))
+        records: Iterable[dict[str, Any]] = chain.from_iterable(rung.records() for rung in rungs)
+    else:
+        card = make_scorecard(products[0].plan, journal, results, reporter, device)
+        records = tensor_records(products[0].plan, journal.units)
+    start = started(lead, plans.undertaking, journal, checkpoint) if card.gate.passed else None
+    tensors = {scorecards.TENSORS_FILE: jsonl(records)}
+    prepare(output, told_files(card, plans.undertaking.told, start, tensors))
     scorecards.write(card, output)
-    _tell(plans, output)
+    put(output)
+    _require_passed(card, output)
+    if whole and not rungs:
+        _remember(planned, card, placement)
+    return card
+
+
+def _require_passed(card: Scorecard, output: Path) -> None:
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
         raise GateFailed(
             f"gate failed: {failed[0].name}: {failed[0].detail}; the artifacts are in {output / 'rejected'}, "
             f"the figures in {output / scorecards.FILE_NAME}"
         )
-    if whole and plans.single:
-        _remember(planned, card, placement)
-    return card
 
 
 def _announce(plans: _Plans, journal: Journal, reporter: Reporter) -> None:
@@ -217,19 +234,6 @@ def _remember(plan: Plan, card: Scorecard, placement: Placement) -> None:
     runs_like(plan, look(), placement.device.type).remember(run)
 
 
-def _inspect(plan: Plan, checkpoint: Checkpoint, journal: Journal, reporter: Reporter, strict: bool) -> None:
-    """Look at the original's weights once. Raises CheckpointError for values that are not finite; strict: for whatever
-    speaks against it."""
-    if INSPECTED not in journal:
-        with reporter.stage("check weights") as progress:
-            found = inspect_weights(plan, checkpoint, progress)
-        for line in found:
-            reporter.say(f"note: {line}")
-        journal.finish(INSPECTED, {}, {"doubts": found})
-    if strict and (doubts := (*plan.doubts, *journal.units[INSPECTED]["doubts"])):
-        raise CheckpointError(f"{doubts[0]}; --strict stops here")
-
-
 def _finished(plans: _Plans, output: Path) -> Scorecard | None:
     """The scorecard of a run that has done all this already, see `claim.finished`."""
     lead = plans.lead
@@ -240,12 +244,5 @@ def _finished(plans: _Plans, output: Path) -> Scorecard | None:
 
     card = finished(output, digest)
     if card is not None:
-        _tell(plans, output)
+        put(output)
     return card
-
-
-def _tell(plans: _Plans, output: Path) -> None:
-    """What lies beside a scorecard: put there behind it, or by the next run where one was killed just then."""
-    if (made := output / WORK / scorecards.TENSORS_FILE).exists():
-        write_recipe(plans.undertaking, output)
-        made.replace(output / scorecards.TENSORS_FILE)

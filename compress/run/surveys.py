@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def settle(
                 journal.keep(_state_file(journal))
                 journal.finish(STRUCTURE, {}, {"structure": dict(made.report)})
             cut = Restructured.restore(plan.turned, *_read(_state_file(journal)))
-        plan = make_plan(plan.recipe, weights=True, spec=cut.spec).saying(plan.chosen)
+        again = make_plan(plan.recipe, weights=True, spec=cut.spec).saying(plan.chosen)
+        plan = replace(again, identity=plan.identity, repeats=plan.repeats)
         load = partial(cut.view.load, load=load)
     if "sparsity" in plan.open:
         assert ids is not None

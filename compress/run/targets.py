@@ -11,6 +11,7 @@ from compress.containers import Container
 from compress.engines.open import OpenedModel, artifact_source, continues, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError
+from compress.models.companions import is_report
 from compress.report import scorecard as scorecards
 from compress.scoring.results import Fallback
 from compress.scoring.source import LogitSource
@@ -35,12 +36,12 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """Of all files that are needed to run it; what was delivered as a folder is needed whole."""
+        """Of all files that are needed to run it; what was delivered as a folder is needed whole, but for its card."""
         if self.opened is None:
             return self.weight_bytes
         if self.opened.container.original:
             return self.opened.bytes
-        return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file())
+        return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file() and not is_report(f))
 
 
 def open_original(against: str) -> OpenedModel:

@@ -1,6 +1,6 @@
 """Text in: calibration and evaluation sets, their documents, windows of tokens. Neither torch nor transformers at import."""
 
-from compress.text.documents import is_bundled_task, load_documents, reads_hub, task_documents, task_texts
+from compress.text.documents import hub_sets, is_bundled_task, load_documents, reads_hub, task_documents, task_texts
 from compress.text.evaluation import EvalWindows, eval_windows
 from compress.text.files import has_tokenizer, read_files
 from compress.text.protocol import PROTOCOLS, Protocol
@@ -11,7 +11,7 @@ from compress.text.windows import CalibrationText, calibration_text, calibration
 
 __all__ = [
     "BASE_TEXT", "CHAT_TEXT", "PROTOCOLS", "CalibrationText", "EvalWindows", "Protocol", "Suite", "SuiteText", "TaskChoice", "TextSet", "TextSource", "Tokenizer",
-    "calibration_text", "calibration_windows", "check_ids", "data_root", "eval_windows", "find_data", "has_tokenizer", "is_bundled_task",
+    "calibration_text", "calibration_windows", "check_ids", "data_root", "eval_windows", "find_data", "has_tokenizer", "hub_sets", "is_bundled_task",
     "load_definition", "load_documents", "load_suite", "load_tokenizer", "prepends_bos", "read_files", "reads_hub", "task_documents",
     "task_texts", "text_set",
 ]  # fmt: skip

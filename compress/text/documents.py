@@ -156,6 +156,12 @@ def reads_hub(definition: TextSet) -> bool:
     return bool(definition.hub) or any(one.hub for one in parts(definition).values())
 
 
+def hub_sets(definition: TextSet) -> tuple[str, ...]:
+    """The sets of the hub, by id, that a set or the parts of its mix are."""
+    found = (one.hub.get("path") for one in (definition, *parts(definition).values()))
+    return tuple(dict.fromkeys(path for path in found if path))
+
+
 def _hub_documents(definition: TextSet, reading: Reading | None, seed: int | None) -> Iterator[Document]:
     column = definition.hub.get("column", definition.column)
     source = f"hub set '{definition.hub['path']}'"

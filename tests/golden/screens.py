@@ -46,7 +46,9 @@ LARGE = {
     "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "vocab_size": 151936, "max_position_embeddings": 40960,
     "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-COMMANDS = ("run", "ladder", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
+COMMANDS = (
+    "run", "ladder", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify", "reproduce",
+)  # fmt: skip
 
 
 def _plan(recipe: str, *overrides: str) -> Any:

@@ -15,7 +15,7 @@ from compress.plan.plan import Plan
 from compress.recipe import Recipe
 from compress.report.scorecard import Scorecard, read
 from tests.integration.containers import reference_logits
-from tests.integration.runs import as_model, final_names, kl
+from tests.integration.runs import TOLD, as_model, final_names, kl
 
 ENGINE_KL = 0.02
 """llama.cpp rounds activations to 8 bits and random models amplify it: medians measured are 0.001 to 0.009 nats; a
@@ -32,7 +32,7 @@ def check_delivery(plan: Plan, card: Scorecard) -> None:
     names = [artifact_name(recipe, model, export.container) for export in recipe.export]
     single = any(export.container == "gguf" for export in recipe.export)
     beside = {"README-original.md"} if single and (model / "README.md").exists() else set()
-    assert final_names(output) == {*names, *beside, "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(output) == {*names, *beside, *TOLD}
     saved = read(output)
     assert saved.gate.passed
     assert [artifact.path for artifact in card.artifacts] == [artifact.path for artifact in saved.artifacts] == names

@@ -29,6 +29,10 @@ _WORDS = (
     "house river old king stone winter letter night garden road village mother captain ship island morning silver "
     "door window table horse forest mountain city war music number century north south built known called first"
 ).split()  # noqa: SIM905
+JUDGED = {"scorecard.json", "recipe.json", "tensors.jsonl"}
+"""What lies in the folder of a finished run beside what it made, whatever its gate said."""
+TOLD = {*JUDGED, "README.md", "reproduce.json"}
+"""The same where the gate was passed."""
 SMALL = ("calibration.samples=4", "calibration.length=64", "score=false")
 """Overrides that make a run take about a second; `calibration.dataset` comes on top."""
 

@@ -25,7 +25,7 @@ from compress.errors import GateFailed, NumericalError, OutputError
 from compress.report.scorecard import read
 from compress.run import WORK
 from compress.streaming.activations import ActivationWriter
-from tests.integration.runs import SMALL, carry_out, command, final_names, names, sha256, small, text_file
+from tests.integration.runs import JUDGED, SMALL, TOLD, carry_out, command, final_names, names, sha256, small, text_file
 from tests.tiny import tiny_model
 
 RECIPE = "gguf-q4-k-m"
@@ -345,7 +345,7 @@ def test_disk_fills_up(
     assert not [n for n in names(bench.output / WORK) if n.endswith(".tmp")]
     code, stderr = bench.run(model)
     assert code == 0, stderr
-    assert final_names(bench.output) == {FILE, "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(bench.output) == {FILE, *TOLD}
 
 
 def test_output_is_a_file(bench: Bench, model: Path) -> None:
@@ -395,7 +395,7 @@ def test_limit_that_is_not_kept(bench: Bench, model: Path, suite: str) -> None:
     code, stderr = bench.run(model, suite, "gate.max_kld=1e-9")
     assert code == 3 and len(stderr.strip().splitlines()) == 1
     assert "KL divergence" in stderr and "1e-09" in stderr and "rejected" in stderr
-    assert final_names(bench.output) == {"rejected", "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(bench.output) == {"rejected", *JUDGED}
     assert names(bench.output / "rejected") == {FILE}
     card = read(bench.output)
     assert not card.gate.passed
@@ -403,7 +403,7 @@ def test_limit_that_is_not_kept(bench: Bench, model: Path, suite: str) -> None:
     assert (bench.output / card.artifacts[0].path).is_file()
     # with a limit it keeps, the same folder holds the file and no trace of the rejection
     assert bench.run(model, suite, "gate.max_kld=100.0")[0] == 0
-    assert final_names(bench.output) == {FILE, "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(bench.output) == {FILE, *TOLD}
     assert read(bench.output).gate.passed
 
 
@@ -411,7 +411,7 @@ def test_rejection_after_a_delivery(bench: Bench, model: Path, suite: str) -> No
     """The file of an earlier run does not stay under its final name beside a scorecard that rejects it."""
     assert bench.run(model, suite)[0] == 0
     assert bench.run(model, suite, "gate.max_perplexity_ratio=1e-9")[0] == 3
-    assert final_names(bench.output) == {"rejected", "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(bench.output) == {"rejected", *JUDGED}
 
 
 def test_file_that_decodes_to_something_else(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +430,7 @@ def test_file_that_decodes_to_something_else(good: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(deliver, "write", damaged)
     with pytest.raises(GateFailed, match="gguf tensors"):
         carry_out(small(RECIPE, good, tmp_path / "out"))
-    assert final_names(tmp_path / "out") == {"rejected", "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(tmp_path / "out") == {"rejected", *JUDGED}
 
 
 def test_file_that_the_engine_refuses(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +449,7 @@ def test_file_that_the_engine_refuses(good: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(deliver, "write", renamed)
     with pytest.raises(GateFailed, match="lamma"):
         carry_out(small(RECIPE, good, tmp_path / "out"))
-    assert final_names(tmp_path / "out") == {"rejected", "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(tmp_path / "out") == {"rejected", *JUDGED}
 
 
 def test_library_raises_what_the_command_line_prints(good: Path, tmp_path: Path) -> None:

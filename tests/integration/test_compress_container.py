@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from compress.codecs.names import codec_info
@@ -29,7 +28,6 @@ from compress.engines.streamed import StreamedSource
 from compress.engines.transformers import TransformersSource
 from compress.errors import CheckpointError, OutputError
 from compress.models import ModelSpec, load_spec
-from compress.models.identity import Identity
 from compress.plan.tensor import PlannedTensor
 from compress.runtime.embedding import PackedEmbedding, TiedHead
 from compress.runtime.linear import PackedLinear
@@ -309,23 +307,17 @@ with torch.inference_mode():
         torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_the_readme_says_what_to_import_and_the_licence(tmp_path: Path) -> None:
+def test_the_originals_card_goes_along_and_what_it_names_does_not(tmp_path: Path) -> None:
+    """The artifact's own card comes with its scores, from the run."""
     model = tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
     (model / "README.md").write_text("---\nlicense: other\nlicense_name: 'odd: [name]'\n---\n# Original\n")
     spec = load_spec({**config_of(model), "auto_map": {"AutoConfig": "theirs.C"}, "transformers_weights": "theirs.bin"})
     plan = planned(spec, lambda *_: "int4-g32")
     fetch = rounded(plan, model).__getitem__
-    of = Identity("m", "owner", "0" * 40, "other", "odd: [name]")
-    for name, identity in (("compress", None), ("safetensors", None), ("hub", of)):
-        container = CONTAINERS["compress" if name == "hub" else name]
-        container.write(WriteRequest(tmp_path / name, spec, plan, fetch, source=model, of=identity))
-    text = (tmp_path / "compress" / "README.md").read_text()
-    front, _, body = text.removeprefix("---\n").partition("---\n")
-    assert yaml.safe_load(front) == {"license": "other", "license_name": "odd: [name]"}
-    hub = yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---\n")[1])
-    assert hub == {"license": "other", "license_name": "odd: [name]", "base_model": "owner/m"}
-    assert "import compress\nfrom transformers" in body and "`int4-g32`" in body and "Licence: odd: [name]" in body
+    for name in ("compress", "safetensors"):
+        CONTAINERS[name].write(WriteRequest(tmp_path / name, spec, plan, fetch, source=model))
     assert (tmp_path / "compress" / "README-original.md").read_text().endswith("# Original\n")
+    assert not (tmp_path / "compress" / "README.md").exists()
     # of files that do not go along nothing is left, whatever the container
     assert not {"auto_map", "transformers_weights"} & config_of(tmp_path / "safetensors").keys()
     assert config_of(tmp_path / "compress")["auto_map"] == {"AutoConfig": "configuration_compress.CompressConfig"}

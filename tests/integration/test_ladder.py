@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from compress.errors import RecipeError
+from compress.errors import NoSuchModel, RecipeError
 from compress.plan import make_plan
 from compress.recipe import load_recipe
 from compress.recipe.ladder import Ladder, load_ladder
 from compress.report import scorecard as scorecards
 from compress.report.checksums import verify
+from compress.report.progress import Reporter
 from compress.run import ladder as ladder_module
 from compress.run import load_calibration, run, run_ladder
+from compress.run.reproduce import Here, reproduce
 from tests.integration.runs import SMALL, demo_blocks, final_names, sha256, text_file
 from tests.tiny import tiny_model
 
@@ -169,6 +171,19 @@ def test_a_killed_one_continues_to_the_same_bytes_and_a_finished_one_is_not_made
     assert sha256(tmp_path / "other" / next(iter(card.beside))) == next(iter(card.beside.values()))
 
 
+def test_a_ladder_is_reproduced_to_the_byte(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model")
+    sets = _sets(tmp_path)
+    run_ladder(_ladder(model, tmp_path))
+    text = next(setting for setting in sets if "dataset" in setting)
+    here = Here(str(model), (text,), str(tmp_path / "again"))
+    compared = reproduce(str(tmp_path / "ladder"), here, Reporter(0))
+    assert set(compared.files.values()) == {"same"}
+    assert len(compared.files) == len(TYPES) + 2
+    with pytest.raises(NoSuchModel, match="--model"):
+        reproduce(str(tmp_path / "ladder"), Here(None, (text,), str(tmp_path / "third")), Reporter(0))
+
+
 def test_one_scorecard_tells_of_all(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path / "model")
     ladder = _ladder(model, tmp_path, ("Q8_0", "Q4_K_M"))
@@ -182,6 +197,8 @@ def test_one_scorecard_tells_of_all(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "ladder" / scorecards.RECIPE_FILE).read_text())
     assert list(told["ladder"]) == ["Q8_0", "Q4_K_M"]
     assert str(tmp_path) not in json.dumps(told)
+    card_text = (tmp_path / "ladder" / "README.md").read_text()
+    assert all(f"`{artifact.path}`" in card_text for artifact in card.artifacts)
     records = [json.loads(line) for line in (tmp_path / "ladder" / scorecards.TENSORS_FILE).read_text().splitlines()]
     assert {record["variant"] for record in records} == {"Q8_0", "Q4_K_M"}
 

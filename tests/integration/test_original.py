@@ -17,7 +17,7 @@ from compress.report.progress import Reporter
 from compress.run import run
 from compress.run.score import Settings, score_targets
 from compress.scoring.divergence import frequency_perplexity
-from tests.integration.runs import demo_blocks, final_names, text_file
+from tests.integration.runs import JUDGED, demo_blocks, final_names, text_file
 from tests.tiny import demo_model, tiny_model
 
 
@@ -92,7 +92,7 @@ def test_a_model_that_knows_no_language_is_told_from_one_that_does(tmp_path: Pat
     (tmp_path / "strict").mkdir()
     with pytest.raises(GateFailed, match="cannot predict"):
         run(_recipe(random, tmp_path / "strict", suite), strict=True)
-    assert final_names(tmp_path / "strict" / "out") == {"rejected", "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert final_names(tmp_path / "strict" / "out") == {"rejected", *JUDGED}
     good = score_targets([str(demo_model())], str(demo_model()), Settings(str(suite), strict=True), Reporter(0))[0]
     assert good.gate.passed and not good.notes
 

@@ -16,7 +16,7 @@ from compress.models.checkpoint import Checkpoint
 from compress.report.progress import TIMES
 from compress.report.scorecard import read
 from compress.run import WORK, run
-from tests.integration.runs import SMALL, carry_out, command, final_names, names, sha256, small, text_file
+from tests.integration.runs import SMALL, TOLD, carry_out, command, final_names, names, sha256, small, text_file
 from tests.tiny import tiny_model
 
 RECIPE = "gguf-q4-k-m"
@@ -31,7 +31,7 @@ MOMENTS = (
     "before_scorecard",
 )
 LONG = 1e6  # seconds, as no stage of these tests takes
-DELIVERED = {FILE, "scorecard.json", "recipe.json", "tensors.jsonl"}
+DELIVERED = {FILE, *TOLD}
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,9 @@ RECIPES = {"gguf-q4-k-m": (), "gptq-w4-g128": ("steps[0].quantize.scheme=W4A16G3
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    """Bytes of a file, or of all files in a folder but the card that a run puts there."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file != path / "README.md"]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def weights_in(model: Path) -> int:

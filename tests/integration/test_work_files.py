@@ -18,7 +18,7 @@ from compress.report.progress import TIMES
 from compress.report.scorecard import read
 from compress.run import WORK, run
 from compress.streaming.journal import Journal
-from tests.integration.runs import carry_out, command, names, sha256, small, text_file
+from tests.integration.runs import TOLD, carry_out, command, names, sha256, small, text_file
 from tests.tiny import tiny_model
 
 NAME = "gptq-w4-g128"
@@ -114,7 +114,7 @@ def test_nobody_else_writes_into_the_folder_of_a_run(
         carry_out(mine)
     assert len(refused) == 4 and all(f"is in use by process {os.getpid()};" in line for line in refused)
     assert sha256(Path(mine.output) / WEIGHTS) == sha256(Path(finished.output) / WEIGHTS)
-    assert names(Path(mine.output)) == {Path(WEIGHTS).parts[0], "scorecard.json", "recipe.json", "tensors.jsonl"}
+    assert names(Path(mine.output)) == {Path(WEIGHTS).parts[0], *TOLD}
 
 
 def test_a_recipe_is_on_disk_before_its_first_unit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +147,7 @@ def test_a_killed_fresh_run_over_another_recipe_goes_on(
         run(other, fresh=True)
     assert (place / "over" / WEIGHTS).exists() and read(place / "over").recipe == NAME
     (made,) = carry_out(other).artifacts
-    assert made.container == "gguf" and names(place / "over") == {
-        made.path,
-        "scorecard.json",
-        "recipe.json",
-        "tensors.jsonl",
-    }
+    assert made.container == "gguf" and names(place / "over") == {made.path, *TOLD}
     assert read(place / "over").recipe == "gguf-q4-k-m"
 
 
