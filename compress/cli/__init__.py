@@ -8,10 +8,23 @@ from compress.cli.check import verify
 from compress.cli.examples import EXAMPLES, epilog
 from compress.cli.judge import compare, score
 from compress.cli.lists import methods, recipes
+from compress.cli.publish import publish
 from compress.cli.talk import chat, generate
 from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (run, plan, advise, recipes, methods, score, compare, chat, generate, verify):  # the order of --help
+for command in (
+    run,
+    plan,
+    advise,
+    recipes,
+    methods,
+    score,
+    compare,
+    chat,
+    generate,
+    verify,
+    publish,
+):  # the order of --help
     app.command(cls=Command, epilog=epilog(EXAMPLES.get(command.__name__, ())))(command)

@@ -38,6 +38,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress generate model.gguf 'The city of London'",
         "compress generate out/x --chat 'Name three colours.'",
     ),
+    "publish": (
+        "compress publish out/mine me/Model-GGUF --dry-run",
+        "compress publish out/mine me/Model-GGUF --private",
+        "compress publish out/mine me/Model-GGUF --revision v2",
+    ),
     "verify": ("compress verify out/qwen-moe-2bit", "compress verify out/qwen-moe-2bit/model.gguf"),
 }
 """By the name of a command, as narrow as 60 columns show them."""

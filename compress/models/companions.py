@@ -18,7 +18,8 @@ LAYOUT = (
 """What a folder in Hugging Face's layout needs besides."""
 _REPLACED = ("config.json", "*.safetensors", "*.safetensors.index.json", "compress.json")
 """What the artifact has its own of, or what is no part of a model."""
-_RENAMED = {"README.md": "README-original.md"}
+ORIGINAL_CARD = "README-original.md"
+_RENAMED = {"README.md": ORIGINAL_CARD}
 _PATHS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 """Keys under which older versions of transformers noted paths of the machine that saved the model."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.errors import CheckpointError, CompressError, NoSuchRun
 from compress.files import sha256_each
-from compress.report.scorecard import FILE_NAME, RECIPE_FILE, TENSORS_FILE, Artifact, read
+from compress.report.scorecard import CARD_FILE, FILE_NAME, OWN_FILES, TOP, Artifact, read
 
 OK, CHANGED, MISSING, UNEXPECTED = "ok", "changed", "missing", "unexpected"
 
@@ -52,7 +52,8 @@ def verify(target: str | Path) -> dict[str, str]:
     if not os.path.lexists(target):
         raise NoSuchRun(f"there is no {target}; give a finished run's folder or an artifact in it")
     if (target / FILE_NAME).is_file():
-        file, wanted, root = target / FILE_NAME, read(target).files, target
+        card = read(target)
+        file, wanted, root = target / FILE_NAME, {**card.files, **card.beside} if card.files else {}, target
     elif (named := _named(target)) is not None:
         file, wanted, root = named[0], named[1].files, named[0].parent / named[1].path
     else:
@@ -92,10 +93,21 @@ def require_unchanged(target: str | Path) -> str | None:
     return None
 
 
+def files_at_the_top(folder: Path) -> tuple[str, ...]:
+    """The files of the artifact that a folder is itself, with its scorecard among them, as it is published; none where there
+    is no such artifact."""
+    try:
+        artifacts = read(folder).artifacts if (folder / FILE_NAME).is_file() else ()
+    except CompressError:
+        return ()
+    return next((tuple(artifact.files) for artifact in artifacts if artifact.path == TOP), ())
+
+
 def _named(target: Path) -> tuple[Path, Artifact] | None:
     """The nearest scorecard above a file or folder, and which of its artifacts that is, or is part of."""
     for path in (Path(os.path.abspath(target)), target.resolve()):
-        if (folder := next((folder for folder in path.parents if (folder / FILE_NAME).is_file()), None)) is None:
+        folders = (path, *path.parents)  # an artifact that was published alone lies beside its scorecard
+        if (folder := next((folder for folder in folders if (folder / FILE_NAME).is_file()), None)) is None:
             continue
         for artifact in read(folder).artifacts:
             places = [folder / artifact.path, *(folder / name for name in artifact.files)]
@@ -113,8 +125,9 @@ def _entries(path: Path) -> Iterator[Path]:
 
 
 def _internal(path: Path) -> bool:
-    """Whether a path from a run's folder is none of an artifact's: what tells of the run, or serves one that goes on."""
-    return path.parts[0] in (FILE_NAME, RECIPE_FILE, TENSORS_FILE) or path.parts[0].startswith(".")
+    """Whether a path from a run's folder is none of an artifact's: what tells of the run or of an artifact, or serves a run
+    that goes on."""
+    return path.as_posix() in OWN_FILES or path.name == CARD_FILE or path.parts[0].startswith(".")
 
 
 def _name(path: Path, base: Path) -> str:

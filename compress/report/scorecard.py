@@ -27,6 +27,20 @@ FORMAT = 1
 FILE_NAME = "scorecard.json"
 RECIPE_FILE = "recipe.json"  # beside it: the recipe as it was carried out
 TENSORS_FILE = "tensors.jsonl"  # beside it: a line a tensor, see run/records.py
+CARD_FILE = "README.md"  # beside it: the model card
+REPRODUCE_FILE = "reproduce.json"  # beside it: how to make the same bytes again
+OWN_FILES = (FILE_NAME, RECIPE_FILE, TENSORS_FILE, CARD_FILE, REPRODUCE_FILE)
+"""What a run says of itself."""
+TOP = "."
+"""The path of an artifact whose files lie beside the scorecard, as a run's only folder does where it was published."""
+
+
+def _inside(files: dict[str, str]) -> dict[str, str]:
+    """The same, if all of its paths stay in the folder that they start from."""
+    for name in files:
+        if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name!r} is not in the scorecard's folder")
+    return files
 
 
 class Artifact(Value):
@@ -59,10 +73,7 @@ class Artifact(Value):
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in files:
-            if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{name!r} is not in the scorecard's folder")
-        return files
+        return _inside(files)
 
 
 class Base(Value):
@@ -160,6 +171,11 @@ class Scorecard(Value):
     format: int = FORMAT
     errors: tuple[LayerError, ...] = ()
     suite: str | None = None
+
+    @field_validator("beside")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        return _inside(files)
 
     @property
     def files(self) -> dict[str, str]:

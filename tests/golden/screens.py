@@ -45,7 +45,7 @@ LARGE = {
     "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "vocab_size": 151936, "max_position_embeddings": 40960,
     "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-COMMANDS = ("run", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify")
+COMMANDS = ("run", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify", "publish")
 
 
 def _plan(recipe: str, *overrides: str) -> Any:

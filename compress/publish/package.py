@@ -1,0 +1,126 @@
+"""What is published of a run: read, held against its checksums, searched for paths of this machine. Talks to nobody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from compress.errors import CheckpointError, CompressError, GateFailed, NoSuchRun, PublishError
+from compress.files import sha256
+from compress.models.companions import ORIGINAL_CARD
+from compress.publish.layout import Upload, arranged, as_arranged, is_folder
+from compress.publish.paths import private_path, private_places
+from compress.report import scorecard as scorecards
+from compress.report.checksums import OK, sentence, statuses
+from compress.report.scorecard import CARD_FILE, FILE_NAME, OWN_FILES, Scorecard
+from compress.streaming.journal import WORK
+
+_FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)---\s*(?:\n|$)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A run that may be published. card: its scorecard as it is in the repository; uploads: by their names there;
+    front_matter: YAML at the top of the repository's card, "" where there is none."""
+
+    folder: Path
+    card: Scorecard
+    uploads: tuple[Upload, ...]
+    front_matter: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return sum(upload.size for upload in self.uploads)
+
+    @property
+    def message(self) -> str:
+        """Of the commit, where nobody says another one."""
+        version = self.card.versions.get("compress")
+        return f"{self.card.recipe} of {self.card.model}" + (f", by compress {version}" if version else "")
+
+
+def packaged(run: str | Path) -> Package:
+    """What would be published of a finished run.
+
+    Raises NoSuchRun (nothing there, or not finished), GateFailed, CheckpointError (a file is missing or not what was
+    delivered) and PublishError (a file holds a path of this machine).
+    """
+    folder = Path(run).parent if Path(run).name == FILE_NAME else Path(run)
+    card = _finished(folder)
+    known = {**card.files, **card.beside}
+    for name, status in statuses(known, folder).items():
+        if status != OK:
+            raise CheckpointError(
+                f"{sentence(folder / name, status)}; put back what was delivered, or run the recipe again with --fresh"
+            )
+    there = [name for name in _untold(card) if name not in known and (folder / name).is_file()]
+    places = arranged(card, there)
+    told = as_arranged(card, places)
+    uploads: dict[str, Upload] = {}
+    for source, name in sorted(places.items()):
+        path = folder / source
+        if source == FILE_NAME and told is not card:
+            uploads[name] = Upload.of_bytes(name, path, told.to_json().encode())
+        else:  # two artifacts may share a licence
+            uploads[name] = Upload(name, path, path.stat().st_size, known.get(source) or sha256(path))
+    package = Package(folder, told, tuple(uploads[name] for name in sorted(uploads)), _front_matter(uploads))
+    _refuse_private_paths(package)
+    return package
+
+
+def _finished(folder: Path) -> Scorecard:
+    """The scorecard of a run that has passed its gate and knows what it delivered."""
+    if not folder.is_dir():
+        raise NoSuchRun(f"there is no run at {folder}; give a finished run's folder")
+    if not (folder / FILE_NAME).is_file():
+        if (folder / WORK).is_dir():
+            raise NoSuchRun(f"{folder} holds an unfinished run; let `compress run` finish it first")
+        raise NoSuchRun(f"{folder} holds no {FILE_NAME}; give a finished run's folder")
+    card = scorecards.read(folder)
+    if not card.gate.passed or not all(artifact.delivered for artifact in card.artifacts):
+        failed = ", ".join(f"{check.name} ({check.detail})" for check in card.gate.checks if not check.passed)
+        raise GateFailed(f"{folder} did not pass its gate{failed and f': {failed}'}; only what has passed is published")
+    if not card.artifacts or not all(artifact.files for artifact in card.artifacts):
+        raise CompressError(
+            f"{folder / FILE_NAME} has no checksums of what was delivered: it is not a run's, or an earlier version's; "
+            "run the recipe again with --fresh"
+        )
+    for artifact in card.artifacts:
+        stray = [name for name in artifact.files if is_folder(artifact) and not name.startswith(f"{artifact.path}/")]
+        if stray:
+            raise CompressError(
+                f"{folder / FILE_NAME} is damaged: {stray[0]} is not in {artifact.path}; run the recipe again with --fresh"
+            )
+    return card
+
+
+def _untold(card: Scorecard) -> Iterator[str]:
+    """Names of what may be published though the scorecard has no checksum of it."""
+    yield from OWN_FILES
+    for artifact in card.artifacts:
+        if is_folder(artifact):
+            yield f"{artifact.path}/{CARD_FILE}"
+
+
+def _front_matter(uploads: dict[str, Upload]) -> str:
+    if CARD_FILE not in uploads:
+        return ""
+    match = _FRONT_MATTER.match(uploads[CARD_FILE].path.read_text(encoding="utf-8", errors="replace"))
+    return match[1] if match else ""
+
+
+def _refuse_private_paths(package: Package) -> None:
+    """Raises PublishError for the first file that holds one."""
+    places = private_places(package.folder)
+    public = "@" in package.card.model  # a commit: the original's own card is on the hub already
+    for upload in package.uploads:
+        if public and upload.path.name == ORIGINAL_CARD:
+            continue
+        own = PurePosixPath(upload.name).name in OWN_FILES
+        if (found := private_path(upload.path, places, own=own)) is not None:
+            raise PublishError(
+                f"{upload.path} holds a path of this machine: {found}; nothing that is published may, so take it out "
+                f"{'of that file' if own else 'of the original and run the recipe again'}"
+            )

@@ -1,0 +1,48 @@
+"""Paths of this machine in what would be published. They name people and places, and help nobody elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+HEAD = 64 << 20
+"""Bytes that are searched of files that hold weights: metadata and tokenizer come before them."""
+_WEIGHTS = (".gguf", ".safetensors")
+_BEFORE = rb"(?:(?<![\w.-])|(?<=\\[nrt]))"  # JSON spells line ends with letters
+_AFTER = rb"(?![\w-]|\.\w)"
+_PATH = re.compile(rb"(?:(?<![\w.~:/%-])|(?<=\\[nrt])|(?<=file://))/(?:[\w.+@-]+/)+[\w.+@-]*")
+_EVERYWHERE = (b"/dev/", b"/proc/", b"/usr/", b"/etc/", b"/bin/")
+
+
+def private_places(folder: Path) -> tuple[str, ...]:
+    """Folders whose paths stay here: the run's, the working one, the user's own."""
+    found = (str(folder.absolute()), str(folder.resolve()), os.getcwd(), str(Path.home()), str(Path.home().resolve()))
+    return tuple(dict.fromkeys(place for place in found if len(Path(place).parts) > 1))
+
+
+def private_path(file: Path, places: Sequence[str], *, own: bool) -> str | None:
+    """The first of `places`, or a path below it, that a file holds; None where it holds none.
+
+    own: whether the run wrote the file's words: then no absolute path that exists on this machine may be in it. In what came
+    along with the original a folder at the top of a machine, as /root or /data, is somebody else's and says nothing.
+    """
+    with file.open("rb") as opened:
+        text = opened.read(HEAD if file.suffix in _WEIGHTS else -1)
+    for place in places:
+        if own or len(Path(place).parts) > 2:
+            for spelled in {place, place.replace("/", "\\/")}:
+                if match := re.search(_BEFORE + re.escape(spelled.encode()) + _AFTER, text):
+                    return _shown(text, match.start())
+    if own:
+        for match in _PATH.finditer(text):
+            if not match[0].startswith(_EVERYWHERE) and os.path.exists(match[0].rstrip(b".")):
+                return _shown(text, match.start())
+    return None
+
+
+def _shown(text: bytes, start: int) -> str:
+    """The path that begins there."""
+    found = re.match(rb"[\w.+@/\\-]+", text[start : start + 200])
+    return found[0].decode(errors="replace") if found else ""
