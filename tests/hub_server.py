@@ -82,7 +82,9 @@ class Hub:
     """What there is, what was asked, and what goes wrong.
 
     cut: number of a PUT, from 0 -> bytes after which its connection breaks; every: the same for all others; answers: answered
-    once each in place of what is asked, (part of the address, status); stalled: a PUT that `stall` names waits here.
+    once each in place of what is asked, (part of the address, status); lost: part of an address whose next answer does not
+    arrive; ignored: names that a .gitignore leaves out; warnings: of every card; stall: number of a PUT that is read no
+    further, when `stalled` is set, until `freed` is.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -95,10 +97,13 @@ class Hub:
     answers: list[tuple[str, int]] = field(default_factory=list)
     forbidden: bool = False
     ignored: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    lost: str = ""
     part_size: int | None = None
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
     stall: int | None = None
     stalled: threading.Event = field(default_factory=threading.Event)
+    freed: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
     def forget(self) -> None:
@@ -207,6 +212,9 @@ class Handler(BaseHTTPRequestHandler):
         return bytes(data)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        if self.hub.lost and self.hub.lost in self.path:
+            self.hub.lost = ""
+            raise Cut
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             if value:
@@ -261,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self) -> None:
         self._body()
-        self._json({"errors": [], "warnings": []})
+        self._json({"errors": [], "warnings": [{"message": warning} for warning in self.hub.warnings]})
 
     def info(self, repo: str, revision: str | None) -> None:
         oid, files = self._at(repo, revision or "main")
@@ -314,6 +322,7 @@ class Handler(BaseHTTPRequestHandler):
         def seen(count: int) -> None:
             if self.hub.stall == number:
                 self.hub.stalled.set()
+                self.hub.freed.wait(60)
             if limit is not None and count >= limit:
                 raise Cut
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _publish_once(
         return Published(url, str(api.model_info(to.repo, revision=to.revision).sha), (), others)
     with ExitStack() as opened:
         additions = _send(api, missing, to, reporter, opened)
-        with reporter.stage("commit", told=False):
+        with reporter.stage("commit", told=False), _warnings_said(reporter):
             commit = api.create_commit(to.repo, additions, commit_message=message, revision=to.revision).oid
     with reporter.stage("check", told=False):
         _require_there(api, missing, to, commit)
@@ -238,7 +239,7 @@ def _addition(upload: Upload, xet: bool, told: Callable[[int], None], opened: Ex
     from huggingface_hub import CommitOperationAdd
 
     if upload.data is not None:
-        return CommitOperationAdd(upload.name, upload.data)
+        return CommitOperationAdd(upload.name, upload.data if xet else io.BytesIO(upload.data))
     addition = CommitOperationAdd(upload.name, str(upload.path))
     addition.upload_info.sha256 = bytes.fromhex(upload.sha256)  # known: large files are not read once more for it
     if not xet:
@@ -258,6 +259,17 @@ def _speaks_xet(api: HfApi, to: Destination) -> bool:
 
 
 # -- what the client says ----------------------------------------------------------------------------------------------
+@contextmanager
+def _warnings_said(reporter: Reporter) -> Iterator[None]:
+    """What the client warns of, as of a card that the hub does not like, as notes in a line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        reporter.say(f"note: {' '.join(str(warning.message).split())}")
+
+
 @contextmanager
 def _client_bars() -> Iterator[Callable[[float, str], None]]:
     """The client's own bars, which alone know how far a file is that goes by Xet."""
