@@ -84,7 +84,7 @@ class Hub:
     cut: number of a PUT, from 0 -> bytes after which its connection breaks; every: the same for all others; answers: answered
     once each in place of what is asked, (part of the address, status); lost: part of an address whose next answer does not
     arrive; ignored: names that a .gitignore leaves out; warnings: of every card; stall: number of a PUT that is read no
-    further, when `stalled` is set, until `freed` is.
+    further: `stalled` is set, and it breaks off when `freed` is.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -164,6 +164,8 @@ ROUTES: list[tuple[str, re.Pattern[str], str]] = [
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # an answer in one piece: in two the second would wait for the client's receipt of the first
+    disable_nagle_algorithm = True
     hub: Hub
 
     def log_message(self, format: str, *arguments: object) -> None:
@@ -191,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._body()
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             self._send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
-        except Cut:
+        except (Cut, ConnectionError):
             self.close_connection = True
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
@@ -323,6 +325,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.hub.stall == number:
                 self.hub.stalled.set()
                 self.hub.freed.wait(60)
+                raise Cut
             if limit is not None and count >= limit:
                 raise Cut
 

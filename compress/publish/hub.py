@@ -265,9 +265,11 @@ def _warnings_said(reporter: Reporter) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        reporter.say(f"note: {' '.join(str(warning.message).split())}")
+        try:
+            yield
+        finally:
+            for warning in caught:
+                reporter.say(f"note: {' '.join(str(warning.message).split())}")
 
 
 @contextmanager
