@@ -33,6 +33,8 @@ PATIENCE = (30.0, 600.0, 120.0, 30.0)
 """Seconds without any answer, by connecting, reading, writing and waiting for a connection: the client would wait for ever."""
 LARGE = 1 << 20
 """Bytes from which a file is sent on its own, before the commit; the client sends the others with it."""
+ALMOST = 0.999
+"""The share of an upload that is done when all has been read: what is on its way may have to be sent again."""
 UNTOLD = (".gitattributes",)
 """What a hub itself puts into a repository."""
 _OURS = (AssertionError, AttributeError, KeyError, MemoryError, NameError, TypeError)
@@ -98,6 +100,8 @@ def publish(
             except (CompressError, *_OURS):
                 raise
             except Exception as error:  # of whichever HTTP library the hub's client uses
+                if getattr(error, "filename", None):  # a file that cannot be read here
+                    raise
                 if pause is None or not _passes(error):
                     raise _told(error, api.endpoint, to) from None
                 reporter.say(f"{_reason(error)}; trying again in {human_seconds(pause)}")
@@ -229,7 +233,8 @@ def _teller(progress: Callable[[float, str], None], before: int, total: int) -> 
     """Says how much of all has been sent when so much of one file has."""
 
     def told(position: int) -> None:
-        progress((before + position) / total, f"upload {human_bytes(before + position)} of {human_bytes(total)}")
+        done = before + position
+        progress(min(done / total, ALMOST), f"upload {human_bytes(done)} of {human_bytes(total)}")
 
     return told
 

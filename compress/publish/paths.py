@@ -10,9 +10,10 @@ from pathlib import Path
 HEAD = 64 << 20
 """Bytes that are searched of files that hold weights: metadata and tokenizer come before them."""
 _WEIGHTS = (".gguf", ".safetensors")
-_BEFORE = rb"(?:(?<![\w.-])|(?<=\\[nrt]))"  # JSON spells line ends with letters
-_AFTER = rb"(?![\w-]|\.\w)"
-_PATH = re.compile(rb"(?:(?<![\w.~:/%-])|(?<=\\[nrt])|(?<=file://))/(?:[\w.+@-]+/)+[\w.+@-]*")
+_BEFORE = re.compile(rb"(?:[^\w.-]|\\[nrt]|^)\Z")  # JSON spells line ends with letters
+_BEFORE_ANY = re.compile(rb"(?:[^\w.~:/%-]|\\[nrt]|file://|^)\Z")
+_AFTER = re.compile(rb"(?![\w-]|\.\w)")
+_PATH = re.compile(rb"/(?:[\w.+@-]+/)+[\w.+@-]*")
 _EVERYWHERE = (b"/dev/", b"/proc/", b"/usr/", b"/etc/", b"/bin/")
 
 
@@ -33,13 +34,29 @@ def private_path(file: Path, places: Sequence[str], *, own: bool) -> str | None:
     for place in places:
         if own or len(Path(place).parts) > 2:
             for spelled in {place, place.replace("/", "\\/")}:
-                if match := re.search(_BEFORE + re.escape(spelled.encode()) + _AFTER, text):
-                    return _shown(text, match.start())
-    if own:
-        for match in _PATH.finditer(text):
-            if not match[0].startswith(_EVERYWHERE) and os.path.exists(match[0].rstrip(b".")):
-                return _shown(text, match.start())
+                if (start := _found(text, spelled.encode())) is not None:
+                    return _shown(text, start)
+    for match in _PATH.finditer(text) if own else ():
+        if match[0].startswith(_EVERYWHERE) or not _BEFORE_ANY.search(_left(text, match.start())):
+            continue
+        if os.path.exists(match[0].rstrip(b".")):
+            return _shown(text, match.start())
     return None
+
+
+def _found(text: bytes, place: bytes) -> int | None:
+    """Where a path stands that is this one or below it."""
+    start = text.find(place)
+    while start >= 0:
+        if _BEFORE.search(_left(text, start)) and _AFTER.match(text, start + len(place)):
+            return start
+        start = text.find(place, start + 1)
+    return None
+
+
+def _left(text: bytes, at: int) -> bytes:
+    """What is left of a place, as much as tells whether a path begins there; "" at the beginning."""
+    return text[max(at - 8, 0) : at]
 
 
 def _shown(text: bytes, start: int) -> str:
