@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.files import checksum
-from compress.report.checksums import combined
-from compress.report.scorecard import CARD_FILE, TOP, Artifact, Scorecard
+from compress.report.checksums import TOP, combined
+from compress.report.scorecard import CARD_FILE, Artifact, Scorecard
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,6 @@ class Upload:
         return cls(name, path, len(data), checksum(data), data)
 
 
-def is_folder(artifact: Artifact) -> bool:
-    """Whether an artifact is a folder with its files in it, and not a file, or a set of them, with others beside it."""
-    return artifact.path not in artifact.files
-
-
 def arranged(card: Scorecard, there: Collection[str]) -> dict[str, str]:
     """Where every file goes: its path from the run's folder -> its path in the repository.
 
@@ -42,7 +37,7 @@ def arranged(card: Scorecard, there: Collection[str]) -> dict[str, str]:
     """
     names = [*card.files, *card.beside, *there]
     plain = {name: name for name in names}
-    folders = [artifact for artifact in card.artifacts if is_folder(artifact)]
+    folders = [artifact for artifact in card.artifacts if artifact.is_folder]
     if len(folders) != 1:
         return plain
     inside = f"{folders[0].path}/"
@@ -73,5 +68,5 @@ def as_arranged(card: Scorecard, places: Mapping[str, str]) -> Scorecard:
 
 def _artifact_as_arranged(artifact: Artifact, places: Mapping[str, str]) -> Artifact:
     files = {places[name]: found for name, found in artifact.files.items() if name in places}
-    path = TOP if is_folder(artifact) else places[artifact.path]
+    path = TOP if artifact.is_folder else places[artifact.path]
     return artifact.model_copy(update={"path": path, "files": files, "sha256": combined(files)})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from compress.errors import CheckpointError, CompressError, GateFailed, NoSuchRun, PublishError
 from compress.files import sha256
 from compress.models.companions import ORIGINAL_CARD
-from compress.publish.layout import Upload, arranged, as_arranged, is_folder
+from compress.publish.layout import Upload, arranged, as_arranged
 from compress.publish.paths import private_path, private_places
 from compress.report import scorecard as scorecards
 from compress.report.checksums import OK, sentence, statuses
@@ -55,7 +54,7 @@ def packaged(run: str | Path) -> Package:
             raise CheckpointError(
                 f"{sentence(folder / name, status)}; put back what was delivered, or run the recipe again with --fresh"
             )
-    there = [name for name in _untold(card) if name not in known and (folder / name).is_file()]
+    there = [name for name in card.told if name not in known and (folder / name).is_file()]
     places = arranged(card, there)
     told = as_arranged(card, places)
     uploads: dict[str, Upload] = {}
@@ -88,20 +87,12 @@ def _finished(folder: Path) -> Scorecard:
             "run the recipe again with --fresh"
         )
     for artifact in card.artifacts:
-        stray = [name for name in artifact.files if is_folder(artifact) and not name.startswith(f"{artifact.path}/")]
+        stray = [name for name in artifact.files if artifact.is_folder and not name.startswith(f"{artifact.path}/")]
         if stray:
             raise CompressError(
                 f"{folder / FILE_NAME} is damaged: {stray[0]} is not in {artifact.path}; run the recipe again with --fresh"
             )
     return card
-
-
-def _untold(card: Scorecard) -> Iterator[str]:
-    """Names of what may be published though the scorecard has no checksum of it."""
-    yield from OWN_FILES
-    for artifact in card.artifacts:
-        if is_folder(artifact):
-            yield f"{artifact.path}/{CARD_FILE}"
 
 
 def _front_matter(uploads: dict[str, Upload]) -> str:

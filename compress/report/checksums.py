@@ -9,9 +9,11 @@ from pathlib import Path
 
 from compress.errors import CheckpointError, CompressError, NoSuchRun
 from compress.files import sha256_each
-from compress.report.scorecard import CARD_FILE, FILE_NAME, OWN_FILES, TOP, Artifact, read
+from compress.report.scorecard import FILE_NAME, Artifact, read
 
 OK, CHANGED, MISSING, UNEXPECTED = "ok", "changed", "missing", "unexpected"
+TOP = "."
+"""The path of an artifact whose files lie beside the scorecard, as a run's only folder does where it is published."""
 
 
 def checksums(paths: Iterable[Path], base: Path) -> dict[str, str]:
@@ -65,7 +67,8 @@ def verify(target: str | Path) -> dict[str, str]:
             f"{file} holds no checksums: an earlier version wrote it; run the recipe again with --fresh"
         )
     base = file.parent
-    surplus = {_name(path, base) for path in _entries(root) if not _internal(path.relative_to(base))} - set(wanted)
+    found = {_name(path, base) for path in _entries(root) if not _internal(path.relative_to(base))}
+    surplus = found - set(wanted) - set(read(base).told)
     return dict(sorted({**statuses(wanted, base), **dict.fromkeys(surplus, UNEXPECTED)}.items()))
 
 
@@ -125,9 +128,8 @@ def _entries(path: Path) -> Iterator[Path]:
 
 
 def _internal(path: Path) -> bool:
-    """Whether a path from a run's folder is none of an artifact's: what tells of the run or of an artifact, or serves a run
-    that goes on."""
-    return path.as_posix() in OWN_FILES or path.name == CARD_FILE or path.parts[0].startswith(".")
+    """Whether a path from a run's folder serves one that goes on."""
+    return path.parts[0].startswith(".")
 
 
 def _name(path: Path, base: Path) -> str:

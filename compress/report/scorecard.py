@@ -27,16 +27,14 @@ FORMAT = 1
 FILE_NAME = "scorecard.json"
 RECIPE_FILE = "recipe.json"  # beside it: the recipe as it was carried out
 TENSORS_FILE = "tensors.jsonl"  # beside it: a line a tensor, see run/records.py
-CARD_FILE = "README.md"  # beside it: the model card
-REPRODUCE_FILE = "reproduce.json"  # beside it: how to make the same bytes again
+CARD_FILE = "README.md"  # beside it, and in every artifact that is a folder: the model card, see report/card.py
+REPRODUCE_FILE = "reproduce.json"  # beside it: what the run started from, see report/reproduction.py
 OWN_FILES = (FILE_NAME, RECIPE_FILE, TENSORS_FILE, CARD_FILE, REPRODUCE_FILE)
 """What a run says of itself."""
-TOP = "."
-"""The path of an artifact whose files lie beside the scorecard, as a run's only folder does where it was published."""
 
 
-def _inside(files: dict[str, str]) -> dict[str, str]:
-    """The same, if all of its paths stay in the folder that they start from."""
+def inside(files: dict[str, str]) -> dict[str, str]:
+    """Checksums by path, each of which is in the folder that they count from. Raises ValueError."""
     for name in files:
         if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{name!r} is not in the scorecard's folder")
@@ -73,7 +71,12 @@ class Artifact(Value):
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, str]) -> dict[str, str]:
-        return _inside(files)
+        return inside(files)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether its files lie in a folder, which its path names."""
+        return bool(self.files) and self.path not in self.files
 
 
 class Base(Value):
@@ -175,7 +178,18 @@ class Scorecard(Value):
     @field_validator("beside")
     @classmethod
     def _inside(cls, files: dict[str, str]) -> dict[str, str]:
-        return _inside(files)
+        return inside(files)
+
+    @property
+    def cards(self) -> tuple[str, ...]:
+        """Where its model cards lie: beside it, and in every artifact that is a folder."""
+        inside = (PurePosixPath(artifact.path, CARD_FILE) for artifact in self.artifacts if artifact.is_folder)
+        return tuple(dict.fromkeys((CARD_FILE, *map(str, inside))))
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """All that tells of the run in its folder, by path: files without checksums here."""
+        return tuple(dict.fromkeys((*OWN_FILES, *self.cards)))
 
     @property
     def files(self) -> dict[str, str]:
