@@ -14,17 +14,6 @@ from compress.cli.work import plan, run
 
 __all__ = ["app", "main"]
 
-for command in (
-    run,
-    plan,
-    advise,
-    recipes,
-    methods,
-    score,
-    compare,
-    chat,
-    generate,
-    verify,
-    publish,
-):  # the order of --help
+# in the order of --help
+for command in (run, plan, advise, recipes, methods, score, compare, chat, generate, verify, publish):
     app.command(cls=Command, epilog=epilog(EXAMPLES.get(command.__name__, ())))(command)
