@@ -172,7 +172,7 @@ def _is(upload: Upload, entry: Any | None) -> bool:
 def _git_checksum(upload: Upload) -> str:
     """Git's name of a blob with these bytes."""
     digest = hashlib.sha1(b"blob %d\0" % upload.size, usedforsecurity=False)
-    digest.update(upload.path.read_bytes() if upload.data is None else upload.data)
+    digest.update(upload.read())
     return digest.hexdigest()
 
 

@@ -27,6 +27,13 @@ class Upload:
         """What is sent in place of a file's bytes."""
         return cls(name, path, len(data), checksum(data), data)
 
+    def read(self, most: int = -1) -> bytes:
+        """What is sent, or the first bytes of it."""
+        if self.data is not None:
+            return self.data if most < 0 else self.data[:most]
+        with self.path.open("rb") as file:
+            return file.read(most)
+
 
 def arranged(card: Scorecard, there: Collection[str]) -> dict[str, str]:
     """Where every file goes: its path from the run's folder -> its path in the repository.

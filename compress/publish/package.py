@@ -10,7 +10,7 @@ from compress.errors import CheckpointError, CompressError, GateFailed, NoSuchRu
 from compress.files import sha256
 from compress.models.companions import ORIGINAL_CARD
 from compress.publish.layout import Upload, arranged, as_arranged
-from compress.publish.paths import private_path, private_places
+from compress.publish.paths import HEAD, WEIGHTS, private_path, private_places
 from compress.report import scorecard as scorecards
 from compress.report.checksums import OK, sentence, statuses
 from compress.report.scorecard import CARD_FILE, FILE_NAME, OWN_FILES, Scorecard
@@ -98,7 +98,7 @@ def _finished(folder: Path) -> Scorecard:
 def _front_matter(uploads: dict[str, Upload]) -> str:
     if CARD_FILE not in uploads:
         return ""
-    match = _FRONT_MATTER.match(uploads[CARD_FILE].path.read_text(encoding="utf-8", errors="replace"))
+    match = _FRONT_MATTER.match(uploads[CARD_FILE].read().decode(errors="replace"))
     return match[1] if match else ""
 
 
@@ -110,7 +110,8 @@ def _refuse_private_paths(package: Package) -> None:
         if public and upload.path.name == ORIGINAL_CARD:
             continue
         own = PurePosixPath(upload.name).name in OWN_FILES
-        if (found := private_path(upload.path, places, own=own)) is not None:
+        text = upload.read(HEAD if upload.path.suffix in WEIGHTS else -1)
+        if (found := private_path(text, places, own=own)) is not None:
             raise PublishError(
                 f"{upload.path} holds a path of this machine: {found}; nothing that is published may, so take it out "
                 f"{'of that file' if own else 'of the original and run the recipe again'}"

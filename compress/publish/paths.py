@@ -9,7 +9,8 @@ from pathlib import Path
 
 HEAD = 64 << 20
 """Bytes that are searched of files that hold weights: metadata and tokenizer come before them."""
-_WEIGHTS = (".gguf", ".safetensors")
+WEIGHTS = (".gguf", ".safetensors")
+"""Suffixes of such files."""
 _BEFORE = re.compile(rb"(?:[^\w.-]|\\[nrt]|^)\Z")  # JSON spells line ends with letters
 _BEFORE_ANY = re.compile(rb"(?:[^\w.~:/%-]|\\[nrt]|file://|^)\Z")
 _AFTER = re.compile(rb"(?![\w-]|\.\w)")
@@ -23,14 +24,12 @@ def private_places(folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(place for place in found if len(Path(place).parts) > 1))
 
 
-def private_path(file: Path, places: Sequence[str], *, own: bool) -> str | None:
-    """The first of `places`, or a path below it, that a file holds; None where it holds none.
+def private_path(text: bytes, places: Sequence[str], *, own: bool) -> str | None:
+    """The first of `places`, or a path below it, that a file's bytes hold; None where they hold none.
 
     own: whether the run wrote the file's words: then no absolute path that exists on this machine may be in it. In what came
     along with the original a folder at the top of a machine, as /root or /data, is somebody else's and says nothing.
     """
-    with file.open("rb") as opened:
-        text = opened.read(HEAD if file.suffix in _WEIGHTS else -1)
     for place in places:
         if own or len(Path(place).parts) > 2:
             for spelled in {place, place.replace("/", "\\/")}:

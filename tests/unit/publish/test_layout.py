@@ -13,6 +13,7 @@ from compress.publish.package import Package, packaged
 from compress.report.checksums import checksums, combined, files_at_the_top, verify
 from compress.report.scorecard import OWN_FILES, Artifact, Base, Gate, Scorecard, read, write
 
+REPRODUCE = '{"recipe": {}, "original": {"name": "m"}, "files": {}}'
 FOLDER = ("config.json", "model.safetensors", "LICENSE", "additional_chat_templates/x.jinja")
 
 
@@ -29,7 +30,7 @@ def made(out: Path, *artifacts: str, beside: tuple[str, ...] = (), own: tuple[st
             Artifact(container="x", path=path, bytes=1, bits_per_weight=4, files=files, sha256=combined(files))
         )
     for name in (*beside, *own):
-        (out / name).write_text(f"content of {name}")
+        (out / name).write_text(REPRODUCE if name == "reproduce.json" else f"content of {name}")
     sums = checksums([out / name for name in beside], out)
     card = Scorecard(
         model="m", recipe="r", artifacts=tuple(cards), base=Base(bytes=1), gate=Gate(passed=True), beside=sums
@@ -42,7 +43,7 @@ def sent(package: Package, folder: Path) -> Path:
     """The repository, as its files say."""
     for upload in package.uploads:
         (folder / upload.name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / upload.name).write_bytes(upload.path.read_bytes() if upload.data is None else upload.data)
+        (folder / upload.name).write_bytes(upload.read())
         assert upload.size == (folder / upload.name).stat().st_size
         assert checksums([folder / upload.name], folder) == {upload.name: upload.sha256}
     return folder
@@ -178,7 +179,7 @@ def test_paths_in_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         write(card.model_copy(update=update), out)
         with pytest.raises(PublishError, match=f"{name} holds a path of this machine: {out}/model"):
             packaged(out)
-    monkeypatch.setattr("compress.publish.paths.HEAD", 2)
+    monkeypatch.setattr("compress.publish.package.HEAD", 2)
     (out / "tensors.jsonl").unlink()
     packaged(out)
 

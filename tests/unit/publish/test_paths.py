@@ -28,25 +28,25 @@ PLACES = ("/home/ann", "/work", "/data/runs/out")
 )
 def test_places(tmp_path: Path, text: str, found: str | None) -> None:
     (tmp_path / "file").write_text(text)
-    assert private_path(tmp_path / "file", PLACES, own=False) == found
-    assert private_path(tmp_path / "file", PLACES, own=True) == found
+    assert private_path((tmp_path / "file").read_bytes(), PLACES, own=False) == found
+    assert private_path((tmp_path / "file").read_bytes(), PLACES, own=True) == found
 
 
 def test_a_folder_at_the_top_says_something_in_our_own_words_only(tmp_path: Path) -> None:
     """ "/work" may be a token of the vocabulary, or part of the original's instructions."""
     (tmp_path / "file").write_text('{"/work": 17, "/work/models/x": 3}')
-    assert private_path(tmp_path / "file", PLACES, own=False) is None
-    assert private_path(tmp_path / "file", PLACES, own=True) == "/work"
+    assert private_path((tmp_path / "file").read_bytes(), PLACES, own=False) is None
+    assert private_path((tmp_path / "file").read_bytes(), PLACES, own=True) == "/work"
 
 
 def test_our_own_words_name_nothing_that_exists_here(tmp_path: Path) -> None:
     model = tmp_path / "some" / "model.v2"
     model.mkdir(parents=True)
     (tmp_path / "file").write_text(f'see /usr/bin/env, {tmp_path}/none, "{model}"')
-    assert private_path(tmp_path / "file", (), own=True) == str(model)
-    assert private_path(tmp_path / "file", (), own=False) is None
+    assert private_path((tmp_path / "file").read_bytes(), (), own=True) == str(model)
+    assert private_path((tmp_path / "file").read_bytes(), (), own=False) is None
     (tmp_path / "file").write_text(f"https://example.org{model} 1/2/3 and/or a/b")
-    assert private_path(tmp_path / "file", (), own=True) is None
+    assert private_path((tmp_path / "file").read_bytes(), (), own=True) is None
 
 
 def test_which_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
