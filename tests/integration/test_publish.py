@@ -19,7 +19,7 @@ from compress.errors import CheckpointError
 from compress.publish.package import packaged
 from compress.report.checksums import verify
 from compress.report.progress import Reporter
-from compress.report.scorecard import read, write
+from compress.report.scorecard import OWN_FILES, read, write
 from compress.run.score import Settings, score_targets
 from tests.hub_server import TOKEN, Hub, hub_on_loopback
 from tests.integration.runs import carry_out, command, sha256, small
@@ -33,7 +33,6 @@ steps:
 export: [{{container: {container}}}]
 """
 CARD = "---\nlicense: mit\ntags: [gguf]\n---\n# Tiny\n"
-OWN = {"scorecard.json", "recipe.json", "tensors.jsonl", "README.md"}
 Compress = Callable[..., tuple[int, str, str]]
 
 
@@ -116,6 +115,11 @@ def files(folder: Path) -> dict[str, str]:
     return {name: sha256(path) for name, path in found.items() if name != ".gitattributes"}
 
 
+def own(folder: Path) -> dict[str, str]:
+    """Those of them that tell of the run."""
+    return {name: found for name, found in files(folder).items() if name in OWN_FILES}
+
+
 def one_line(err: str) -> str:
     """The only line of an error."""
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -136,8 +140,8 @@ def test_a_gguf_arrives_as_it_was_delivered(
     code, out, err = compress("publish", folder, "me/tiny")
     assert (code, out) == (0, f"{hub.url}/me/tiny\n") and "Traceback" not in err
     there = fetched("me/tiny", tmp_path)
-    names = {"model-Q4_K_M.gguf", "LICENSE", "README-original.md", *OWN}
-    assert set(files(there)) == names
+    names = {"model-Q4_K_M.gguf", "LICENSE", "README-original.md", *own(folder)}
+    assert set(files(there)) == names >= {"README.md", "scorecard.json", "recipe.json", "tensors.jsonl"}
     assert files(there) == {name: found for name, found in files(folder).items() if name in names}
     assert set(verify(there).values()) == {"ok"}
     card = read(folder)
@@ -172,8 +176,7 @@ def test_a_folder_is_the_repository(hub: Hub, run: Any, place: Path, tmp_path: P
     done = subprocess.run([sys.executable, "-c", OPEN], capture_output=True, text=True, env=environment(hub, home))
     assert done.returncode == 0, done.stderr
     there, inside = Path(done.stdout.strip()), folder / "compress-compress"
-    told = {name: found for name, found in files(folder).items() if name in OWN}
-    wanted, found = {**files(inside), **told}, files(there)
+    wanted, found = {**files(inside), **own(folder)}, files(there)
     assert found.pop("scorecard.json") != wanted.pop("scorecard.json"), "its paths are those of the repository"
     assert found == wanted
     shipped = {name: found for name, found in files(inside).items() if name != "README.md"}
@@ -238,7 +241,7 @@ def two_ggufs(folder: Path) -> Path:
     (first,) = card.artifacts
     other = folder / "other.gguf"
     other.write_bytes((folder / first.path).read_bytes() + bytes(range(256)) * 4096)
-    update = {"path": other.name, "files": {other.name: sha256(other)}, "sha256": sha256(other)}
+    update = {"path": other.name, "files": {other.name: sha256(other)}, "sha256": sha256(other), "scores": None}
     write(card.model_copy(update={"artifacts": (first, first.model_copy(update=update))}), folder)
     return folder
 
@@ -381,7 +384,7 @@ def test_a_dry_run_asks_nobody(compress: Compress, hub: Hub, run: Any, monkeypat
     for told in ("me/tiny (private)", "v2", "model.safetensors", "tags: [gguf]", "Nothing was sent"):
         assert told in out
     told = json.loads(compress("publish", folder, "me/tiny", "--dry-run", "--json")[1])
-    assert {file["name"] for file in told["files"]} == {*files(folder / "compress-compress"), *OWN}
+    assert {file["name"] for file in told["files"]} == {*files(folder / "compress-compress"), *own(folder)}
     assert told["bytes"] == sum(file["bytes"] for file in told["files"])
     assert told["front_matter"] == "license: mit\ntags: [gguf]\n" and told["revision"] == "main"
     assert hub.requests == [] and str(folder) not in out
