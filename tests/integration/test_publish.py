@@ -297,6 +297,16 @@ def test_a_process_that_is_stopped_in_the_middle_continues(hub: Hub, run: Any, t
     assert done.returncode == 0 and hub.puts == [sha256(folder / "other.gguf")]
 
 
+def test_a_hub_that_falls_silent_is_asked_again(
+    compress: Compress, hub: Hub, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.publish.hub.PATIENCE", (5.0, 0.5, 0.5, 5.0))
+    hub.stall = 0
+    assert compress("publish", run("gguf"), "me/tiny")[0] == 0
+    hub.freed.set()
+    assert len(hub.puts) == 2 and "model-Q4_K_M.gguf" in hub.repos["me/tiny"].files()
+
+
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(compress: Compress, hub: Hub, run: Any) -> None:
     hub.lost, hub.warnings = "/commit/", ("no such licence",)
     code, out, err = compress("publish", run("gguf"), "me/tiny")
