@@ -11,6 +11,8 @@ CompressError                 exit 1   anything we can name; one line that says 
 │   └── NoSuchText            exit 2   what was named is no text or suite: nothing at all, or nothing that the hub has
 ├── NumericalError            exit 1   non-finite activations, gram that no damping repairs
 ├── NoSuchRun                 exit 2   what was named is no finished run and nothing that one made
+├── PublishError              exit 1   the hub refuses, breaks off or has other bytes, or a file names a path of this machine
+│   └── NoSuchRepository      exit 2   what was named is no repository's id
 ├── OutputError               exit 1   output folder holds something else or is in use, disk full
 ├── ResumeError               exit 1   the work folder belongs to another recipe, or is not what was written
 ├── MissingExtra              exit 1   an optional package is not installed
@@ -80,6 +82,16 @@ class NoSuchRun(CompressError):
 
 class NumericalError(CompressError):
     pass
+
+
+class PublishError(CompressError):
+    pass
+
+
+class NoSuchRepository(PublishError):
+    """What was given for a repository of a hub cannot be one's id."""
+
+    exit_code = 2
 
 
 class OutputError(CompressError):

@@ -53,6 +53,11 @@ app = typer.Typer(
     help="Shrink language models: recipes in, files that stock engines run and honest scores out.",
 )
 
+CONTINUES = {
+    "run": "; the same command continues from the last finished block",
+    "publish": "; the same command continues, and does not send again what has arrived",
+}
+"""What to say of a command that was stopped."""
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells report them
 
 
@@ -101,8 +106,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     if code in (INTERRUPTED, TERMINATED):  # typer itself turns Ctrl-C into this code
         what = "interrupted" if code == INTERRUPTED else "stopped by SIGTERM"
-        hint = "; the same command continues from the last finished block" if sys.argv[1:2] == ["run"] else ""
-        _fail(code, f"{what}{hint}")
+        _fail(code, f"{what}{CONTINUES.get(''.join(sys.argv[1:2]), '')}")
     raise SystemExit(code)
 
 

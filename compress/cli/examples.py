@@ -43,6 +43,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress generate model.gguf 'The city of London'",
         "compress generate out/x --chat 'Name three colours.'",
     ),
+    "publish": (
+        "compress publish out/mine me/Model-GGUF --dry-run",
+        "compress publish out/mine me/Model-GGUF --private",
+        "compress publish out/mine me/Model-GGUF --revision v2",
+    ),
     "reproduce": (
         "compress reproduce out/qwen-moe-2bit",
         "compress reproduce reproduce.json --model ./Qwen3-0.6B",

@@ -72,7 +72,7 @@ def occasions(comparison: Comparison, advice: Advice) -> dict[str, str]:
     rows = sorted(comparison.comparable, key=lambda row: (row.bytes, _divergence(row)))
     if len(rows) < 2:
         return {}
-    better = {row.name: [r for r in rows if r.bytes <= row.bytes and _divergence(r) < _divergence(row)] for row in rows}
+    better = {row.name: [r for r in rows if _beats(r, row)] for row in rows}
     closest, front = best(rows)[0], [row for row in rows if not better[row.name]]
     found = {}
     for row in rows:
@@ -80,11 +80,20 @@ def occasions(comparison: Comparison, advice: Advice) -> dict[str, str]:
         words += ["closest to the original"] if row is closest else []
         words += ["smallest"] if row is rows[0] else []
         if better[row.name]:
-            words = [f"rather {min(better[row.name], key=_divergence).name}: no larger, and closer"]
+            winner = min(better[row.name], key=_divergence)
+            closer = _divergence(winner) < _divergence(row)
+            words = [f"rather {winner.name}: {'no larger, and closer' if closer else 'smaller, and as close'}"]
         elif not words:
-            words = [f"where {front[front.index(row) + 1].name} does not fit"]
+            larger = front[front.index(row) + 1 :]
+            words = [f"where {larger[0].name} does not fit" if larger else f"as good as {closest.name}"]
         found[row.name] = "; ".join(words)
     return found
+
+
+def _beats(one: Row, other: Row) -> bool:
+    """Whether a variant is no larger and no further from the original, and better in one of the two."""
+    mine, theirs = (one.bytes, _divergence(one)), (other.bytes, _divergence(other))
+    return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
 
 
 # ---------------------------------------------------------------- sentences

@@ -18,6 +18,7 @@ import yaml
 from compress.containers import CONTAINERS, Use
 from compress.models.companions import is_legal
 from compress.report.advice import advise, occasions
+from compress.report.checksums import TOP
 from compress.report.columns import columns
 from compress.report.compare import Comparison, Run, compare
 from compress.report.measured import cleaner, measured
@@ -28,8 +29,6 @@ from compress.report.scorecard import CARD_FILE, REPRODUCE_FILE, Artifact, Score
 from compress.report.table import fallback_line
 
 TEMPLATES = Path(__file__).parent / "templates"
-TOP = "."
-"""The path of a folder whose files lie beside the card, as a run's only one does where it is published."""
 SHOWN_LAYERS, SHOWN_KINDS = 8, 20
 MOST_BESIDE = 3  # artifacts whose scores stand beside each other; more stand below each other
 

@@ -12,6 +12,8 @@ from compress.files import sha256_each
 from compress.report.scorecard import FILE_NAME, Artifact, read
 
 OK, CHANGED, MISSING, UNEXPECTED = "ok", "changed", "missing", "unexpected"
+TOP = "."
+"""The path of an artifact whose files lie beside the scorecard, as a run's only folder does where it is published."""
 
 
 def checksums(paths: Iterable[Path], base: Path) -> dict[str, str]:
@@ -94,10 +96,21 @@ def require_unchanged(target: str | Path) -> str | None:
     return None
 
 
+def files_at_the_top(folder: Path) -> tuple[str, ...]:
+    """The files of the artifact that a folder is itself, with its scorecard among them, as it is published; none where there
+    is no such artifact."""
+    try:
+        artifacts = read(folder).artifacts if (folder / FILE_NAME).is_file() else ()
+    except CompressError:
+        return ()
+    return next((tuple(artifact.files) for artifact in artifacts if artifact.path == TOP), ())
+
+
 def _named(target: Path) -> tuple[Path, Artifact] | None:
     """The nearest scorecard above a file or folder, and which of its artifacts that is, or is part of."""
     for path in (Path(os.path.abspath(target)), target.resolve()):
-        if (folder := next((folder for folder in path.parents if (folder / FILE_NAME).is_file()), None)) is None:
+        folders = (path, *path.parents)  # an artifact that was published alone lies beside its scorecard
+        if (folder := next((folder for folder in folders if (folder / FILE_NAME).is_file()), None)) is None:
             continue
         for artifact in read(folder).artifacts:
             places = [folder / artifact.path, *(folder / name for name in artifact.files)]

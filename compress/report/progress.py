@@ -65,6 +65,11 @@ class Reporter:
         self._times: tuple[Path, str] | None = None
 
     @property
+    def bars(self) -> bool:
+        """Whether stages are shown as bars, in a terminal."""
+        return self.level > 0 and self.console.is_terminal
+
+    @property
     def all_stages(self) -> tuple[Stage, ...]:
         """Every stage once, with its seconds in all processes of the run and the largest peak."""
         return _added((*self._earlier, *self.stages))
@@ -91,7 +96,7 @@ class Reporter:
     def stage(self, name: str, *, told: bool = True) -> Iterator[StageProgress]:
         """Time a stage. Its bar pulses until the stage first says what fraction is done. told: a line says when it is done."""
         started = self.clock()
-        bars = self._bars() if self.level and self.console.is_terminal else None
+        bars = self._bars() if self.bars else None
         progress = StageProgress(name, bars, self._line if bars is None or self.level > 1 else None, self.clock)
         over = threading.Event()
         heart = threading.Thread(target=self._beat, args=(over, progress, name, started, bars is None), daemon=True)

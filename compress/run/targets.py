@@ -13,6 +13,7 @@ from compress.engines.streamed import StreamedSource
 from compress.errors import CheckpointError
 from compress.models.companions import is_report
 from compress.report import scorecard as scorecards
+from compress.report.checksums import files_at_the_top
 from compress.scoring.results import Fallback
 from compress.scoring.source import LogitSource
 from compress.streaming.placement import Placement
@@ -36,12 +37,15 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """Of all files that are needed to run it; what was delivered as a folder is needed whole, but for its card."""
+        """Of all files that are needed to run it; what was delivered as a folder is needed whole, but neither its card nor what
+        tells of it beside its files where it was published."""
         if self.opened is None:
             return self.weight_bytes
         if self.opened.container.original:
             return self.opened.bytes
-        return sum(f.stat().st_size for f in self.opened.folder.rglob("*") if f.is_file() and not is_report(f))
+        folder = self.opened.folder
+        files = [folder / name for name in files_at_the_top(folder)] or folder.rglob("*")
+        return sum(file.stat().st_size for file in files if file.is_file() and not is_report(file))
 
 
 def open_original(against: str) -> OpenedModel:

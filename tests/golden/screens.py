@@ -33,6 +33,7 @@ from compress.report.compare_table import CompareTable
 from compress.report.ladder_table import ladder_table
 from compress.report.methods_table import methods_table, recipes_table
 from compress.report.plan_table import plan_table
+from compress.report.publish_table import publish_table
 from compress.report.table import scorecard_table
 from compress.scoring.results import Fallback
 from tests.cards import card, full_card, text
@@ -47,7 +48,8 @@ LARGE = {
     "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
 COMMANDS = (
-    "run", "ladder", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify", "reproduce",
+    "run", "ladder", "plan", "advise", "recipes", "methods", "score", "compare", "chat", "generate", "verify", "publish",
+    "reproduce",
 )  # fmt: skip
 
 
@@ -129,6 +131,16 @@ def _run() -> Any:
     return scorecard_table(whole.model_copy(update={"artifacts": (*whole.artifacts, second), "notes": notes}))
 
 
+def _published() -> Any:
+    """What `compress publish --dry-run` shows of a run with names of all lengths."""
+    facts = {"repository": "me/Qwen3-30B-A3B-Instruct-2507-GGUF (private)", "branch": "main",
+             "commit": "gguf-q4-k-m of Qwen/Qwen3-30B-A3B, by compress 0.1.0"}  # fmt: skip
+    files = {"README.md": 4096, "Qwen3-30B-A3B-Instruct-2507-Q4_K_M.gguf": 18_600_000_000, "imatrix.dat": 123_456_789}
+    return publish_table(
+        facts, files, "license: apache-2.0\nbase_model: Qwen/Qwen3-30B-A3B-Instruct-2507\ntags:\n- gguf\n"
+    )
+
+
 SCREENS: dict[str, Callable[[], Any]] = {
     "plan": lambda: _plan("qwen-moe-2bit"),
     "plan-structured": lambda: _plan("structured-25"),
@@ -140,6 +152,7 @@ SCREENS: dict[str, Callable[[], Any]] = {
     "recipes": lambda: recipes_table(about_recipes()),
     "compare": _compared,
     "run": _run,
+    "publish": _published,
 }
 
 

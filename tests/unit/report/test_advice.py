@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from compress.report.advice import Advice, advise
+import pytest
+
+from compress.report.advice import Advice, advise, occasions
 from compress.report.compare import Run, compare
 from tests.cards import card
 
@@ -90,3 +92,12 @@ def test_nothing_to_go_by() -> None:
     runs = [Run(card("x", 5, None)), Run(card("y", 4, 0.1, passed=False))]
     assert advise(compare(runs)).headline.startswith("No recommendation")
     assert advise(compare(runs)).picks == ()
+
+
+@pytest.mark.parametrize("sizes", [(100, 200), (100, 100)])
+def test_occasions_of_variants_that_are_equally_close(sizes: tuple[int, int]) -> None:
+    comparison = compare([Run(card(f"v{n}", size, 0.1)) for n, size in enumerate(sizes)])
+    told = occasions(comparison, advise(comparison))
+    assert set(told) == {"v0", "v1"} and all(told.values())
+    if sizes[0] < sizes[1]:
+        assert told["v1"] == "rather v0: smaller, and as close"
