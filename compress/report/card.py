@@ -39,9 +39,9 @@ def model_cards(card: Scorecard, made: Reproduction, repo: str = "") -> dict[str
     that is a folder, which is what people copy. repo: the hub id that the run is published under, where that is known."""
     cards = {CARD_FILE: _card(card, made, repo)}
     for artifact in card.artifacts:
-        if artifact.is_folder and artifact.path != TOP:
-            only = card.model_copy(update={"artifacts": (artifact,)})
-            cards[f"{artifact.path}/{CARD_FILE}"] = _card(only, made, alone=True)
+        name = f"{artifact.path}/{CARD_FILE}"
+        if name in card.cards:
+            cards[name] = _card(card.model_copy(update={"artifacts": (artifact,)}), made, alone=True)
     return cards
 
 

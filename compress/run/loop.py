@@ -162,8 +162,11 @@ def _carry_out(
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
         raise
+    start = None
+    if results.passed:
+        with reporter.stage("checksums"):
+            start = started(plan, journal, checkpoint)
     card = make_scorecard(plan, journal, results, reporter, str(placement.device))
-    start = started(plan, journal, checkpoint) if card.gate.passed else None
     tensors = {scorecards.TENSORS_FILE: jsonl(tensor_records(plan, journal))}
     prepare(output, told_files(card, recipe_as_told(plan), start, tensors))
     scorecards.write(card, output)

@@ -211,6 +211,25 @@ def test_a_folder_has_a_card_of_its_own() -> None:
     assert whens == ["for vLLM, SGLang, gptqmodel", "for transformers after import compress"]
 
 
+def test_a_card_that_a_folder_brought_is_left_alone() -> None:
+    card = folders()
+    brought = {**card.artifacts[0].files, "both-gptq/README.md": HASH}
+    artifacts = (card.artifacts[0].model_copy(update={"files": brought}), card.artifacts[1])
+    card = card.model_copy(update={"artifacts": artifacts})
+    assert tuple(model_cards(card, made(card))) == card.cards == ("README.md", "both-compress/README.md")
+
+
+def test_a_folder_published_alone_is_called_by_its_repository() -> None:
+    """Its files lie beside the card, so that engines find them by the repository's id."""
+    card = folders()
+    files = {"model.safetensors": HASH, "LICENSE": HASH}
+    top = card.artifacts[0].model_copy(update={"path": ".", "files": files})
+    cards = model_cards(card.model_copy(update={"artifacts": (top,)}), made(card), "me/Tiny-GPTQ")
+    assert list(cards) == ["README.md"]
+    text = cards["README.md"]
+    assert "vllm serve me/Tiny-GPTQ" in text and "hf download" not in text and "| `me/Tiny-GPTQ` |" in text
+
+
 def test_what_was_done_is_all_there() -> None:
     many = tuple(
         Fallback(subject=f"t{n}", wanted="q2_k", used="q4_0", reason="row of 96", role="mlp.down", cure="--set a=b")
