@@ -31,15 +31,14 @@ from compress.recover.sensitivity import output_sensitivity
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
-from compress.run.claim import TEXT, WORK, claim, finished, open_journal, recipe_as_told, run_digest
+from compress.run.claim import TEXT, WORK, claim, finished, open_journal, run_digest
 from compress.run.head import head_statistics, survey_head
 from compress.run.inspect import INSPECTED, inspect
-from compress.run.records import jsonl, tensor_line, tensor_records
+from compress.run.records import tensor_line
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
 from compress.run.sublayer import Job, compress_sublayer
-from compress.run.summary import make_scorecard
 from compress.run.surveys import settle
-from compress.run.told import Expected, prepare, put, started, told_files
+from compress.run.told import Expected, put, tell
 from compress.solve.files import save_outcomes
 from compress.solve.tensor import Outcome, Solved, as_stored, solve_tensor
 from compress.streaming.activations import Activations
@@ -162,15 +161,7 @@ def _carry_out(
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
         raise
-    start = None
-    if results.passed:
-        with reporter.stage("checksums"):
-            start = started(plan, journal, checkpoint)
-    card = make_scorecard(plan, journal, results, reporter, str(placement.device))
-    tensors = {scorecards.TENSORS_FILE: jsonl(tensor_records(plan, journal))}
-    prepare(output, told_files(card, recipe_as_told(plan), start, tensors))
-    scorecards.write(card, output)
-    put(output)
+    card = tell(plan, journal, checkpoint, results, reporter, str(placement.device))
     if not card.gate.passed:
         failed = [check for check in card.gate.checks if not check.passed]
         raise GateFailed(

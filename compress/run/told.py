@@ -17,19 +17,40 @@ from typing import Any
 
 from compress import plugins
 from compress.errors import CalibrationError, CheckpointError
+from compress.export.deliver import Delivery
 from compress.files import checksum, disk_errors, sync, write_synced
 from compress.models.checkpoint import Checkpoint, checksums
 from compress.models.companions import is_legal
 from compress.plan.plan import Plan
 from compress.recipe.schema import Recipe
+from compress.report import scorecard as scorecards
 from compress.report.card import model_cards
+from compress.report.progress import Reporter
 from compress.report.reproduction import Original, Started, reproduction
-from compress.report.scorecard import RECIPE_FILE, REPRODUCE_FILE, Scorecard
+from compress.report.scorecard import RECIPE_FILE, REPRODUCE_FILE, TENSORS_FILE, Scorecard
 from compress.run.claim import TEXT, recipe_as_told
+from compress.run.records import jsonl, tensor_records
+from compress.run.summary import make_scorecard
 from compress.streaming.journal import WORK, Journal
 from compress.text import hub_sets, text_set
 
 TOLD = "told"  # in the work folder
+
+
+def tell(
+    plan: Plan, journal: Journal, checkpoint: Checkpoint, results: Delivery, reporter: Reporter, device: str
+) -> Scorecard:
+    """The scorecard of what was delivered, in its place, and what lies beside it. device: where it was computed."""
+    output, start = journal.folder.parent, None
+    if results.passed:
+        with reporter.stage("checksums"):
+            start = started(plan, journal, checkpoint)
+    card = make_scorecard(plan, journal, results, reporter, device)
+    tensors = {TENSORS_FILE: jsonl(tensor_records(plan, journal))}
+    prepare(output, told_files(card, recipe_as_told(plan), start, tensors))
+    scorecards.write(card, output)
+    put(output)
+    return card
 
 
 def started(plan: Plan, journal: Journal, checkpoint: Checkpoint) -> Started:

@@ -155,7 +155,8 @@ def test_which_file_to_take() -> None:
     assert "recommended" in when[1] and when[3] == "smallest", when
     assert all(row[4].endswith("]") for row in rows)
     assert len(figures) == 1 + 1 + 4, "heads, the original, a line a file"
-    assert "Take Q4_K_M" in text
+    assert "Take Q4_K_M" in text and "- KL: mean KL divergence" in text
+    assert "llama-cli -m Tiny-1B-Q4_K_M.gguf" in text and "in the place of `Tiny-1B-Q4_K_M.gguf`" in text
 
 
 def test_every_table_is_one() -> None:
