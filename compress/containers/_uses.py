@@ -55,13 +55,6 @@ LLAMA_CPP = (
     Use("llama.cpp, in a terminal", "llama-cli -m {file}"),
     Use("llama.cpp, as a server", LLAMA.start, note="It speaks OpenAI's protocol on port 8080."),
     Use(
-        "llama-cpp-python",
-        'from llama_cpp import Llama\n\nmodel = Llama("{file}", verbose=False)\n'
-        f'print(model("{PROMPT}", max_tokens=40)["choices"][0]["text"])',
-        "python",
-        install="pip install llama-cpp-python",
-    ),
-    Use(
         "Ollama",
         "printf 'FROM ./%s\\n' {file} > Modelfile\nollama create {name} -f Modelfile\nollama run {name}",
         single=True,

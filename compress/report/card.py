@@ -6,31 +6,37 @@ advice of `compress compare` says.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from statistics import median
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from compress.containers import CONTAINERS, Use
 from compress.models.companions import is_legal
-from compress.report.advice import advise, occasions
+from compress.report.advice import Advice, advise, occasions
+from compress.report.card_sections import (
+    checked,
+    code,
+    escaped,
+    experts,
+    fallbacks,
+    licence,
+    making,
+    reproducing,
+    scores,
+    table,
+)
 from compress.report.checksums import TOP
-from compress.report.columns import columns
 from compress.report.compare import Comparison, Run, compare
 from compress.report.measured import cleaner, measured
 from compress.report.metadata import front_matter, scheme_of
 from compress.report.numbers import DASH, bits, estimate, human_bytes, interval, percent
 from compress.report.reproduction import Reproduction
-from compress.report.scorecard import CARD_FILE, REPRODUCE_FILE, Artifact, Scorecard, share_of
-from compress.report.table import fallback_line
+from compress.report.scorecard import CARD_FILE, Artifact, Scorecard, share_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-SHOWN_LAYERS, SHOWN_KINDS = 8, 20
-MOST_BESIDE = 3  # artifacts whose scores stand beside each other; more stand below each other
 
 
 def model_cards(card: Scorecard, made: Reproduction, repo: str = "") -> dict[str, str]:
@@ -38,9 +44,9 @@ def model_cards(card: Scorecard, made: Reproduction, repo: str = "") -> dict[str
     that is a folder, which is what people copy. repo: the hub id that the run is published under, where that is known."""
     cards = {CARD_FILE: _card(card, made, repo)}
     for artifact in card.artifacts:
-        if artifact.is_folder and artifact.path != TOP:
-            only = card.model_copy(update={"artifacts": (artifact,)})
-            cards[f"{artifact.path}/{CARD_FILE}"] = _card(only, made, alone=True)
+        name = f"{artifact.path}/{CARD_FILE}"
+        if name in card.cards:
+            cards[name] = _card(card.model_copy(update={"artifacts": (artifact,)}), made, alone=True)
     return cards
 
 
@@ -57,16 +63,6 @@ def _card(card: Scorecard, made: Reproduction, repo: str = "", alone: bool = Fal
     while "\n\n\n" in lines:
         lines = lines.replace("\n\n\n", "\n\n")
     return f"{front_matter(card, made, title, names)}\n{lines.strip()}\n"
-
-
-def escaped(text: object) -> str:
-    """A line without what means something in Markdown or HTML; bold is left, and underscores within words, which mean nothing."""
-    return re.sub(r"[\\`|<>]|(?<!\w)_|_(?!\w)", lambda match: f"\\{match[0]}", str(text))
-
-
-def code(text: str) -> str:
-    """A name as it is typed."""
-    return f"`{text.replace('`', chr(39)).replace('|', '')}`"
 
 
 def _title(card: Scorecard, made: Reproduction, alone: bool) -> str:
@@ -89,32 +85,26 @@ def _context(card: Scorecard, made: Reproduction, repo: str, alone: bool) -> dic
     comparison = compare(runs)
     several, scored = len(names) > 1, any(artifact.scores is not None for artifact in card.artifacts)
     chosen = several and len({a.container for a in card.artifacts}) == 1 and comparison.comparable
-    clean = cleaner(card)
+    advised, clean = advise(comparison), cleaner(card)
     return {
         "lead": _lead(card, made),
         "several": several,
         "files": _files(card, made, dict(zip(names, card.artifacts, strict=True)), comparison, repo),
-        "advice": advise(comparison).sentences if chosen else (),
-        "runs": list(_runs(card, names, repo)),
-        "scores": _scores(comparison) if scored else "",
+        "advice": advised.sentences if chosen else (),
+        "runs": list(_runs(dict(zip(names, card.artifacts, strict=True)), advised, repo)),
+        "scores": scores(comparison) if scored else "",
         "measured": list(measured(comparison)),
-        "checked": _checked(card),
-        "experts": list(_experts(card)),
-        "fallbacks": list(_fallbacks(card, clean)),
+        "checked": checked(card),
+        "experts": list(experts(card)),
+        "fallbacks": list(fallbacks(card, clean)),
         "notes": [clean(note) for note in card.notes],
-        "made": _made(card, made),
+        "made": making(card, made),
         "recipe": yaml.safe_dump(
             made.recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
         ).rstrip(),
-        "reproduce": _reproduce(card, made, repo, alone),
-        "licence": _licence(card, made),
+        "reproduce": reproducing(card, made, repo, alone),
+        "licence": licence(card, made),
     }
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *words: int) -> str:
-    """Cells in Markdown; words: columns that are text, by number, the others are figures."""
-    rules = ["---" if n in words or n - len(heads) in words else "---:" for n in range(len(heads))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rules, *rows))
 
 
 # ---------------------------------------------------------------- what it is, what to take
@@ -164,7 +154,7 @@ def _files(
         )
     heads = ["file", "type", "size", "bits per weight", "KL divergence", "perplexity", "top-1", "when to take it"]
     shown = [n for n in range(len(heads)) if any(line[n] != DASH for line in lines)]
-    return _table([heads[n] for n in shown], [[line[n] for n in shown] for line in lines], 0, 1, -1)
+    return table([heads[n] for n in shown], [[line[n] for n in shown] for line in lines], 0, 1, -1)
 
 
 def _place(artifact: Artifact, repo: str) -> str:
@@ -201,18 +191,22 @@ def _codecs(card: Scorecard) -> str:
 
 @dataclass(frozen=True)
 class _Runs:
-    """What to type for one artifact, or for all of a container; heading: which, where there are several."""
+    """What to type for one artifact, or for all of a container; heading: which, where there are several; instead: what else
+    may be typed."""
 
     heading: str
+    instead: str
     uses: tuple[Use, ...]
     engines: str
 
 
-def _runs(card: Scorecard, names: Sequence[str], repo: str) -> Iterator[_Runs]:
-    """One part a container: files of one format are run alike, and the first stands for them."""
-    kinds = {artifact.container: artifact for artifact in reversed(card.artifacts)}
-    for name in dict.fromkeys(artifact.container for artifact in card.artifacts):
-        artifact, container = kinds[name], CONTAINERS.get(name)
+def _runs(artifacts: dict[str, Artifact], advice: Advice, repo: str) -> Iterator[_Runs]:
+    """One part a container: files of one format are run alike, and the recommended one, or the first, stands for them."""
+    kinds: dict[str, list[Artifact]] = {}
+    for _, artifact in sorted(artifacts.items(), key=lambda named: named[0] not in advice.picks):
+        kinds.setdefault(artifact.container, []).append(artifact)
+    for name in dict.fromkeys(artifact.container for artifact in artifacts.values()):
+        artifact, container = kinds[name][0], CONTAINERS.get(name)
         uses = () if container is None else container.uses
         single = not artifact.is_folder and sum(not is_legal(file) for file in artifact.files) <= 1
         place = _place(artifact, repo)
@@ -220,112 +214,5 @@ def _runs(card: Scorecard, names: Sequence[str], repo: str) -> Iterator[_Runs]:
         if repo and artifact.path != TOP:
             wanted = f"{artifact.path}/*" if artifact.is_folder else artifact.path
             shown.insert(0, Use("Download", f"hf download {repo} --include '{wanted}' --local-dir ."))
-        yield _Runs(escaped(name) if len(kinds) > 1 else "", tuple(shown), _engines(artifact))
-
-
-# ---------------------------------------------------------------- how close it is
-
-
-def _scores(comparison: Comparison) -> str:
-    """All that was measured: beside each other where they are few, else a line each."""
-    shown = [column for column in columns(comparison) if not column.left]
-    names = [escaped(row.name) for row in comparison.rows]
-    if len(comparison.variants) > MOST_BESIDE:
-        lines = [[n, *(str(c.cell(row)) for c in shown)] for n, row in zip(names, comparison.rows, strict=True)]
-        return _table(["", *(escaped(column.heading) for column in shown)], lines, 0)
-    lines = [
-        [escaped(column.heading), *(str(column.cell(row)) for row in comparison.rows), escaped(column.about)]
-        for column in shown
-    ]
-    return _table(["", *names, "what it is"], lines, 0, -1)
-
-
-def _checked(card: Scorecard) -> str:
-    checks = [escaped(check.name) for check in card.gate.checks if check.passed]
-    if not checks:
-        return "It was not checked before it was delivered."
-    return f"Checked before it was delivered; {len(checks)} of {len(card.gate.checks)} passed: {', '.join(checks)}."
-
-
-def _experts(card: Scorecard) -> Iterator[str]:
-    """What the calibration text was to the experts."""
-    if not card.experts:
-        return
-    counts = [count for layer in card.experts for count in layer.tokens]
-    cold = [layer for layer in card.experts if layer.cold]
-    sizes = sorted({len(layer.tokens) for layer in card.experts})
-    each = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    yield (
-        f"{each} experts in each of {len(card.experts)} layers were calibrated with the tokens that the router sent them: "
-        f"{min(counts):,} the fewest, {median(counts):,.0f} the median, {max(counts):,} the most."
-    )
-    if not cold:
-        yield "All saw enough of them to stand on their own statistics."
-        return
-    many = sum(len(layer.cold) for layer in cold)
-    yield f"{many} of {len(counts)} saw so few that most of their statistics are their layer's:\n"
-    for layer in cold[:SHOWN_LAYERS]:
-        yield f"- layer {layer.layer}: {', '.join(map(str, layer.cold))}"
-    if len(cold) > SHOWN_LAYERS:
-        yield f"- and in {len(cold) - SHOWN_LAYERS} more layers"
-
-
-def _fallbacks(card: Scorecard, clean: Any) -> Iterator[str]:
-    kinds = card.fallback_kinds
-    for first, count in kinds[:SHOWN_KINDS]:
-        cure = f"; avoided by {first.cure}" if first.cure else ""
-        yield clean(fallback_line(first, count).replace("->", "→") + cure)
-    if len(kinds) > SHOWN_KINDS:
-        yield f"and {len(kinds) - SHOWN_KINDS} more kinds in scorecard.json"
-
-
-# ---------------------------------------------------------------- how it was made
-
-
-def _made(card: Scorecard, made: Reproduction) -> str:
-    """Calibration, versions, machine."""
-    text, lines = card.calibration, []
-    if text:
-        seed = made.recipe.get("seed", 0)
-        lines.append(
-            f"Calibration text: {code(str(text.get('dataset')))}, {text.get('samples')} windows of {text.get('length')} tokens, "
-            f"seed {seed}" + (f"; sha256 of the windows {code(made.calibration)}." if made.calibration else ".")
-        )
-    else:
-        lines.append("No calibration text was read.")
-    if card.versions:
-        lines.append(f"Versions: {escaped(', '.join(f'{name} {found}' for name, found in card.versions.items()))}.")
-    machine = card.machine
-    if machine:
-        lines.append(
-            escaped(
-                f"Machine: {machine.get('cpu')}, {machine.get('threads')} threads, {machine.get('device')}, "
-                f"Python {machine.get('python')}, {machine.get('system')}."
-            )
-        )
-    return "\n\n".join(lines)
-
-
-def _reproduce(card: Scorecard, made: Reproduction, repo: str, alone: bool) -> str:
-    version, target = card.versions.get("compress"), repo or REPRODUCE_FILE
-    pinned = f"=={version}" if version else ""
-    told = (
-        "It compares the original's files with those that this was made from, carries the recipe out again and compares the "
-        "sha256 of every file. The bytes are the same with the same versions, on the same kind of processor or device, with as "
-        "many threads; otherwise it says what differs."
-    )
-    if not made.original.commit:
-        told += " The original is known by its name and checksums: `--model` says where it lies."
-    where = f"With the `{REPRODUCE_FILE}` of the run that made this folder:\n\n" if alone else ""
-    return f"{where}```sh\npip install compress-llm{pinned}\ncompress reproduce {target}\n```\n\n{told}"
-
-
-def _licence(card: Scorecard, made: Reproduction) -> str:
-    of = made.original
-    name = of.license_name or of.license
-    told = "No model card of the original names a licence; its own terms hold."
-    if name:
-        link = f", {escaped(of.license_link)}" if of.license_link else ""
-        told = f"{escaped(' '.join(name.split()))}{link}, says the original's model card."
-    carried = sorted({name for file in card.files if is_legal(name := PurePosixPath(file).name)})
-    return told + (f" Carried along from the original: {', '.join(map(code, carried))}." if carried else "")
+        instead = f"Any other file goes in the place of {code(place)}." if len(kinds[name]) > 1 else ""
+        yield _Runs(escaped(name) if len(kinds) > 1 else "", instead, tuple(shown), _engines(artifact))

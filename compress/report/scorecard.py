@@ -183,9 +183,9 @@ class Scorecard(Value):
 
     @property
     def cards(self) -> tuple[str, ...]:
-        """Where its model cards lie: beside it, and in every artifact that is a folder."""
-        inside = (PurePosixPath(artifact.path, CARD_FILE) for artifact in self.artifacts if artifact.is_folder)
-        return tuple(dict.fromkeys((CARD_FILE, *map(str, inside))))
+        """Where its model cards lie: beside it, and in every artifact that is a folder, unless it brought one of its own."""
+        inside = [PurePosixPath(artifact.path, CARD_FILE) for artifact in self.artifacts if artifact.is_folder]
+        return tuple(dict.fromkeys((CARD_FILE, *(str(path) for path in inside if str(path) not in self.files))))
 
     @property
     def told(self) -> tuple[str, ...]:

@@ -182,7 +182,10 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
         raise
-    device = str(placement.device)
+    device, start = str(placement.device), None
+    if results.passed:
+        with reporter.stage("checksums"):
+            start = started(lead, plans.undertaking, journal, checkpoint)
     if rungs:
         beside = write_imatrix(rungs, output) if results.passed else {}
         card = ladder_scorecard(plans.undertaking, rungs, results, reporter, device, beside)
@@ -190,7 +193,6 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
     else:
         card = make_scorecard(products[0].plan, journal, results, reporter, device)
         records = tensor_records(products[0].plan, journal.units)
-    start = started(lead, plans.undertaking, journal, checkpoint) if card.gate.passed else None
     tensors = {scorecards.TENSORS_FILE: jsonl(records)}
     prepare(output, told_files(card, plans.undertaking.told, start, tensors))
     scorecards.write(card, output)

@@ -4,6 +4,7 @@ the work."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,15 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 
+from compress.errors import CheckpointError
+from compress.models.checkpoint import Checkpoint, checksums
 from compress.report.checksums import verify
+from compress.report.reproduction import Original
 from compress.report.scorecard import read
 from compress.run import WORK, loop
+from compress.run.told import Expected
 from tests.integration.runs import TOLD, carry_out, command, final_names, names, sha256, small, text_file
 from tests.tiny import tiny_model
 
@@ -127,7 +133,7 @@ def test_killed_behind_its_scorecard_a_run_still_gets_its_cards(
     left = {name for name in read(tmp_path / "out").told if (tmp_path / "out" / name).exists()}
     assert len(left) == 1 + done
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_scorecard", None)  # nothing is done again
+        patch.setattr(loop, "compress_model", None)  # nothing is done again
         carry_out(recipe)
     assert all((tmp_path / "out" / name).is_file() for name in read(tmp_path / "out").told)
     assert names(tmp_path / "out") == {"pair-compress", "pair-gptq", *TOLD}
@@ -200,6 +206,47 @@ def test_what_differs_is_said(place: Path, here: list[str], compress: Compress, 
     for part in ("3 of ", "torch: 1.0 there", "cpu: a Z80 there", "threads: 64 there, 1 here", str(tmp_path / "again")):
         assert part in line
     assert "lm-eval" not in line
+
+
+@pytest.mark.parametrize(("wanted", "cores", "used"), [(3, 4, 3), (3, 2, 1), (1, 4, 1), (None, 4, 1), (0, 4, 1)])
+def test_as_many_threads_as_the_first_time(
+    monkeypatch: pytest.MonkeyPatch, wanted: int | None, cores: int, used: int
+) -> None:
+    """Where there are the cores; what the scorecard says goes with it, and both are put back."""
+    from compress import machine
+    from compress.run import reproduce
+
+    here = machine.Machine(machine.Cpu("", (), cores), machine.Memory(None, None))
+    monkeypatch.setattr(machine, "look", lambda: here)
+    monkeypatch.setattr(reproduce.machine, "threads", lambda: int(os.environ["OMP_NUM_THREADS"]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with reproduce._threads(wanted):
+        assert (torch.get_num_threads(), machine.threads()) == (used, used)
+    assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
+
+
+def test_it_computes_where_it_was_computed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.report.reproduction import read as read_made
+    from compress.run import reproduce
+
+    monkeypatch.delenv("COMPRESS_DEVICE", raising=False)
+    made = read_made(place / "out")
+    for device, found in (("cpu", "cpu"), ("cuda:0", "cuda:0"), ("cuda:7", "cpu"), ("a Z80", "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        there = made.model_copy(update={"machine": {**made.machine, "device": device}})
+        assert reproduce._device(there, None) == found
+        assert reproduce._device(there, "cpu") == "cpu"
+
+
+def test_a_gguf_by_another_name_is_the_same_original(place: Path, tmp_path: Path) -> None:
+    recipe = small("gguf-q4-k-m", place / "model", tmp_path / "out", "steps=[]")
+    (made,) = carry_out(recipe).artifacts
+    expected = Expected(recipe, Original(name="m", files=checksums(Checkpoint.open(tmp_path / "out" / made.path))))
+    shutil.copy(tmp_path / "out" / made.path, tmp_path / "other.gguf")
+    assert expected.require_original(Checkpoint.open(tmp_path / "other.gguf")) == []
+    with pytest.raises(CheckpointError, match=r"another original: .* \(and \d more\)"):
+        expected.require_original(Checkpoint.open(place / "model"))
 
 
 # ---------------------------------------------------------------- before the work

@@ -306,7 +306,9 @@ def test_every_artifact_has_its_checksum(
     recipe = copied(place, finished, "proved")
     out, artifact = place / "proved", read(recipe.output).artifacts[0]
     assert artifact.sha256 and artifact.files == {
-        f.relative_to(out).as_posix(): sha256(f) for f in (out / artifact.path).rglob("*") if f.is_file()
+        f.relative_to(out).as_posix(): sha256(f)
+        for f in (out / artifact.path).rglob("*")
+        if f.is_file() and f.name != "README.md"  # its card tells what was measured of it
     }
     code, said, _ = command(monkeypatch, capfd, "verify", str(out))
     assert code == 0 and {line.split()[0] for line in said.splitlines()} == {"ok"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -14,6 +16,7 @@ from compress.recipe import Recipe, about_recipes, bundled_recipes, load_recipe
 from compress.recipe.rules import RuleMatcher
 from compress.recipe.schemes import EXPERT_SCHEMES, SCHEMES, expand, scheme_kind, use_more_bits
 from compress.solvers.options import GptqOptions, RtnOptions
+from compress.transforms.options import SCALINGS, TransformOptions
 
 GOOD = """\
 model: some/model
@@ -476,3 +479,46 @@ def test_import_is_light():
     code = "import sys, compress.recipe.schema; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- what files that ship know of a recipe ------------------------------------------------------
+
+
+def test_files_know_a_recipe_by_names_alone(tmp_path: Path) -> None:
+    """So its digest there is the same wherever model and texts lie, and no other recipe's; as read back it is the same."""
+    digests = set()
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / folder / name).write_text("words")
+        place = tmp_path / folder
+        for text in (f"dataset={place / 'a.txt'}", f"mix={{{place / 'a.txt'}: 2, {place / 'b.txt'}: 1}}"):
+            recipe = load_recipe(
+                "gguf-q4-k-m", [f"calibration.{text}", *DROP[text[:3]]], model=str(place), output=folder
+            )
+            told = recipe.told("owner/name@0")
+            again = load_recipe(told.portable(), output=folder)
+            assert again == told and told.told("owner/name@0") == told and str(tmp_path) not in str(told)
+            digests.add((text[:3], told.digest()))
+    assert len(digests) == 2
+
+
+DROP = {"dat": (), "mix": ("calibration.dataset=null",)}
+
+
+def test_a_registered_scaling_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `as_dict` calls by its name inside."""
+
+    class Mine(TransformOptions):
+        name: Literal["mine"] = "mine"
+        strength: float = 0.5
+
+    monkeypatch.setitem(SCALINGS, "mine", Mine)
+    values = {"model": "m", "name": "x", "output": "o", "export": [{"container": "gguf"}]}
+    recipe = load_recipe({**values, "steps": [{"mine": {"strength": 0.25}}, {"quantize": {"scheme": "Q4_K_M"}}]})
+    again = load_recipe(recipe.as_dict())
+    assert again == recipe and again.step("scaling") == Mine(strength=0.25) and again.digest() == recipe.digest()
+    with pytest.raises(RecipeError, match="mine: strength"):
+        load_recipe({**values, "steps": [{"scaling": {"name": "mine", "strength": "much"}}]})
+    with pytest.raises(RecipeError):
+        load_recipe({**values, "steps": [{"other": {"name": "mine"}}]})

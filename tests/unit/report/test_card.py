@@ -155,7 +155,8 @@ def test_which_file_to_take() -> None:
     assert "recommended" in when[1] and when[3] == "smallest", when
     assert all(row[4].endswith("]") for row in rows)
     assert len(figures) == 1 + 1 + 4, "heads, the original, a line a file"
-    assert "Take Q4_K_M" in text
+    assert "Take Q4_K_M" in text and "- KL: mean KL divergence" in text
+    assert "llama-cli -m Tiny-1B-Q4_K_M.gguf" in text and "in the place of `Tiny-1B-Q4_K_M.gguf`" in text
 
 
 def test_every_table_is_one() -> None:
@@ -169,11 +170,9 @@ def test_every_table_is_one() -> None:
 
 def test_commands_name_the_file() -> None:
     card = full_card("qwen-moe-2bit", 4_800_000, 0.02)
-    shown = dict(reversed(blocks(model_cards(card, made(card))["README.md"])))
     code = [content for language, content in blocks(model_cards(card, made(card))["README.md"]) if language != "yaml"]
     assert "llama-cli -m qwen-moe-2bit.gguf\n" in code and "compress chat qwen-moe-2bit.gguf\n" in code
     assert any("FROM ./%s" in block and "ollama run qwen-moe-2bit" in block for block in code)
-    assert compile(shown["python"], "card", "exec")
     assert "hf download" not in "".join(code)
     known = model_cards(card, made(card), "me/Tiny-GGUF")["README.md"]
     assert "hf download me/Tiny-GGUF --include 'qwen-moe-2bit.gguf' --local-dir ." in known
@@ -211,6 +210,25 @@ def test_a_folder_has_a_card_of_its_own() -> None:
     assert "### gptq" in cards["README.md"] and "### compress" in cards["README.md"]
     whens = [row[-1] for row in tables(cards["README.md"])[0][1:]]
     assert whens == ["for vLLM, SGLang, gptqmodel", "for transformers after import compress"]
+
+
+def test_a_card_that_a_folder_brought_is_left_alone() -> None:
+    card = folders()
+    brought = {**card.artifacts[0].files, "both-gptq/README.md": HASH}
+    artifacts = (card.artifacts[0].model_copy(update={"files": brought}), card.artifacts[1])
+    card = card.model_copy(update={"artifacts": artifacts})
+    assert tuple(model_cards(card, made(card))) == card.cards == ("README.md", "both-compress/README.md")
+
+
+def test_a_folder_published_alone_is_called_by_its_repository() -> None:
+    """Its files lie beside the card, so that engines find them by the repository's id."""
+    card = folders()
+    files = {"model.safetensors": HASH, "LICENSE": HASH}
+    top = card.artifacts[0].model_copy(update={"path": ".", "files": files})
+    cards = model_cards(card.model_copy(update={"artifacts": (top,)}), made(card), "me/Tiny-GPTQ")
+    assert list(cards) == ["README.md"]
+    text = cards["README.md"]
+    assert "vllm serve me/Tiny-GPTQ" in text and "hf download" not in text and "| `me/Tiny-GPTQ` |" in text
 
 
 def test_what_was_done_is_all_there() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CalibrationError, NoSuchText
-from compress.text import TextSource, hub, load_definition, load_documents, rows, sources, text_set
+from compress.text import TextSource, hub, hub_sets, load_definition, load_documents, rows, sources, text_set
 from compress.text.documents import Reading, read_documents
 from compress.text.talks import Speaker
 
@@ -223,6 +223,14 @@ def test_a_terminal_is_no_text(send) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the hub
+
+
+def test_which_sets_of_the_hub_a_text_is_from() -> None:
+    """By id, however they are named; of other texts none."""
+    mix = TextSource(mix={"a/b:config": 1, "chat": 1, "fineweb-edu": 2, "a/b": 1})
+    assert hub_sets(text_set(mix)) == ("a/b", "HuggingFaceFW/fineweb-edu")
+    assert hub_sets(text_set("owner/set:config")) == ("owner/set",)
+    assert hub_sets(text_set("mixed")) == hub_sets(text_set("chat")) == ()
 
 
 def test_names_of_the_hub() -> None:
