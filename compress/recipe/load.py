@@ -1,4 +1,4 @@
-"""A recipe file, a bundled recipe or a type by name -> `Recipe`, with every problem of the file at once."""
+"""A recipe file, a bundled recipe, a type by name or plain values -> `Recipe`, with every problem of the file at once."""
 
 from __future__ import annotations
 
@@ -23,20 +23,25 @@ from compress.recipe.schema import Recipe
 from compress.recipe.schemes import SCHEMES
 from compress.text import data_root
 
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+"""A recipe's file, the name of a bundled one or of a type, its keys and values, or one that is read already."""
+
 
 def load_recipe(
-    path_or_name: str | Path,
+    path_or_name: RecipeLike,
     overrides: Sequence[str] = (),
     *,
     model: str | None = None,
     output: str | None = None,
 ) -> Recipe:
-    """Read a recipe file, a bundled recipe by name, or what a scheme, codec or container stands for (`named_recipe`), with
-    `key=value` overrides applied in order.
+    """Read a recipe file, a bundled recipe by name, what a scheme, codec or container stands for (`named_recipe`), or keys and
+    values as a recipe's file has them, with `key=value` overrides applied in order.
 
     Keys are dotted paths with list indices (`steps[0].quantize.solver.damping=0.05`), or their last parts where these name no
     other (`damping=0.05`); values are YAML. Raises RecipeError with all problems.
     """
+    if isinstance(path_or_name, Recipe) and not overrides and model is None and output is None:
+        return path_or_name
     document, name = _document(path_or_name)
     if isinstance(document.data, dict):
         for key, value in (("model", model), ("output", output)):
@@ -92,9 +97,13 @@ def _about(name: str, path: Path) -> About:
     return About(name, when, steps, tuple(dict.fromkeys(codec for codec in codecs if codec)), containers)
 
 
-def _document(path_or_name: str | Path) -> tuple[Document, Callable[[Any], str]]:
-    """A recipe's plain values, and what it is called where it does not say, given its model: by its file, or by model and
-    type."""
+def _document(path_or_name: RecipeLike) -> tuple[Document, Callable[[Any], str]]:
+    """A recipe's plain values, and what it is called where it does not say, given its model: by its file, by model and type, or
+    "recipe"."""
+    if isinstance(path_or_name, Recipe | Mapping):
+        document = Document("{}", "recipe")
+        document.data = plain(path_or_name.as_dict() if isinstance(path_or_name, Recipe) else path_or_name)
+        return document, lambda model: "recipe"
     path, name = Path(path_or_name), str(path_or_name)
     if path.is_file():
         if is_gguf(path):
@@ -110,6 +119,15 @@ def _document(path_or_name: str | Path) -> tuple[Document, Callable[[Any], str]]
     document = Document("{}", kind)
     document.data = keys
     return document, lambda model: output_name(model, kind) if isinstance(model, str) else kind
+
+
+def plain(value: Any) -> Any:
+    """Python's values as YAML has them: tuples are lists, paths texts; all of them new."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(plain, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def _unknown(path: Path, known: Mapping[str, Path]) -> str:

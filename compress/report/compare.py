@@ -271,10 +271,10 @@ def _with_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def _named(runs: Sequence[Run]) -> list[list[str]]:
-    """A name for every artifact of every run: the run's, with what tells it from others of that name: container, folder, a
-    number."""
+    """A name for every artifact of every run: the run's, or where it made several of one container what tells them apart, with
+    what tells it from others of that name: container, folder, a number."""
     found = [(run, artifact) for run in runs for artifact in run.card.artifacts]
-    names = [shown(run.label or run.card.recipe) for run, _ in found]
+    names = [_name(run, artifact) for run, artifact in found]
     for details in ([artifact.container for _, artifact in found], [run.folder for run, _ in found]):
         of = {name: {d for n, d in zip(names, details, strict=True) if n == name} for name in names}
         names = [
@@ -288,6 +288,13 @@ def _named(runs: Sequence[Run]) -> list[list[str]]:
             names[number] = f"{name} #{seen[name]}"
     left = iter(names)
     return [[next(left) for _ in run.card.artifacts] for run in runs]
+
+
+def _name(run: Run, artifact: Artifact) -> str:
+    alike = [a for a in run.card.artifacts if a.container == artifact.container]
+    if artifact.variant is None or len(alike) == 1:
+        return shown(run.label or run.card.recipe)
+    return shown(f"{run.label} {artifact.variant}".strip())
 
 
 # ---------------------------------------------------------------- means over tasks

@@ -13,8 +13,9 @@ from compress.report.advice import Advice
 from compress.report.columns import Column, columns
 from compress.report.compare import Comparison, Row, model_name, text_facts, without_paths
 from compress.report.compare_table import notes
+from compress.report.heat import error_map, error_scale, expert_map, role_name
 from compress.report.numbers import Cell, human_seconds
-from compress.report.plots import Measure, error_map, error_scale, expert_map, measures, role_name, size_plot
+from compress.report.plots import Measure, measures, size_plot
 from compress.report.scorecard import Scorecard
 from compress.report.table import fallback_line
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -52,6 +53,15 @@ class _Left(TimeRemainingColumn):
         return Text("") if task.time_remaining is None else Text("left ") + super().render(task)
 
 
+class Bars(Protocol):
+    """As much of rich's Progress as a stage needs."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def add_task(self, description: str, *, total: float | None) -> TaskID: ...
+    def update(self, task_id: TaskID, *, total: float, completed: float, description: str) -> None: ...
+
+
 class Reporter:
     """Collects the stages of a run and shows them. `level`: 0 quiet, 1 normal, 2 verbose (every step of a stage)."""
 
@@ -91,7 +101,7 @@ class Reporter:
     def stage(self, name: str, *, told: bool = True) -> Iterator[StageProgress]:
         """Time a stage. Its bar pulses until the stage first says what fraction is done. told: a line says when it is done."""
         started = self.clock()
-        bars = self._bars() if self.level and self.console.is_terminal else None
+        bars = self._bars() if self.level else None
         progress = StageProgress(name, bars, self._line if bars is None or self.level > 1 else None, self.clock)
         over = threading.Event()
         heart = threading.Thread(target=self._beat, args=(over, progress, name, started, bars is None), daemon=True)
@@ -108,8 +118,10 @@ class Reporter:
             self.stages.append(self._stage(name, started))
             self._keep(())
         if told:
-            last = self.stages[-1]
-            self.say(f"{name:<24} {last.seconds:7.1f} s  peak {(last.peak_bytes or 0) / 2**30:.2f} GiB")
+            self._done(self.stages[-1])
+
+    def _done(self, stage: Stage) -> None:
+        self.say(f"{stage.name:<24} {stage.seconds:7.1f} s  peak {(stage.peak_bytes or 0) / 2**30:.2f} GiB")
 
     def _beat(self, over: threading.Event, progress: StageProgress, name: str, started: float, lines: bool) -> None:
         """While a stage says nothing: how long it has taken, and that for later processes."""
@@ -132,7 +144,10 @@ class Reporter:
         with suppress(OSError, OutputError):
             write_synced(self._times[0], json.dumps(told).encode())
 
-    def _bars(self) -> Progress:
+    def _bars(self) -> Bars | None:
+        """What shows a stage while it runs, or None where lines do."""
+        if not self.console.is_terminal:
+            return None
         # rich forgets speeds after 30 s by default, and one block of a large model takes longer than that
         return Progress(
             SpinnerColumn("line"),
@@ -173,7 +188,7 @@ class StageProgress:
     def __init__(
         self,
         name: str,
-        bars: Progress | None,
+        bars: Bars | None,
         line: Callable[[str, bool], bool] | None,
         clock: Callable[[], float] = time.monotonic,
     ):
