@@ -1,7 +1,7 @@
 """compress: recipes in, smaller language models out.
 
-`run`, `plan`, `score` and `load_recipe` are the library's front door; what they take and return is beside them. Everything
-is imported when it is first used: neither torch nor transformers comes with `import compress`.
+`run`, `plan`, `score`, `compare` and `load_recipe` are the library's front door (docs/python.md); what they take and return is
+beside them. Everything is imported when it is first used: neither torch nor transformers comes with `import compress`.
 """
 
 from __future__ import annotations
@@ -14,30 +14,36 @@ from typing import TYPE_CHECKING, Any
 from compress.runtime.hook import install as _install
 
 if TYPE_CHECKING:
+    from compress.api import compare, ladder, plan, run, score
     from compress.codecs import register as register_codec
-    from compress.plan.make import make_plan as plan
     from compress.plan.plan import Plan
     from compress.recipe.load import load_recipe
     from compress.recipe.schema import Recipe
+    from compress.report.result import Compared, Result
     from compress.report.scorecard import Scorecard
-    from compress.run.loop import run
-    from compress.run.score import score
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Compared": ("compress.report.result", "Compared"),
     "Plan": ("compress.plan.plan", "Plan"),
     "Recipe": ("compress.recipe.schema", "Recipe"),
+    "Result": ("compress.report.result", "Result"),
     "Scorecard": ("compress.report.scorecard", "Scorecard"),
+    "compare": ("compress.api", "compare"),
+    "ladder": ("compress.api", "ladder"),
     "load_recipe": ("compress.recipe.load", "load_recipe"),
-    "plan": ("compress.plan.make", "make_plan"),
+    "plan": ("compress.api", "plan"),
     "register_codec": ("compress.codecs", "register"),
-    "run": ("compress.run.loop", "run"),
-    "score": ("compress.run.score", "score"),
+    "run": ("compress.api", "run"),
+    "score": ("compress.api", "score"),
 }
 """Public name -> where it is."""
 
-__all__ = ["Plan", "Recipe", "Scorecard", "load_recipe", "plan", "register_codec", "run", "score"]
+__all__ = [
+    "Compared", "Plan", "Recipe", "Result", "Scorecard", "compare", "ladder", "load_recipe", "plan", "register_codec", "run",
+    "score",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from compress.reading import shown
-from compress.report.scorecard import Artifact, Scorecard, share_of
+from compress.report.scorecard import Artifact, LayerError, Scorecard, share_of
 from compress.scoring.divergence import Scores
 from compress.scoring.intervals import Interval
 from compress.scoring.results import Speed, TaskScore, headline
@@ -36,7 +36,7 @@ class Row:
 
     share: bytes of all its files over those of the original. scores: on the suite's first text; texts: on
     all of them. mark: "" if its figures compare with those of the other unmarked rows. failed: it did not pass its gate.
-    on_front: no other variant that compares is smaller and closer to the original.
+    on_front: no other variant that compares is smaller and closer to the original. variant: what tells it from others of its run.
     """
 
     name: str
@@ -53,6 +53,12 @@ class Row:
     failed: bool = False
     mark: str = ""
     on_front: bool = False
+    variant: str | None = None
+
+    @property
+    def errors(self) -> tuple[LayerError, ...]:
+        """What solving lost in this one, per layer and role."""
+        return tuple(error for error in self.card.errors if error.variant in (None, self.variant))
 
     @property
     def kld(self) -> Interval | None:
@@ -230,6 +236,7 @@ def _variant(card: Scorecard, artifact: Artifact, name: str) -> Row:
         texts=artifact.texts,
         speed=artifact.speed,
         failed=not (card.gate.passed and artifact.delivered),
+        variant=artifact.variant,
     )
 
 
@@ -271,10 +278,10 @@ def _with_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def _named(runs: Sequence[Run]) -> list[list[str]]:
-    """A name for every artifact of every run: the run's, with what tells it from others of that name: container, folder, a
-    number."""
+    """A name for every artifact of every run: the run's, or where it made several of one container what tells them apart, with
+    what tells it from others of that name: container, folder, a number."""
     found = [(run, artifact) for run in runs for artifact in run.card.artifacts]
-    names = [shown(run.label or run.card.recipe) for run, _ in found]
+    names = [_name(run, artifact) for run, artifact in found]
     for details in ([artifact.container for _, artifact in found], [run.folder for run, _ in found]):
         of = {name: {d for n, d in zip(names, details, strict=True) if n == name} for name in names}
         names = [
@@ -288,6 +295,13 @@ def _named(runs: Sequence[Run]) -> list[list[str]]:
             names[number] = f"{name} #{seen[name]}"
     left = iter(names)
     return [[next(left) for _ in run.card.artifacts] for run in runs]
+
+
+def _name(run: Run, artifact: Artifact) -> str:
+    alike = [a for a in run.card.artifacts if a.container == artifact.container]
+    if artifact.variant is None or len(alike) == 1:
+        return shown(run.label or run.card.recipe)
+    return shown(f"{run.label} {artifact.variant}".strip())
 
 
 # ---------------------------------------------------------------- means over tasks

@@ -38,13 +38,18 @@ def to_json(comparison: Comparison, advice: Advice) -> str:
 
 def to_csv(comparison: Comparison) -> str:
     """One line a row; a column for every number of `row_dict` that any row has, path joined by underscores."""
-    flat = [dict(_flat(row_dict(row))) for row in comparison.rows]
-    names = sorted({name for row in flat for name in row}, key=_order(flat))
+    names, rows = flat_rows(comparison)
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows({k: int(v) if isinstance(v, bool) else v for k, v in row.items()} for row in rows)
     return out.getvalue()
+
+
+def flat_rows(comparison: Comparison) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names of the columns in their order, and what every row has of them."""
+    rows = [dict(_flat(row_dict(row))) for row in comparison.rows]
+    return sorted({name for row in rows for name in row}, key=_order(rows)), rows
 
 
 def row_dict(row: Row) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _flat(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
         if isinstance(item, Mapping):
             yield from _flat(item, f"{path}{key}_")
         elif item is not None:
-            yield f"{path}{key}", int(item) if isinstance(item, bool) else item
+            yield f"{path}{key}", item
 
 
 def _order(rows: list[dict[str, Any]]) -> Any:

@@ -12,9 +12,10 @@ from compress.report.advice import Advice
 from compress.report.columns import Column, columns
 from compress.report.compare import Comparison, Row, model_name
 from compress.report.compare_table import notes
+from compress.report.heat import error_map, error_scale, expert_map, role_name
 from compress.report.measured import cleaner, measured
 from compress.report.numbers import Cell, human_seconds
-from compress.report.plots import Measure, error_map, error_scale, expert_map, measures, role_name, size_plot
+from compress.report.plots import Measure, measures, size_plot
 from compress.report.scorecard import Scorecard
 from compress.report.table import fallback_line
 
@@ -114,11 +115,15 @@ def _runs(comparison: Comparison) -> list[tuple[Scorecard, list[Row]]]:
 
 
 def _error_maps(comparison: Comparison) -> Iterator[Figure]:
-    rows = [rows[0] for card, rows in _runs(comparison) if any(error.layer is not None for error in card.errors)]
+    each = [
+        {row.errors: row for row in reversed(rows)} for _, rows in _runs(comparison)
+    ]  # of containers of one run the first
     scale = error_scale(comparison.variants)
-    for row in rows:
-        outside = [f"{role_name(error.role)} {error.error:.1g}" for error in row.card.errors if error.layer is None]
-        codecs = list(dict.fromkeys(error.codec for error in row.card.errors if error.layer is not None))
+    for row in (
+        row for rows in each for row in reversed(rows.values()) if any(e.layer is not None for e in row.errors)
+    ):
+        outside = [f"{role_name(error.role)} {error.error:.1g}" for error in row.errors if error.layer is None]
+        codecs = list(dict.fromkeys(error.codec for error in row.errors if error.layer is not None))
         told = f"{', '.join(codecs)}{'; ' if outside else ''}{', '.join(outside)}"
         yield Figure(error_map(row, scale), told, row.name)
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 def plan_table(plan: Plan, estimate: Rehearsal | None = None, verdict: Verdict | None = None) -> RenderableType:
     """Header, one row per role, codec and solver, totals, what is stored otherwise, notes, the verdict; for any width."""
-    parts: list[RenderableType] = [*_header(plan), _role_table(plan), "", _totals(plan, estimate)]
+    parts: list[RenderableType] = [*_header(plan), role_table(plan), "", totals(plan, estimate)]
     if plan.savings:
-        parts += ["", *_saving_lines(plan)]
+        parts += ["", *saving_lines(plan)]
     if plan.exchanges:
         parts += ["", *_exchange_lines(plan)]
     if plan.warnings:
@@ -59,7 +59,8 @@ def _exchange_lines(plan: Plan) -> Iterator[RenderableType]:
         yield Prose(f"  avoided by {' '.join(cures)}", indent=4)
 
 
-def _role_table(plan: Plan) -> Grid:
+def role_table(plan: Plan) -> Grid:
+    """A line per role, codec and solver, then one of all."""
     rows: dict[tuple[str, str, str], tuple[int, int, int]] = {}
     for t, count in plan.counted:
         key = (t.spec.role, _codec(t), t.label or "–")
@@ -99,7 +100,7 @@ def _codec(planned: PlannedTensor) -> str:
     return planned.codec + (" had" if turned else "") + (" a8" if planned.activations else "")
 
 
-def _saving_lines(plan: Plan) -> Iterator[Prose]:
+def saving_lines(plan: Plan) -> Iterator[Prose]:
     """One a step and container: bytes of the weights it works on, before and after."""
     for saving in plan.savings:
         disk = f"{human_bytes(saving.before)} -> {human_bytes(saving.after)} on disk"
@@ -107,7 +108,8 @@ def _saving_lines(plan: Plan) -> Iterator[Prose]:
         yield Prose(f"{saving.step} saves in {saving.container}: {told}; {saving.engine}: {saving.note}")
 
 
-def _totals(plan: Plan, estimate: Rehearsal | None) -> Facts:
+def totals(plan: Plan, estimate: Rehearsal | None = None) -> Facts:
+    """What it will make and take."""
     told: list[tuple[str, str | Text]] = [
         (
             "original",

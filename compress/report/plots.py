@@ -1,25 +1,20 @@
-"""Plots of a comparison, drawn by matplotlib: SVG for a page that is light or dark, or a picture on its own.
-
-An SVG keeps its text as text, and its colours are the page's: each is drawn in a stand-in that becomes a CSS variable.
-"""
+"""Plots of a comparison: every variant by its size and something that was measured."""
 
 from __future__ import annotations
 
 import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CompressError, MissingExtra
+from compress.errors import CompressError
 from compress.report.advice import NO_SMALLER
 from compress.report.compare import Comparison, Row, accuracies, accuracy_change
+from compress.report.figures import DPI, FONT, PRINTED, STAND_INS, Theme, drawing, new_axes, svg
 from compress.report.labels import Box, place
 from compress.report.numbers import human_bytes
 from compress.scoring.intervals import Interval
@@ -28,37 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = (4.6, 3.3)  # inches; at 72 points each, as wide as a phone, so that text there is nearly as large as around it
-HEAT_WIDTH = 3.9
-DECADES = 1000  # from the least error that is told from none to the greatest
-GRID_CELLS = 1200  # lines between cells, up to so many
-FONT = 8.5
 LOG_FROM = 3.0  # from this ratio of largest to smallest on, sizes are shown on a logarithmic axis
-DPI = 220  # of pictures and heat maps
 TICK_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8)
 TICK_ROOM = 0.13  # share of the axis that a label takes
 
 
 @dataclass(frozen=True)
-class Theme:
-    """Colours: text and front; what stands back; the points; grid lines; what is behind."""
-
-    ink: str
-    muted: str
-    accent: str
-    grid: str
-    paper: str
-
-
-PRINTED = Theme("#1d2230", "#6b7280", "#2563c9", "#e3e6eb", "#ffffff")
-STAND_INS = Theme("#010203", "#020304", "#030405", "#040506", "#050607")  # of a page's --ink, --muted, ...
-HEAT = (0.145, 0.388, 0.788)  # one hue whose opacity says how much: it reads on white and on black
-
-
-@dataclass(frozen=True)
 class Measure:
-    """What stands on the upright axis: its name, its value for a row, where the original lies, whether more is better."""
+    """What stands on the upright axis: its name, in short and in full, its value for a row, where the original lies, whether
+    more is better."""
 
+    name: str
     heading: str
     value: Callable[[Row], Interval | None]
     original: float | None = None
@@ -77,9 +52,9 @@ def measures(comparison: Comparison) -> list[Measure]:
     tasks = accuracies(comparison)
     which = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else "one task"
     found = [
-        Measure("KL divergence, nats per token", lambda row: row.kld, logarithmic=True),
-        Measure(f"accuracy, change in points ({which})", lambda row: _points(row, tasks), 0.0, True),
-        Measure("tokens/s over the original's", lambda row: row.generation, 1.0, True),
+        Measure("kl", "KL divergence, nats per token", lambda row: row.kld, logarithmic=True),
+        Measure("accuracy", f"accuracy, change in points ({which})", lambda row: _points(row, tasks), 0.0, True),
+        Measure("speed", "tokens/s over the original's", lambda row: row.generation, 1.0, True),
     ]
     return [m for m in found if sum(m.of(row) is not None for row in smaller(comparison)) > 1]
 
@@ -102,10 +77,10 @@ def smaller(comparison: Comparison) -> list[Row]:
 
 def size_plot(comparison: Comparison, measure: Measure) -> str:
     """SVG for a page: every variant by its size and a measure, error bars, labels, the front."""
-    with _matplotlib("--html"):
+    with drawing("compare --html"):
         figure, told = _size_figure(comparison, measure, STAND_INS), f"{measure.heading} against size"
         figure.axes[0].set_ylabel("")  # the page says it above
-        return _svg(figure, told)
+        return svg(figure, told)
 
 
 def picture(comparison: Comparison, target: str) -> bytes:
@@ -114,11 +89,8 @@ def picture(comparison: Comparison, target: str) -> bytes:
     kind = Path(target).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise CompressError(f"cannot draw {target}; give --picture a name that ends in .png or .svg")
-    found = next((m for m in measures(comparison) if m.logarithmic), None)
-    if found is None:
-        raise CompressError("there is nothing to draw: fewer than two variants have a KL divergence from one original")
-    out = io.BytesIO()
-    with _matplotlib("--picture"):
+    found, out = _measure(comparison, "kl"), io.BytesIO()
+    with drawing("compare --picture"):
         figure = _size_figure(comparison, found, PRINTED)
         figure.savefig(
             out, format=kind, dpi=DPI, facecolor=PRINTED.paper, metadata={"Date": None} if kind == "svg" else None
@@ -126,10 +98,30 @@ def picture(comparison: Comparison, target: str) -> bytes:
     return out.getvalue()
 
 
+def size_figure(comparison: Comparison, of: str = "kl") -> Figure:
+    """The plot of size and a measure (kl, accuracy, speed), on white. Raises CompressError where fewer than two variants have
+    it."""
+    found = _measure(comparison, of)
+    with drawing("plot()"):
+        return _size_figure(comparison, found, PRINTED)
+
+
+_WANTED = {"kl": "a KL divergence from one original", "accuracy": "scores of tasks", "speed": "a speed"}
+
+
+def _measure(comparison: Comparison, name: str) -> Measure:
+    if name not in _WANTED:
+        raise CompressError(f"there is no plot of {name!r}; use {', '.join(_WANTED)}")
+    found = next((measure for measure in measures(comparison) if measure.name == name), None)
+    if found is None:
+        raise CompressError(f"there is nothing to draw: fewer than two variants have {_WANTED[name]}")
+    return found
+
+
 def _size_figure(comparison: Comparison, measure: Measure, theme: Theme) -> Figure:
     from matplotlib.ticker import FuncFormatter
 
-    figure, axes = _axes(theme)
+    figure, axes = new_axes(theme)
     points = [(row, value) for row in smaller(comparison) if (value := measure.of(row)) is not None]
     points.sort(key=lambda point: (point[0].bytes, point[0].name))
     front = _front(points, measure)
@@ -266,140 +258,3 @@ def _covered(axes: Axes, row: Row, value: Interval, scale: float) -> list[Box]:
     x, y = _pixels(axes, row.bytes, value.value)
     low, high = (_pixels(axes, row.bytes, value.value if end is None else end)[1] for end in (value.low, value.high))
     return [Box(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale), Box(x - scale, low, x + scale, high)]
-
-
-# ---------------------------------------------------------------- heat maps
-
-
-def error_scale(rows: Sequence[Row]) -> tuple[float, float]:
-    """Least and greatest error of any layer, for one colour scale over all variants."""
-    found = [error.error for row in rows for error in row.card.errors if error.error > 0 and error.layer is not None]
-    return (max(min(found), max(found) / DECADES), max(found)) if found else (1e-6, 1.0)
-
-
-def error_map(row: Row, scale: tuple[float, float]) -> str:
-    """SVG: roles down, layers across, opacity by the logarithm of the relative output error."""
-    errors = [error for error in row.card.errors if error.layer is not None]
-    roles = list(dict.fromkeys(error.role for error in errors))
-    layers = sorted({error.layer for error in errors if error.layer is not None})
-    values = {(error.role, error.layer): error.error for error in errors}
-    grid = [[values.get((role, layer)) for layer in layers] for role in roles]
-    worst = max(errors, key=lambda error: error.error)
-    told = f"{row.name}: largest {worst.error:.2g} in {role_name(worst.role)} of layer {worst.layer}"
-    return _heat(grid, scale, [role_name(role) for role in roles], [str(layer) for layer in layers], "layer", told)
-
-
-def role_name(role: str) -> str:
-    """routed_experts.gate -> "routed experts gate"."""
-    return re.sub(r"[_.]", " ", role)
-
-
-def expert_map(row: Row) -> str:
-    """SVG: layers down, experts across, opacity by the logarithm of the tokens; a cross where an expert is cold."""
-    layers = row.card.experts
-    most = max((count for layer in layers for count in layer.tokens), default=1)
-    grid = [[float(count) if count else None for count in layer.tokens] for layer in layers]
-    crosses = [(expert, number) for number, layer in enumerate(layers) for expert in layer.cold]
-    width = max(len(layer.tokens) for layer in layers)
-    told = f"{row.name}: tokens per expert, {len(crosses)} of {sum(map(len, grid))} experts cold"
-    names = [f"layer {layer.layer}" for layer in layers]
-    return _heat(grid, (1.0, float(max(most, 2))), names, [str(e) for e in range(width)], "expert", told, crosses)
-
-
-def _heat(
-    grid: Sequence[Sequence[float | None]],
-    scale: tuple[float, float],
-    down: Sequence[str],
-    across: Sequence[str],
-    axis: str,
-    told: str,
-    crosses: Sequence[tuple[int, int]] = (),
-) -> str:
-    """grid: [down, across]; None: nothing there. crosses: (across, down)."""
-    import numpy as np
-
-    low, high = scale
-    cells = np.zeros((len(down), len(across), 4))
-    cells[..., :3] = HEAT
-    for y, line in enumerate(grid):
-        for x, value in enumerate(line):
-            if value is not None:
-                part = np.log(max(value, low) / low) / max(np.log(high / low), 1e-9)
-                cells[y, x, 3] = 0.08 + 0.92 * min(float(part), 1.0)
-    with _matplotlib("--html"):
-        theme = STAND_INS
-        height = 0.5 + 0.2 * min(len(down), 16) + 0.02 * max(len(down) - 16, 0)
-        figure, axes = _axes(theme, (HEAT_WIDTH, height))
-        axes.imshow(cells, aspect="auto", interpolation="nearest")
-        axes.plot(
-            [x for x, _ in crosses], [y for _, y in crosses], "x", color=theme.ink, markersize=3.4, markeredgewidth=0.9
-        )
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        if len(down) * len(across) <= GRID_CELLS:
-            axes.set_xticks([x - 0.5 for x in range(1, len(across))], minor=True)
-            axes.set_yticks([y - 0.5 for y in range(1, len(down))], minor=True)
-            axes.grid(which="minor", color=theme.paper, linewidth=1)
-            axes.set_axisbelow(False)
-        axes.tick_params(which="both", length=0)
-        for set_ticks, names, most in ((axes.set_xticks, across, 16), (axes.set_yticks, down, 24)):
-            step = -(-len(names) // most)
-            set_ticks(range(0, len(names), step), names[::step])
-        axes.set_xlabel(axis, color=theme.muted)
-        return _svg(figure, told)
-
-
-# ---------------------------------------------------------------- figures
-
-
-@contextmanager
-def _matplotlib(purpose: str) -> Iterator[None]:
-    """matplotlib with our settings and none of its warnings, as of letters that its own font lacks."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "report", f"compare {purpose}") from error
-    settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "compress", "font.size": FONT, "axes.labelsize": FONT, "text.parse_math": False,
-        "xtick.labelsize": FONT, "ytick.labelsize": FONT, "font.family": ["DejaVu Sans"],
-    }  # fmt: skip
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _axes(theme: Theme, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.grid)
-    axes.tick_params(which="both", colors=theme.muted, length=3, width=0.6)
-    axes.grid(which="major", color=theme.grid, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-_serial = re.compile(r'(\bid="|url\(#|href="#)')
-
-
-def _svg(figure: Figure, told: str) -> str:
-    """The figure as an element of a page: no size of its own, the page's font and colours, names of its own."""
-    from hashlib import sha256
-    from html import escape
-
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, dpi=DPI, metadata={"Date": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    box = re.search(r'viewBox="[^"]*"', text)
-    assert box is not None
-    body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index(">") + 1 :], flags=re.DOTALL)
-    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
-    for role, stand_in in vars(STAND_INS).items():
-        body = body.replace(stand_in, f"var(--{role})")
-    prefix = sha256(f"{told}{body}".encode()).hexdigest()[:8]
-    body = _serial.sub(rf"\g<1>{prefix}-", body)
-    return f'<svg {box[0]} role="img" aria-label="{escape(told)}">{body}'

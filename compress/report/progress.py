@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -50,6 +51,15 @@ class _Left(TimeRemainingColumn):
 
     def render(self, task: Task) -> Text:
         return Text("") if task.time_remaining is None else Text("left ") + super().render(task)
+
+
+class Bars(Protocol):
+    """As much of rich's Progress as a stage needs."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def add_task(self, description: str, *, total: float | None) -> TaskID: ...
+    def update(self, task_id: TaskID, *, total: float, completed: float, description: str) -> None: ...
 
 
 class Reporter:
@@ -96,7 +106,7 @@ class Reporter:
     def stage(self, name: str, *, told: bool = True) -> Iterator[StageProgress]:
         """Time a stage. Its bar pulses until the stage first says what fraction is done. told: a line says when it is done."""
         started = self.clock()
-        bars = self._bars() if self.bars else None
+        bars = self._bars() if self.level else None
         progress = StageProgress(name, bars, self._line if bars is None or self.level > 1 else None, self.clock)
         over = threading.Event()
         heart = threading.Thread(target=self._beat, args=(over, progress, name, started, bars is None), daemon=True)
@@ -113,8 +123,10 @@ class Reporter:
             self.stages.append(self._stage(name, started))
             self._keep(())
         if told:
-            last = self.stages[-1]
-            self.say(f"{name:<24} {last.seconds:7.1f} s  peak {(last.peak_bytes or 0) / 2**30:.2f} GiB")
+            self._done(self.stages[-1])
+
+    def _done(self, stage: Stage) -> None:
+        self.say(f"{stage.name:<24} {stage.seconds:7.1f} s  peak {(stage.peak_bytes or 0) / 2**30:.2f} GiB")
 
     def _beat(self, over: threading.Event, progress: StageProgress, name: str, started: float, lines: bool) -> None:
         """While a stage says nothing: how long it has taken, and that for later processes."""
@@ -137,7 +149,10 @@ class Reporter:
         with suppress(OSError, OutputError):
             write_synced(self._times[0], json.dumps(told).encode())
 
-    def _bars(self) -> Progress:
+    def _bars(self) -> Bars | None:
+        """What shows a stage while it runs, or None where lines do."""
+        if not self.console.is_terminal:
+            return None
         # rich forgets speeds after 30 s by default, and one block of a large model takes longer than that
         return Progress(
             SpinnerColumn("line"),
@@ -178,7 +193,7 @@ class StageProgress:
     def __init__(
         self,
         name: str,
-        bars: Progress | None,
+        bars: Bars | None,
         line: Callable[[str, bool], bool] | None,
         clock: Callable[[], float] = time.monotonic,
     ):

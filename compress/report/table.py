@@ -44,9 +44,9 @@ def scorecard_table(scorecard: Scorecard) -> RenderableType:
     """Everything a person wants to know after a run, for any width."""
     parts: list[RenderableType] = [
         Prose(Text.assemble((scorecard.model, "bold"), "  ·  recipe ", (scorecard.recipe, "bold"))),
-        _Figures(scorecard),
+        Figures(scorecard),
     ]
-    if facts := _evaluation_facts(scorecard):
+    if facts := evaluation_facts(scorecard):
         parts.append(Prose(facts, "dim", indent=0))
     if scorecard.experts:
         parts += ["", _expert_table(scorecard)]
@@ -57,7 +57,7 @@ def scorecard_table(scorecard: Scorecard) -> RenderableType:
     return Group(*parts)
 
 
-class _Figures:
+class Figures:
     """What was measured, a column for the original and each artifact; those that do not fit beside each other go on below."""
 
     def __init__(self, scorecard: Scorecard):
@@ -205,7 +205,8 @@ def _kept(scores: Scores) -> str:
     return f", from the original's {scores.kept_tokens:,} likeliest tokens at every place and a sample of the rest"
 
 
-def _evaluation_facts(scorecard: Scorecard) -> str:
+def evaluation_facts(scorecard: Scorecard) -> str:
+    """What was scored and how, in two lines; "" where nothing was."""
     scores = next((artifact.scores for artifact in scorecard.artifacts if artifact.scores), scorecard.base.scores)
     if scores is None:
         return ""

@@ -43,18 +43,6 @@ class Settings:
     remember: bool = True
 
 
-def score(
-    target: str, against: str | None = None, *, suite: str = "quick", device: str | None = None, speed: bool = False
-) -> Scorecard:
-    """Perplexity, KL divergence and task accuracy of a GGUF file or folder, against its original where that is named.
-
-    target: a GGUF file (or the first of a split set), a folder of any container, a hub id or a bundled model.
-    against: a dense folder, GGUF file, hub id or bundled model; without it, perplexity and task accuracy only. speed: time its
-    engine, too. Errors as of `score_targets`; device as of `compress.run`.
-    """
-    return score_targets([target], against, Settings(suite, device, speed=speed), Reporter(0))[0]
-
-
 def score_targets(
     targets: Sequence[str], against: str | None, settings: Settings, reporter: Reporter
 ) -> list[Scorecard]:

@@ -83,7 +83,7 @@ ORDER = (
     "containers", "runtime", "plugins",
     "structured", "recipe", "catalog", "plan",
     "scoring", "report", "advise", "engines",
-    "recover", "export", "publish", "run", "cli",
+    "recover", "export", "publish", "run", "api", "cli",
 )  # fmt: skip
 """All folders and top-level modules from the bottom to the top: a room imports from those before it only, in functions,
 too. Imports for type checkers do not count. The package itself is below all: Python runs it before anything in it."""
