@@ -80,6 +80,11 @@ class Rung:
         return ({"variant": self.name, **record} for record in tensor_records(self.plan, self.units))
 
 
+def leading(plans: Sequence[Plan]) -> Plan:
+    """The plan that says what text is read: the first that reads some, since a type that only rounds needs none."""
+    return next((plan for plan in plans if plan.needs_calibration), plans[0])
+
+
 # ---------------------------------------------------------------- units
 
 
@@ -92,7 +97,7 @@ def compress_ladder(
     ids: np.ndarray | None = None,
 ) -> None:
     """Every unit that the journal does not hold yet, for all types. ids: calibration windows [samples, length]."""
-    lead = next((rung.plan for rung in rungs if rung.plan.solves), rungs[0].plan)
+    lead = leading([rung.plan for rung in rungs])
     if ids is not None:
         journal.agree(TEXT, ids.tobytes())
     if not lead.solves:
@@ -180,7 +185,6 @@ def _block(run: Run, rungs: Sequence[Rung], block: BlockAt, progress: Callable[[
 def _head(run: Run, rungs: Sequence[Rung]) -> None:
     """The last norm, and the head where it is not the embeddings."""
     streams = run.streams(run.plan.spec.layers)
-
     found: list[Statistics] = []
 
     def seen(norm: Packed) -> Statistics:  # the original's, whatever the norm ships as
@@ -221,7 +225,7 @@ def _squares(layer: int, key: str) -> str:
 
 def write_imatrix(rungs: Sequence[Rung], output: Path) -> dict[str, str]:
     """Write the importance matrix in both formats, where any file is for llama.cpp and text was read. Returns sha256 by name."""
-    lead, journal = rungs[0].plan, rungs[0].journal
+    lead, journal = leading([rung.plan for rung in rungs]), rungs[0].journal
     matrix = importance_matrix(lead, journal)
     if not matrix.tensors or not any("ggml" in c.kinds for rung in rungs for c in rung.plan.recipe.containers):
         return {}
@@ -271,7 +275,8 @@ def ladder_scorecard(
     beside: Mapping[str, str],
 ) -> Scorecard:
     """One scorecard for all types. beside: files made beside the artifacts."""
-    lead = rungs[0]
+    first = leading([rung.plan for rung in rungs])
+    lead = next(rung for rung in rungs if rung.plan is first)
     card = make_scorecard(lead.plan, lead, results, reporter, device)
     own = {rung.name: make_scorecard(rung.plan, rung, Delivery(), reporter, device) for rung in rungs}
     errors = [_of(name, error) for name, found in own.items() for error in found.errors]

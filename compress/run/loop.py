@@ -29,7 +29,7 @@ from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
 from compress.run.claim import WORK, Undertaking, claim, finished, open_journal, run_digest
 from compress.run.inspect import INSPECTED, inspect
-from compress.run.ladder import Rung, compress_ladder, ladder_scorecard, write_imatrix
+from compress.run.ladder import Rung, compress_ladder, ladder_scorecard, leading, write_imatrix
 from compress.run.records import jsonl, tensor_records
 from compress.run.recover import RECOVERED, tunes_end_to_end
 from compress.run.summary import make_scorecard
@@ -127,8 +127,8 @@ class _Plans:
 
     @property
     def lead(self) -> Plan:
-        """The first: what is read, and what is scored, is the same for all."""
-        return next(iter(self.by_variant.values()))
+        """The one that says what is read; the original, and how all are scored, is the same."""
+        return leading(list(self.by_variant.values()))
 
     def saying(self, chosen: tuple[str, ...]) -> _Plans:
         """The same with more lines that say what was chosen."""
