@@ -23,6 +23,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 CELL_METADATA = ("tags",)
+QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 PATHS = re.compile(r"(?<![\w.<:/\\-])/(?:home|root|tmp|usr|opt|var|mnt|work|private|Users)/[^\s'\"<>]*")
 
 
@@ -52,12 +53,14 @@ def execute(notebook: dict[str, Any]) -> tuple[dict[str, Any], Path]:
 
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
         place = Path(folder).resolve()
-        node = nbformat.from_dict({**notebook, "cells": [{**cell} for cell in notebook["cells"]]})
+        node = nbformat.reads(json.dumps(notebook), as_version=4)
+        resources = {"metadata": {"path": str(place)}}
         client = NotebookClient(
-            node, timeout=None, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(place)}}
+            node, timeout=None, kernel_name="python3", store_widget_state=False, resources=resources
         )
+        client.extra_arguments = ["--log-level=ERROR"]
         try:
-            client.execute(env={**os.environ, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+            client.execute(env={**os.environ, **QUIET})
         except CellExecutionError as error:
             raise Unclean(str(error)) from error
         return json.loads(json.dumps(node)), place
@@ -87,7 +90,8 @@ def _output(output: dict[str, Any], place: Path) -> dict[str, Any]:
         kept["text"] = _lines(_text(kept["text"], place))
     if "data" in kept:
         kept["data"] = {
-            kind: value if kind.startswith("image/") else _lines(_text(value, place)) for kind, value in kept["data"].items()
+            kind: value if kind.startswith("image/") else _lines(_text(value, place))
+            for kind, value in kept["data"].items()
         }
     return kept
 
