@@ -74,6 +74,14 @@ def test_html_has_the_figures_of_the_text_and_nothing_from_elsewhere(result: Res
     assert [row[head.index("size")] for row in variants] == ["5.25 MiB", "2.86 MiB"]
 
 
+def test_text_is_text_in_a_notebook_too(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich would show it on the page by itself."""
+    before = str(result)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("shown"))
+    assert str(result) == before
+
+
 def test_a_comparison_says_what_to_take(compared: Compared) -> None:
     """Both keep their perplexity, so the smaller one; with a limit the closest that fits."""
     assert compared.best == "q2 <&>" and compared.advice[0].startswith("Take q2 <&>")
