@@ -23,7 +23,12 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 CELL_METADATA = ("tags",)
-QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are off, so their widgets need not be there
+}
 PATHS = re.compile(r"(?<![\w.<:/\\-])/(?:home|root|tmp|usr|opt|var|mnt|work|private|Users)/[^\s'\"<>]*")
 
 
