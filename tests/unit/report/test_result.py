@@ -137,6 +137,18 @@ def test_figures_are_pictures_that_a_notebook_shows(result: Result, compared: Co
     assert "KL divergence" in compared.plot().axes[0].get_ylabel()
 
 
+def test_divergences_of_one_decade_are_numbers() -> None:
+    """matplotlib labels ticks between powers of ten in TeX, which is not set here."""
+    pytest.importorskip("matplotlib")
+    figure = Compared.of([Run(full_card("a", 5_500_000, 0.0038)), Run(full_card("b", 3_000_000, 0.034))]).plot()
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    told = [
+        label.get_text() for label in (*axis.get_majorticklabels(), *axis.get_minorticklabels()) if label.get_text()
+    ]
+    assert {"0.01", "0.005", "0.02"} <= {*told} and all(float(text) for text in told)
+
+
 def test_what_there_is_not_is_said(result: Result, compared: Compared) -> None:
     bare = Result(card("a", 9, None, experts=()))
     for ask, why in (
