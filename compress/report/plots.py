@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG_FROM = 3.0  # from this ratio of largest to smallest on, sizes are shown on a logarithmic axis
+FEW_DECADES = 100  # a logarithmic axis of values whose ratio is less has ticks at 2 and 5, too
 TICK_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8)
 TICK_ROOM = 0.13  # share of the axis that a label takes
 
@@ -130,6 +131,10 @@ def _size_figure(comparison: Comparison, measure: Measure, theme: Theme) -> Figu
         floor = min((value.value for _, value in points if value.value > 0), default=1e-6) / 10
         points = [(row, _above(value, floor)) for row, value in points]
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ends = [end for _, value in points for end in (value.value, value.low, value.high) if end is not None]
+        few = max(ends) < FEW_DECADES * min(ends)  # one or two powers of ten are too few to read a value by
+        between = FuncFormatter(lambda value, _: f"{value:g}" if few and f"{value:e}"[0] in "25" else "")
+        axes.yaxis.set_minor_formatter(between)
     originals = [row.bytes for row in comparison.originals if not row.mark]
     sizes = [*(row.bytes for row, _ in points), *originals]
     _size_axis(axes, min(sizes), max(sizes))
@@ -141,8 +146,8 @@ def _size_figure(comparison: Comparison, measure: Measure, theme: Theme) -> Figu
             [row.bytes], [value.value], "o", markersize=5, zorder=4, markeredgewidth=1.2,
             color=theme.accent if best else theme.paper, markeredgecolor=theme.accent if best else theme.muted,
         )  # fmt: skip
-    ends = [(row.bytes, value.value) for row, value in points if row.name in front]
-    axes.step([x for x, _ in ends], [y for _, y in ends], where="post", color=theme.accent, linewidth=0.8, alpha=0.45)
+    steps = [(row.bytes, value.value) for row, value in points if row.name in front]
+    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=theme.accent, linewidth=0.8, alpha=0.45)
     dashed: Any = {"color": theme.muted, "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
     for size in originals:
         axes.axvline(size, **dashed)

@@ -42,7 +42,8 @@ class Shown:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(width=TEXT_WIDTH, file=io.StringIO(), record=True)
+        # in a notebook rich would put the table on the page as well
+        console = Console(width=TEXT_WIDTH, file=io.StringIO(), record=True, force_jupyter=False)
         console.print(self)
         return console.export_text().rstrip("\n")
 

@@ -62,7 +62,10 @@ class Figures:
 
     def __init__(self, scorecard: Scorecard):
         known = scorecard.base.bytes is not None  # a model scored on its own has no original beside it
-        self.heads = [*(["original"] if known else []), *(artifact.container for artifact in scorecard.artifacts)]
+        self.heads = [
+            *(["original"] if known else []),
+            *(artifact.variant or artifact.container for artifact in scorecard.artifacts),
+        ]
         self.lines = _figures(scorecard, known)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

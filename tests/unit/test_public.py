@@ -9,7 +9,10 @@ from pathlib import Path
 import compress
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLIC = {"Plan", "Recipe", "Scorecard", "load_recipe", "plan", "register_codec", "run", "score"}
+PUBLIC = {
+    "Compared", "Plan", "Recipe", "Result", "Scorecard", "compare", "ladder", "load_recipe", "plan", "register_codec", "run",
+    "score",
+}  # fmt: skip
 
 
 def python(code: str) -> str:
@@ -23,13 +26,17 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_they_are_what_their_modules_define() -> None:
-    from compress.plan import make_plan
+    from compress import api
     from compress.recipe import Recipe, load_recipe
-    from compress.run import run
 
-    assert compress.run is run and compress.plan is make_plan
+    assert (compress.run, compress.plan, compress.score, compress.compare) == (
+        api.run,
+        api.plan,
+        api.score,
+        api.compare,
+    )
     assert compress.load_recipe is load_recipe and compress.Recipe is Recipe
-    assert callable(compress.score) and callable(compress.register_codec) and compress.Scorecard.__name__ == "Scorecard"
+    assert callable(compress.register_codec) and compress.Scorecard.__name__ == "Scorecard"
 
 
 def test_sub_packages_of_the_same_name_do_not_hide_them() -> None:

@@ -157,3 +157,19 @@ def test_infinite_perplexity_breaks_nothing() -> None:
         scores(1.0, 9.0), perplexity=replace(scores(1, 1).perplexity, value=math.inf, high=math.inf))),))  # fmt: skip
     comparison = compare([Run(ruined)])
     assert "∞" in text(CompareTable(comparison, advise(comparison)))
+
+
+def test_artifacts_of_one_container_are_called_by_their_variant() -> None:
+    """Under a label behind it; one that is alone keeps the run's name."""
+    plain = card("ladder", 9, 0.1)
+    artifact = plain.artifacts[0]
+    several = [artifact.model_copy(update={"variant": v, "path": f"{v}.gguf"}) for v in ("Q8_0", "Q4_K_M")]
+    other = artifact.model_copy(update={"container": "gptq", "variant": "W4A16"})
+    ladder = plain.model_copy(update={"artifacts": (*several, other)})
+    assert set(names([ladder])) == {"original", "Q8_0", "Q4_K_M", "ladder"}
+    labelled = compare([Run(ladder, "mine")]).variants
+    assert {row.name for row in labelled} == {"mine Q8_0", "mine Q4_K_M", "mine"}
+    one = plain.model_copy(update={"artifacts": (several[0],)})
+    assert set(names([one])) == {"original", "ladder"}
+    twice = compare([Run(ladder, folder="a"), Run(ladder, folder="b")]).variants
+    assert {row.name for row in twice if "Q8" in row.name} == {"Q8_0 (a)", "Q8_0 (b)"}
