@@ -184,7 +184,9 @@ def test_advice(compress: Compress) -> None:
     code, out, err = compress("advise", "models/tiny-qwen3-moe", "--memory", "8GB", "--vram", "0", "--use", "code")
     assert (code, err) == (0, "")
     assert "compress run Q8_0 --model models/tiny-qwen3-moe" in out and "llama-server -m " in out and "-c 2048" in out
-    assert "no GPU with memory" in out and "Calibrate on code" in out
+    assert (
+        "no GPU with memory" in " ".join(out.split()) and "Calibrate on code" in out
+    )  # a processor's name may be long
     told = json.loads(compress("advise", "models/tiny-qwen3-moe", "--memory", "8GB", "--vram", "4GB", "--json")[1])
     assert told["proposals"][0]["flags"][0]["flag"] == "-ngl 5"  # four layers and the head
     assert told["machine"]["memory"]["total"] == 8 * 10**9
