@@ -24,7 +24,6 @@ pytest.importorskip("pandas")
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NUMBERS = {"samples": 4, "length": 64, "windows": 6}
 FEWER = {"03-what-calibration-data-changes": {"few": 2}}
-LEFT = {"02-compare-variants"}
 GGUF = "02-compare-variants"  # its model is a file of quantized weights
 
 
@@ -67,13 +66,7 @@ def test_a_notebook_in_small(file: Path, models: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").rglob("scorecard.json"))
 
 
-def stored() -> list[Any]:
-    """Those of which `make notebooks` has yet to store what they show are expected to fail, and only they."""
-    left = pytest.mark.xfail(strict=True, reason="make notebooks has not executed it yet")
-    return [pytest.param(file, marks=[left] if file.stem in LEFT else [], id=file.stem) for file in FILES]
-
-
-@pytest.mark.parametrize("file", stored())
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_what_is_stored_is_executed_and_clean(file: Path) -> None:
     """Outputs of one execution from the top, plots among them; no errors, no warnings, no path of a machine."""
     whole = json.loads(file.read_text(encoding="utf-8"))
