@@ -11,7 +11,9 @@ import typer
 from compress.cli.app import load_plugins, show
 from compress.cli.options import (
     DeviceOption,
+    FreshOption,
     JsonOption,
+    KeepWorkOption,
     OutputOption,
     PluginOption,
     QuietOption,
@@ -34,8 +36,8 @@ def ladder(
     set: SetOption = None,
     plugin: PluginOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and fallbacks; make nothing.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever the output folder holds.")] = False,
-    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
+    fresh: FreshOption = False,
+    keep_work: KeepWorkOption = False,
     device: DeviceOption = None,
     strict: StrictOption = False,
     as_json: JsonOption = False,

@@ -67,6 +67,8 @@ StrictOption = Annotated[
     bool,
     typer.Option("--strict", help="Stop at what speaks against the original instead of noting it."),
 ]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over, whatever the output folder holds.")]
+KeepWorkOption = Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the path of what was made.")

@@ -13,7 +13,9 @@ import typer
 from compress.cli.app import load_plugins, show
 from compress.cli.options import (
     DeviceOption,
+    FreshOption,
     JsonOption,
+    KeepWorkOption,
     ModelOption,
     OutputOption,
     PluginOption,
@@ -35,8 +37,8 @@ def run(
     output: OutputOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever the output folder holds.")] = False,
-    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep the work folder after success.")] = False,
+    fresh: FreshOption = False,
+    keep_work: KeepWorkOption = False,
     device: DeviceOption = None,
     strict: StrictOption = False,
     as_json: JsonOption = False,

@@ -51,7 +51,7 @@ def arranged(card: Scorecard, there: Collection[str]) -> dict[str, str]:
     risen = {name: name.removeprefix(inside) for name in names}
     if CARD_FILE in there:
         risen.pop(inside + CARD_FILE, None)
-    return plain if _clash(risen, {**card.files, **card.beside}) else risen
+    return plain if _clash(risen, card.everything) else risen
 
 
 def _clash(places: Mapping[str, str], sha256: Mapping[str, str]) -> bool:

@@ -50,7 +50,7 @@ def packaged(run: str | Path, repo: str = "") -> Package:
     """
     folder = Path(run).parent if Path(run).name == FILE_NAME else Path(run)
     card = _finished(folder)
-    known = {**card.files, **card.beside}
+    known = card.everything
     for name, status in statuses(known, folder).items():
         if status != OK:
             raise CheckpointError(

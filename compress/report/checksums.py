@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.errors import CheckpointError, CompressError, NoSuchRun
 from compress.files import sha256_each
-from compress.report.scorecard import FILE_NAME, Artifact, read
+from compress.report.scorecard import FILE_NAME, Artifact, Scorecard, read
 
 OK, CHANGED, MISSING, UNEXPECTED = "ok", "changed", "missing", "unexpected"
 TOP = "."
@@ -55,9 +55,10 @@ def verify(target: str | Path) -> dict[str, str]:
         raise NoSuchRun(f"there is no {target}; give a finished run's folder or an artifact in it")
     if (target / FILE_NAME).is_file():
         card = read(target)
-        file, wanted, root = target / FILE_NAME, {**card.files, **card.beside} if card.files else {}, target
+        file, wanted, told, root = target / FILE_NAME, card.everything if card.files else {}, card.told, target
     elif (named := _named(target)) is not None:
-        file, wanted, root = named[0], named[1].files, named[0].parent / named[1].path
+        file, card, artifact = named
+        wanted, told, root = artifact.files, card.told, file.parent / artifact.path
     else:
         raise CompressError(
             f"no {FILE_NAME} in or above {target} tells of it; give a finished run's folder or an artifact in it"
@@ -68,7 +69,7 @@ def verify(target: str | Path) -> dict[str, str]:
         )
     base = file.parent
     found = {_name(path, base) for path in _entries(root) if not _internal(path.relative_to(base))}
-    surplus = found - set(wanted) - set(read(base).told)
+    surplus = found - set(wanted) - set(told)
     return dict(sorted({**statuses(wanted, base), **dict.fromkeys(surplus, UNEXPECTED)}.items()))
 
 
@@ -84,7 +85,7 @@ def require_unchanged(target: str | Path) -> str | None:
         return f"{target} was not held against the scorecard beside it: {error}"
     if named is None:
         return None
-    file, artifact = named
+    file, _, artifact = named
     if not artifact.files:
         return f"{target} was not held against {file}, which has no checksums"
     for name, status in statuses(artifact.files, file.parent).items():
@@ -106,16 +107,17 @@ def files_at_the_top(folder: Path) -> tuple[str, ...]:
     return next((tuple(artifact.files) for artifact in artifacts if artifact.path == TOP), ())
 
 
-def _named(target: Path) -> tuple[Path, Artifact] | None:
-    """The nearest scorecard above a file or folder, and which of its artifacts that is, or is part of."""
+def _named(target: Path) -> tuple[Path, Scorecard, Artifact] | None:
+    """The nearest scorecard above a file or folder, its file before it, and which of its artifacts that is, or is part of."""
     for path in (Path(os.path.abspath(target)), target.resolve()):
         folders = (path, *path.parents)  # an artifact that was published alone lies beside its scorecard
         if (folder := next((folder for folder in folders if (folder / FILE_NAME).is_file()), None)) is None:
             continue
-        for artifact in read(folder).artifacts:
+        card = read(folder)
+        for artifact in card.artifacts:
             places = [folder / artifact.path, *(folder / name for name in artifact.files)]
             if any(path == place or path in place.parents for place in places):
-                return folder / FILE_NAME, artifact
+                return folder / FILE_NAME, card, artifact
     return None
 
 

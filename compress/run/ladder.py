@@ -23,7 +23,7 @@ from compress.plan.plan import Plan
 from compress.report.checksums import checksums
 from compress.report.progress import Reporter, StageProgress
 from compress.report.scorecard import LayerError, Scorecard
-from compress.run.claim import TEXT, Undertaking, run_digest
+from compress.run.claim import TEXT, Undertaking
 from compress.run.records import tensor_line, tensor_records
 from compress.run.source import working_model
 from compress.run.sublayer import compress_variants
@@ -287,7 +287,6 @@ def ladder_scorecard(
             "errors": tuple(errors),
             "notes": tuple(dict.fromkeys(note for found in (card, *own.values()) for note in found.notes)),
             "recipe_digest": undertaking.recipe_digest,
-            "run_digest": run_digest(undertaking.digest, lead.inputs.get(TEXT), lead.plan.recipe),
             "beside": dict(beside),
         }
     )

@@ -157,7 +157,9 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
                 reporter.say(f"note: {line}")
         result = Delivery(strict=manner.strict)
         with reporter.stage("tokenizer"):
-            for plan in plans.by_variant.values():
+            # how a model's text is read depends on who reads it: once for the types of one container
+            readers = {plan.recipe.containers: plan for plan in plans.by_variant.values()}
+            for plan in readers.values():
                 result.fallbacks += [line for line in require_texts(plan, reporter) if line not in result.fallbacks]
         ids = None
         if lead.needs_calibration:  # before the weights: what is wrong with it is known in seconds

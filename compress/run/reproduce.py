@@ -78,7 +78,7 @@ def reproduce(target: str, here: Here, reporter: Reporter) -> Compared:
         for line in changes:
             reporter.say(f"note: differs from the first time: {line}")
         card, folder = _again(made, here, device, reporter)
-    return Compared(folder, compared(made.everything, {**card.files, **card.beside}), changes)
+    return Compared(folder, compared(made.everything, card.everything), changes)
 
 
 def located(target: str) -> Path:
