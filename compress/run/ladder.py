@@ -38,7 +38,7 @@ from compress.streaming.walk import BlockAt, advance, embed, walk
 from compress.weights import Packed
 
 IMATRIX = "imatrix"  # of what a unit holds: sums of squared inputs
-VARIANTS = "variants"  # of a unit's report: what each type's would be
+OF = "@"  # between a unit and the type whose tensors it holds
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,15 @@ class Rung:
         """One packed tensor."""
         return self.journal.fetch(self.key(tensor))
 
+    def unit(self, unit: str) -> str:
+        """What the journal calls a unit of this type."""
+        return f"{unit}{OF}{self.name}"
+
     @property
     def units(self) -> dict[str, Any]:
-        """Reports of the units."""
-        return {
-            unit: {**told, **told.get(VARIANTS, {}).get(self.name, {})} for unit, told in self.journal.units.items()
-        }
+        """Reports of the units: what is said for all types, and for this one."""
+        told = self.journal.units
+        return {unit: {**told[unit], **told.get(self.unit(unit), {})} for unit in told if OF not in unit}
 
     @property
     def digest(self) -> str:
@@ -134,11 +137,14 @@ def _told(progress: StageProgress, what: str, done: float) -> None:
 def _finish(
     run: Run, rungs: Sequence[Rung], unit: str, found: Sequence[tuple[Mapping[str, Packed], Any]], **common: Any
 ) -> None:
-    """Name a unit. found: of each type its packed tensors and its report; common: what is said for all."""
-    packed = {rung.key(name): p for rung, (own, _) in zip(rungs, found, strict=True) for name, p in own.items()}
-    packed |= common.pop(IMATRIX, {})
-    told = {rung.name: report for rung, (_, report) in zip(rungs, found, strict=True)}
-    run.journal.finish(unit, packed, {VARIANTS: told, **common})
+    """Name a unit of all types at once, each in a file of its own. found: of each type its packed tensors and its report; common:
+    what is said for all."""
+    run.journal.write(unit, common.pop(IMATRIX, {}))
+    reports: dict[str, Any] = {unit: common}
+    for rung, (own, report) in zip(rungs, found, strict=True):
+        run.journal.write(rung.unit(unit), {rung.key(name): packed for name, packed in own.items()})
+        reports[rung.unit(unit)] = report
+    run.journal.name(reports)
 
 
 def _embeddings(run: Run, rungs: Sequence[Rung], ids: np.ndarray | None) -> None:

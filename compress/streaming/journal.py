@@ -103,16 +103,11 @@ class Journal:
         from safetensors.torch import save
 
         parts: dict[str, torch.Tensor] = {}
-        places: set[int] = set()
         meta: dict[str, str] = {}
         for name, packed in tensors.items():
             meta[name] = json.dumps({"codec": packed.codec, "shape": list(packed.shape), "parts": list(packed.parts)})
             for part, tensor in packed.parts.items():
-                plain = tensor.contiguous()
-                if plain.data_ptr() in places:  # types of a ladder share what none of them changes; a file does not
-                    plain = plain.clone()
-                places.add(plain.data_ptr())
-                parts[f"{name}{SEPARATOR}{part}"] = plain
+                parts[f"{name}{SEPARATOR}{part}"] = tensor.contiguous()
         data, path = save(parts, metadata=meta or None), self._file(unit)
         write_synced(path, data)
         self.files[path.name] = checksum(data)
