@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_lines_where_there_is_no_terminal_and_none_when_quiet(
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_wrong_is_said(place: Path, q8: compress.Result) -> None:
+def test_what_is_wrong_is_said(place: Path, q8: compress.Result, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="recipe: steps.*unknown"):
         compress.plan({**recipe(place), "steps": [{"quantize": {"scheme": "Q8_0", "solvr": "rtn"}}]})
     with pytest.raises(RecipeError, match="sample"):
@@ -135,8 +136,11 @@ def test_what_is_wrong_is_said(place: Path, q8: compress.Result) -> None:
         compress.compare()
     with pytest.raises(CompressError, match="a size like 4GB"):
         compress.compare(q8, memory="much")
+    assert q8.folder is not None
+    for name in ("one", "other"):
+        shutil.copytree(q8.folder, tmp_path / name)
     with pytest.raises(CompressError, match="holds 2 runs and the label both names one"):
-        compress.compare({"both": place / "out"})
+        compress.compare({"both": tmp_path})
 
 
 def test_the_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
