@@ -71,7 +71,11 @@ class RopeKeys(Keys):
     long_factor: list[Positive] | None = None
     mrope_section: Annotated[list[Channels], Field(min_length=3, max_length=4)] | None = None
     truncate: bool | None = None
+    full_attention: RopeKeys | None = None
+    sliding_attention: RopeKeys | None = None
 
+    KINDS: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
+    """Kinds of layers that may have parameters of their own."""
     NEEDS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "linear": ("factor",),
         "dynamic": ("factor",),
@@ -93,6 +97,9 @@ class RopeKeys(Keys):
             yield f"{name}.factor: must be at least 1, got {self.factor:g}"
         if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
             yield f"{name}.high_freq_factor: must differ from low_freq_factor"
+        for kind in self.KINDS:
+            nested: RopeKeys | None = getattr(self, kind)
+            yield from nested.contradictions(f"{name}.{kind}") if nested is not None else ()
 
 
 class QuantizationKeys(Keys):
@@ -119,6 +126,8 @@ class Config(Keys):
         "rope_theta": "rope.freq_base",
     }
     GGUF_HAS: ClassVar[Mapping[str, str]] = {}
+    LAYER_ROPES: ClassVar[bool] = False
+    """Whether kinds of layers may have rotary parameters of their own."""
 
     model_type: str
     architectures: list[str] | None = None
@@ -176,7 +185,8 @@ class Config(Keys):
         """Rotary parameters may be written down in three places."""
         both = {name: self._given.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
         for name, rope in both.items():
-            for key in (key for key, value in rope.items() if isinstance(value, dict)):
+            known = RopeKeys.KINDS if self.LAYER_ROPES else ()
+            for key in (key for key, value in rope.items() if isinstance(value, dict) and key not in known):
                 yield f"{name}.{key}: rotary parameters of some layers alone are not supported"
         top = {key: self._given.get(key) for key in ("rope_theta", "partial_rotary_factor")}
         for key in dict.fromkeys((*top, *both["rope_parameters"], *both["rope_scaling"])):
@@ -223,32 +233,40 @@ class Config(Keys):
         """Routed experts a layer."""
         return 0
 
-    @cached_property
-    def _rope(self) -> Mapping[str, Any]:
-        """Parameters of both generations of configs as given, theta among them."""
-        return {**(self._given.get("rope_parameters") or {}), **(self._given.get("rope_scaling") or {})}
+    def _rope(self, kind: str = "") -> Mapping[str, Any]:
+        """Parameters of both generations of configs as given, theta among them; kind: of layers."""
+        table = self._given.get("rope_parameters") or {}
+        shared = {key: value for key, value in table.items() if not isinstance(value, dict)}
+        return {**shared, **(table.get(kind) or {}), **(self._given.get("rope_scaling") or {})}
 
     def parameter(self, key: str) -> Any:
         """One of the rope parameters, None where it is not given."""
-        return self._rope.get(key)
+        return self._rope().get(key)
 
     @property
     def theta(self) -> float:
-        return float(self._rope.get("rope_theta") or self.rope_theta)
+        return self._theta()
 
-    @cached_property
+    def _theta(self, kind: str = "") -> float:
+        return float(self._rope(kind).get("rope_theta") or self.rope_theta)
+
+    @property
     def scaling(self) -> Mapping[str, Any] | None:
         """The parameters of a rope scaling, None without one."""
-        rope = {k: v for k, v in self._rope.items() if k != "rope_theta"}
+        return self._scaling()
+
+    def _scaling(self, kind: str = "") -> Mapping[str, Any] | None:
+        rope = {k: v for k, v in self._rope(kind).items() if k != "rope_theta"}
         return None if rope.get("rope_type", rope.get("type", "default")) == "default" else rope
 
     @property
     def turning_share(self) -> float:
         """The part of a head that rotary positions turn."""
-        return self._rope.get("partial_rotary_factor") or self.partial_rotary_factor
+        return self._rope().get("partial_rotary_factor") or self.partial_rotary_factor
 
-    def rope(self, dim: int | None = None) -> Rope:
-        """Rotary positions on `dim` channels of a head, all by default.
+    def rope(self, dim: int | None = None, kind: str = "") -> Rope:
+        """Rotary positions on `dim` channels of a head, all by default; kind: of layers, where kinds have parameters of their
+        own.
 
         Raises UnsupportedModel where they cannot come in pairs, or where the config turns a part of them only and the family
         has not said that it knows.
@@ -258,8 +276,11 @@ class Config(Keys):
         dim = self.head_width if dim is None else dim
         if dim < 2 or dim % 2:
             raise UnsupportedModel(f"config.json: {dim} channels of a head cannot turn in pairs; is head_dim right?")
-        scaling = "" if self.scaling is None else json.dumps(dict(self.scaling), sort_keys=True)
-        return Rope(dim, self.theta, self.max_position_embeddings, scaling, self.text if scaling else "")
+        given = self._scaling(kind)
+        scaling = "" if given is None else json.dumps(dict(given), sort_keys=True)
+        own = kind if scaling and isinstance((self._given.get("rope_parameters") or {}).get(kind), dict) else ""
+        config = self.text if scaling else ""
+        return Rope(dim, self._theta(kind), self.max_position_embeddings, scaling, config, own)
 
 
 class EvenHeads(Config):

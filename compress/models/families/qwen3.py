@@ -20,7 +20,7 @@ class Qwen3Config(Windows):
 
 def block(c: Qwen3Config, layer: int) -> Block:
     bias = c.attention_bias
-    return attention(c, qk_norm=True, bias=bias, output_bias=bias, window=c.window(layer, "late")), mlp(c)
+    return attention(c, qk_norm="head", bias=bias, output_bias=bias, window=c.window(layer, "late")), mlp(c)
 
 
 FAMILY = Family(

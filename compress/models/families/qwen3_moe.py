@@ -22,7 +22,7 @@ class Qwen3MoeConfig(Sparse, Windows, EvenHeads):
 
 def block(c: Qwen3MoeConfig, layer: int) -> Block:
     bias = c.attention_bias
-    mixer = attention(c, qk_norm=True, bias=bias, output_bias=bias, window=c.window(layer))
+    mixer = attention(c, qk_norm="head", bias=bias, output_bias=bias, window=c.window(layer))
     return mixer, moe(c, normalised=c.norm_topk_prob) if c.is_sparse(layer) else mlp(c)
 
 

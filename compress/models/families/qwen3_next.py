@@ -86,7 +86,7 @@ def mixer(c: DeltaConfig, layer: int, module: str, *, joined: bool = False) -> S
     """Gated DeltaNet, or attention whose output is gated."""
     if not c.linear_layers[layer]:
         rope, bias = c.rope(int(c.head_dim * c.turning_share)), c.attention_bias
-        return attention(c, qk_norm=True, gate=True, norm_shift=1.0, rope=rope, bias=bias, output_bias=bias)
+        return attention(c, qk_norm="head", gate=True, norm_shift=1.0, rope=rope, bias=bias, output_bias=bias)
     return GatedDeltaNet(
         c.hidden,
         *MIXER,

@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE, arXiv 2104.09864), in the layout of Hugging Face checkpoints: halves of a head."""
+"""Rotary positions (RoPE, arXiv 2104.09864), in the layout of the checkpoint: halves of a head, or neighbours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def _frequencies(rope: Rope) -> tuple[Tensor, float]:
         raise UnsupportedModel(f"rope scaling {kind!r} is not supported; supported: {', '.join(TYPES)}")
     fields = json.loads(rope.config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    layer_type = rope.layer_type or None
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
     return frequencies.float(), float(factor)
 
 
@@ -40,10 +41,13 @@ def rope_tables(rope: Rope, length: int, device: torch.device | None = None) -> 
         return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first channels of every head, as many as the tables have. x: [B, heads, T, head_dim]."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn the first channels of every head, as many as the tables have. x: [B, heads, T, head_dim]; interleaved: pairs are
+    neighbours, else a channel of the first half and the same of the second."""
     dim = cos.shape[-1]
-    first, second = x[..., :dim].chunk(2, dim=-1)
-    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]  # both halves share their angles
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]  # both of a pair share their angle
+    pairs = x[..., :dim].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    first, second = pairs.unbind(-1 if interleaved else -2)
+    parts = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(parts, dim=-1).flatten(-2) if interleaved else torch.cat(parts, dim=-1)
     return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)

@@ -4,71 +4,130 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from compress.models.layers.base import Axis, GgufValue, Input, Past, Sublayer, Weight, linear, shifted
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import PairedHalves, Piece
+
+QkNorm = Literal["", "head", "heads"]
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position p: times 1 + scale ln(1 + floor((p + first) / every)) (Llama 4, Ministral 3)."""
+
+    scale: float
+    every: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Attention(Sublayer):
     """Grouped-query attention, causal, with rotary positions.
 
-    qk_norm: RMSNorm on each query and key head before RoPE; bias: on q, k and v; output_bias: on o; gate: q_proj gives
+    rope: None for none. qk_norm: RMSNorm on queries and keys, on each "head" with the same weights or on all "heads" at once;
+    norm_after_rope: it comes behind the positions; bias: on q, k and v; output_bias: on o; gate: q_proj gives
     [query | gate] a head, and o_proj reads the heads times sigmoid(gate); window: tokens that a token sees, None for all;
-    paired: GGUF rotates neighbouring pairs, so that it orders the rows of q and k otherwise.
+    chunk: a token sees the tokens of its own run of so many, None for all; scale: of the scores, None for 1 / sqrt(head_dim);
+    softcap: scores s become softcap tanh(s / softcap), 0 for none; sinks: the tensor [heads] of scores that take part in
+    the softmax and weigh nothing, "" for none; interleaved: neighbouring channels turn together, not those of two halves;
+    paired: GGUF rotates neighbouring pairs where the checkpoint rotates halves, so that it orders the rows of q and k otherwise.
+    joined: the tensor that holds q, k and v in a row, "" for three. prefix, leaves, norms: names of the tensors of q, k, v
+    and o, and of the norms of q and k.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    rope: Rope
+    rope: Rope | None
     eps: float
-    qk_norm: bool = False
+    qk_norm: QkNorm = ""
     bias: bool = False
     output_bias: bool = False
     gate: bool = False
     window: int | None = None
     paired: bool = False
+    norm_after_rope: bool = False
+    chunk: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    temperature: Temperature | None = None
+    sinks: str = ""
+    interleaved: bool = False
+    joined: str = ""
+    prefix: str = "self_attn."
+    leaves: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    norms: tuple[str, str] = ("q_norm", "k_norm")
     half: ClassVar[str] = "attention"
     forward: ClassVar[str] = "attention"
 
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Of q, its gate not counted, k and v."""
+        return (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
+
     def inputs(self) -> Iterator[Input]:
-        made_by = ("self_attn.v_proj.weight", *(("self_attn.v_proj.bias",) if self.bias else ()))
         yield Input("attention.in", self.hidden, 0, "attention.in", "in", made_by=(f"{self.norm}.weight",))
-        width = self.heads * self.head_dim
+        values = self.prefix + self.leaves[2]
+        made_by = (f"{values}.weight", *((f"{values}.bias",) if self.bias else ()))
         yield Input(
-            "attention.out", width, 1, "attention.out", "out", made_by=made_by, heads=self.heads // self.kv_heads, head_dim=self.head_dim
-        )  # fmt: skip
+            "attention.out",
+            self.heads * self.head_dim,
+            1,
+            "attention.out",
+            "out",
+            made_by=() if self.joined else made_by,
+            heads=self.heads // self.kv_heads,
+            head_dim=self.head_dim,
+        )
 
     def tensors(self) -> Iterator[Weight]:
         h, hd, queries = self.hidden, self.head_dim, self.heads // self.kv_heads
-        reads = {"reads": f"{self.norm}.weight", "fused": "q, k and v"}
+        turned = (
+            not self.gate and not self.joined
+        )  # a gate of their own, or other rows beside them, keep channels apart
+        yield from self._joined() if self.joined else self._split(turned)
+        axis = None if self.joined else Axis("kv_heads", queries * hd)
+        yield from linear(
+            self.prefix + self.leaves[3], h, self.heads * hd, "attention.o", "attn_output", "attention.out", self.output_bias,
+            writes=True, alone=True, axes=(None, axis), values=-1 if turned else None,
+        )  # fmt: skip
+        if self.qk_norm:
+            over = {"head": (1, 1), "heads": (self.heads, self.kv_heads)}[self.qk_norm]
+            for leaf, name, count, run in zip("qk", self.norms, over, (queries * hd, hd), strict=True):
+                gguf, shift = f"attn_{leaf}_norm.weight", self.norm_shift
+                axes = (Axis("kv_heads", run),) if self.qk_norm == "heads" and not self.joined else ()
+                pieces = shifted(gguf, shift)
+                yield Weight(
+                    f"{self.prefix}{name}.weight", (count * hd,), "norms", gguf, shift=shift, axes=axes, pieces=pieces
+                )
+        if self.sinks:
+            yield Weight(
+                self.prefix + self.sinks, (self.heads,), "small", "attn_sinks.weight", axes=(Axis("kv_heads", queries),)
+            )
+
+    def _split(self, turned: bool) -> Iterator[Weight]:
+        hd, queries = self.head_dim, self.heads // self.kv_heads
         wide = hd * (2 if self.gate else 1)
-        own, shared = Axis("kv_heads", queries * hd), Axis("kv_heads", hd)
-        turned = not self.gate  # a gate of their own keeps channels apart
-        for leaf, rows, heads, axis in (
-            ("q", self.heads * wide, self.heads, Axis("kv_heads", queries * wide)),
-            ("k", self.kv_heads * hd, self.kv_heads, shared),
-            ("v", self.kv_heads * hd, 0, shared),
+        shared = Axis("kv_heads", hd)
+        for leaf, name, rows, heads, axis in (
+            ("q", self.leaves[0], self.heads * wide, self.heads, Axis("kv_heads", queries * wide)),
+            ("k", self.leaves[1], self.kv_heads * hd, self.kv_heads, shared),
+            ("v", self.leaves[2], self.kv_heads * hd, 0, shared),
         ):
             pieces = (Piece(f"attn_{leaf}.weight", PairedHalves(heads)),) if self.paired and heads else ()
             yield from linear(
-                f"self_attn.{leaf}_proj", rows, h, f"attention.{leaf}", f"attn_{leaf}", "attention.in", self.bias, **reads,
-                axes=(axis, None), values=0 if leaf == "v" and turned else None, pieces=pieces,
+                self.prefix + name, rows, self.hidden, f"attention.{leaf}", f"attn_{leaf}", "attention.in", self.bias,
+                reads=f"{self.norm}.weight", fused="q, k and v", axes=(axis, None),
+                values=0 if leaf == "v" and turned else None, pieces=pieces,
             )  # fmt: skip
+
+    def _joined(self) -> Iterator[Weight]:
         yield from linear(
-            "self_attn.o_proj", h, self.heads * hd, "attention.o", "attn_output", "attention.out", self.output_bias,
-            writes=True, alone=True, axes=(None, own), values=-1 if turned else None,
+            self.prefix + self.joined, sum(self.rows), self.hidden, "attention.qkv", "attn_qkv", "attention.in", self.bias,
+            reads=f"{self.norm}.weight",
         )  # fmt: skip
-        if self.qk_norm:
-            for leaf in "qk":
-                gguf = f"attn_{leaf}_norm.weight"
-                shift = self.norm_shift
-                yield Weight(
-                    f"self_attn.{leaf}_norm.weight", (hd,), "norms", gguf, shift=shift, pieces=shifted(gguf, shift)
-                )
 
     def past(self) -> Past:
         return Past(token=2 * self.kv_heads * self.head_dim, row=self.head_dim, window=self.window)
@@ -80,5 +139,5 @@ class Attention(Sublayer):
             "attention.key_length": self.head_dim,
             "attention.value_length": self.head_dim,
             "attention.layer_norm_rms_epsilon": self.eps,
-            **self.rope.gguf_keys(),
+            **(self.rope.gguf_keys() if self.rope else {}),
         }

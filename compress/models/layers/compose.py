@@ -14,11 +14,12 @@ MIXER = ("input_layernorm", "attn_norm")
 FEED_FORWARD = ("post_attention_layernorm", "ffn_norm")
 
 
-def attention(c: Config, **options: Any) -> Attention:
+def attention(c: Config, norm: tuple[str, str] = MIXER, **options: Any) -> Attention:
     """Grouped-query attention; options: fields of `Attention`."""
     sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_width, "eps": c.eps}
-    rope = options.pop("rope", None) or c.rope()
-    return Attention(c.hidden, MIXER[0], MIXER[1], rope=rope, **sizes, **options)
+    if "rope" not in options:
+        options["rope"] = c.rope()
+    return Attention(c.hidden, norm[0], norm[1], **sizes, **options)
 
 
 def mlp(c: Config, width: int | None = None, norm: tuple[str, str] = FEED_FORWARD, **options: Any) -> Mlp:

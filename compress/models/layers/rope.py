@@ -25,7 +25,8 @@ class Rope:
     """Rotary positions of a model.
 
     dim: channels of a head that turn, the first; theta: base; max_positions: of the model; scaling: the config's rope
-    parameters as JSON, "" for none; config: config.json as JSON, from which transformers computes scaled frequencies.
+    parameters as JSON, "" for none; config: config.json as JSON, from which transformers computes scaled frequencies;
+    layer_type: the kind of layer whose parameters they are, where config.json has some for each.
     """
 
     dim: int
@@ -33,6 +34,7 @@ class Rope:
     max_positions: int
     scaling: str = ""
     config: str = ""
+    layer_type: str = ""
 
     @cached_property
     def parameters(self) -> Mapping[str, Any]:
