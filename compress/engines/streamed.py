@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.models.forward import final_norm
+from compress.models.forward import embedded, final_norm, logits
 from compress.models.spec import ModelSpec
 from compress.scoring.source import Generates
 from compress.streaming.placement import CPU, Placement
@@ -53,8 +53,8 @@ class StreamedSource:
         head = self.placement.weight(self.load(self.spec.head))
         for row, count in zip(states, counts, strict=True):
             with torch.inference_mode():  # not around the yield: the caller would run in it, too
-                logits = (row[len(row) - count :] @ head.T).cpu().numpy()
-            yield logits
+                scores = logits(self.spec, head, row[len(row) - count :]).cpu().numpy()
+            yield scores
 
     def final_states(self, sequences: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """Hidden states behind the last norm, float32 [len(sequence), hidden_size] for each sequence in order.
@@ -67,9 +67,8 @@ class StreamedSource:
         hidden = _scratch(int(starts[-1]), spec.hidden_size)
         table = self.load(spec.embeddings)
         for sequence, start in zip(sequences, starts, strict=False):
-            hidden[start : start + len(sequence)] = table[
-                torch.from_numpy(np.asarray(sequence, dtype=np.int64))
-            ].float()
+            ids = torch.from_numpy(np.asarray(sequence, dtype=np.int64))
+            hidden[start : start + len(sequence)] = embedded(spec, table, ids)
         del table
         batches, done = _batches(lengths), 0
         with torch.inference_mode():

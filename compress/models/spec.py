@@ -93,12 +93,35 @@ class Gguf:
 
 
 @dataclass(frozen=True)
+class Names:
+    """What a checkpoint calls the tensors outside of its blocks, without ".weight", and what those of block {n} begin with."""
+
+    embeddings: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    block: str = "model.layers.{n}."
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a model computes in front of its blocks and behind them, beside a lookup, a norm and a product.
+
+    scale: what embeddings are multiplied by; divisor: what logits are divided by; softcap: the c of c tanh(x / c) that then
+    bounds them, None for none.
+    """
+
+    scale: float = 1.0
+    divisor: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture family: what its blocks are composed of.
 
     config: the schema of its config.json, with the values of absent keys as transformers fills them in. block(config, layer):
-    the sub-layers of one block. final_shift: what the model adds to the stored weights of the last norm. experts_key,
-    shared_key: the config's names for the number of experts and the width of the shared one. fixed_heads, fixed_channels:
+    the sub-layers of one block. names, ends(config): see `Names` and `Ends`; final_shift: what the model adds to the stored
+    weights of the last norm. experts_key, shared_key: the config's names for the number of experts and the width of the shared one. fixed_heads, fixed_channels:
     why these cannot be pruned, "" where they can.
     """
 
@@ -107,6 +130,8 @@ class Family:
     gguf: Gguf
     block: Callable[[Any, int], Block]
     config: type[Config] = Config
+    names: Names = Names()
+    ends: Callable[[Any], Ends] = lambda config: Ends()
     final_shift: float = 0.0
     fixed_heads: str = ""
     fixed_channels: str = ""
@@ -161,6 +186,16 @@ class ModelSpec:
         """The config as its family's schema reads it."""
         return self.family.config.read(self.config)
 
+    @cached_property
+    def ends(self) -> Ends:
+        """What is computed in front of the blocks and behind them."""
+        return self.family.ends(self.read)
+
+    @cached_property
+    def fixed_stream(self) -> str:
+        """Why the residual stream cannot be rotated, "" where it can."""
+        return next((why for block in self.blocks for s in block if (why := s.fixed_stream)), "")
+
     @property
     def norm_topk(self) -> bool:
         """Whether the chosen experts' weights are divided by their sum."""
@@ -193,12 +228,13 @@ class ModelSpec:
             given = (declared.name, declared.shape, declared.role, None, None, declared.gguf, declared.input)
             return TensorSpec(*given, declared=declared, signs=declared.input or "")
 
-        shift = self.family.final_shift
+        shift, names = self.family.final_shift, self.family.names
+        norm = f"{names.norm}.weight"
         found = (
-            one(Weight("model.embed_tokens.weight", vocabulary, "embeddings", "token_embd.weight")),
+            one(Weight(f"{names.embeddings}.weight", vocabulary, "embeddings", "token_embd.weight")),
             one(
                 Weight(
-                    "model.norm.weight",
+                    norm,
                     width,
                     "norms",
                     "output_norm.weight",
@@ -207,7 +243,7 @@ class ModelSpec:
                     pieces=shifted("output_norm.weight", shift),
                 )
             ),
-            one(Weight("lm_head.weight", vocabulary, "lm_head", "output.weight", "lm_head", reads="model.norm.weight")),
+            one(Weight(f"{names.head}.weight", vocabulary, "lm_head", "output.weight", "lm_head", reads=norm)),
         )
         return found[:2] if self.tied else found
 
@@ -270,7 +306,7 @@ class Branch:
     @property
     def root(self) -> str:
         """What its tensors' names begin with."""
-        return f"model.layers.{self.layer}."
+        return self.spec.family.names.block.format(n=self.layer)
 
     @property
     def last(self) -> bool:

@@ -37,7 +37,7 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[list[str], list[st
     layers: list[str] = []
     beside: list[str] = []
     for name in extra:
-        layer = _layer(name)
+        layer = _layer(spec, name)
         if (
             name.endswith(_BUFFERS)
             or name.startswith(_DRAFT)
@@ -48,7 +48,7 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[list[str], list[st
         else:
             (inside if layer is None or layer < spec.layers else layers).append(name)
     if layers:
-        most = max(layer for name in layers if (layer := _layer(name)) is not None)
+        most = max(layer for name in layers if (layer := _layer(spec, name)) is not None)
         problems.append(
             f"the checkpoint holds layers up to {most}, config.json says num_hidden_layers {spec.layers} (0 to "
             f"{spec.layers - 1}); correct num_hidden_layers, or fetch the config.json of this checkpoint"
@@ -61,8 +61,9 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[list[str], list[st
     return problems, [f"left out, as config.json does not imply it: {some_of(beside)}"] if beside else []
 
 
-def _layer(name: str) -> int | None:
-    found = re.match(r"model\.layers\.(\d{1,9})\.", name)
+def _layer(spec: ModelSpec, name: str) -> int | None:
+    front, behind = map(re.escape, spec.family.names.block.split("{n}"))
+    found = re.match(front + r"(\d{1,9})" + behind, name)
     return int(found[1]) if found else None
 
 

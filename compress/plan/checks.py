@@ -51,6 +51,14 @@ def text_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
     return problems
 
 
+def stream_problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
+    """Rotations of a residual stream that cannot be turned."""
+    rotate = recipe.step("rotate")
+    if rotate is None or "R1" not in rotate.kinds or not spec.fixed_stream:
+        return []
+    return [f"rotate: {spec.fixed_stream}, so that R1 cannot turn it; set kinds: [R2], or drop the step"]
+
+
 def step_problems(recipe: Recipe) -> list[str]:
     """Steps that are there twice, in the wrong order, or without what they work on."""
     kinds = [step.kind for step in recipe.steps]

@@ -12,7 +12,7 @@ from compress.models.identity import identify
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
 from compress.models.surplus import surplus
-from compress.plan.checks import container_problems, narrow_calibration, step_problems, text_problems
+from compress.plan.checks import container_problems, narrow_calibration, step_problems, stream_problems, text_problems
 from compress.plan.outline import Outline
 from compress.plan.plan import Plan
 from compress.plan.planner import Planner
@@ -37,7 +37,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         method = in_words(settings.get("quant_method", "by a method without a name")).strip("'")
         raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
     turned = original.untied() if recipe.step("rotate") else original
-    problems = step_problems(recipe) + text_problems(recipe, original)
+    problems = step_problems(recipe) + text_problems(recipe, original) + stream_problems(recipe, original)
     steps = cuts(recipe, turned).values()
     problems += reduction_problems(turned, *steps) if any(steps) else container_problems(recipe, turned)
     if problems:

@@ -23,7 +23,7 @@ from torch import Tensor
 from compress.codecs import float_codec
 from compress.decode import decode
 from compress.limits import BATCH_TOKENS, LOGIT_VALUES
-from compress.models.forward import final_norm, forward_block
+from compress.models.forward import final_norm, forward_block, logits
 from compress.models.spec import ModelSpec
 from compress.recover.parameters import (
     Adam,
@@ -277,8 +277,8 @@ class _Run:
         """Summed KL divergence from the original. hidden, wanted: [tokens, hidden], outputs of the last block."""
         with torch.no_grad():
             states = final_norm(self.spec, self.original.norm, wanted)
-            p = (states @ self.original.head.T).log_softmax(-1)
-        q = (final_norm(self.spec, norm, hidden) @ self.model.head.T).log_softmax(-1)
+            p = logits(self.spec, self.original.head, states).log_softmax(-1)
+        q = logits(self.spec, self.model.head, final_norm(self.spec, norm, hidden)).log_softmax(-1)
         return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
 
     def chunks(self) -> list[slice]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.models.forward import final_norm
+from compress.models.forward import final_norm, logits
 from compress.models.spec import ModelSpec
 from compress.streaming.activations import Activations
 from compress.streaming.placement import CPU, Placement
@@ -37,7 +37,7 @@ def output_sensitivity(
     with torch.inference_mode(False):
         table = load(spec.embeddings)
         with torch.no_grad():
-            embed(table, ids, streams[0])
+            embed(spec, table, ids, streams[0])
         for block in walk(spec, load, placement):
             with torch.no_grad(), streams[block.layer + 1].writing() as out:
                 for at in parts:
@@ -77,9 +77,9 @@ def _head_gradient(
         for window in range(states.shape[0]):
             hidden = states.read(window, window + 1)[0].requires_grad_()
             with torch.enable_grad():
-                logits = final_norm(spec, norm, hidden) @ head.T
+                scores = logits(spec, head, final_norm(spec, norm, hidden))
                 # drawn on the CPU, so that a seed draws the same everywhere
-                drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
-                loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+                drawn = torch.multinomial(scores.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
+                loss = F.cross_entropy(scores, drawn.to(scores.device), reduction="sum")
             (felt,) = torch.autograd.grad(loss, hidden)
             file.append(felt[None])

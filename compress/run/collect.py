@@ -159,7 +159,7 @@ def _gather(site: Site, wanted: Wanted, start: int, stop: int, both: bool) -> No
         before, _ = _observed(
             site.branch, site.original, reference, wanted, routing
         )  # the same experts: inputs pair up
-        lag = (reference - hidden).reshape(-1, hidden.shape[-1])
+        lag = (reference - hidden).reshape(-1, hidden.shape[-1]) / site.branch.sublayer.residual
     for key, (x, gate) in seen.items():
         moments = wanted.moments[key]
         if not moments.gram.numel():

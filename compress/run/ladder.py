@@ -152,7 +152,7 @@ def _embeddings(run: Run, rungs: Sequence[Rung], ids: np.ndarray | None) -> None
     name = run.plan.spec.embeddings
     found = _each(rungs, [name], lambda plan: solve_embeddings(replace(run, plan=plan), survey))
     if ids is not None and (streams := run.streams(0)) is not None:
-        embed(run.load(run.plan.spec.embeddings), ids, streams.compressed)
+        embed(run.plan.spec, run.load(run.plan.spec.embeddings), ids, streams.compressed)
         run.journal.keep(*streams.paths)
     _finish(run, rungs, "embeddings", [({name: packed}, report) for packed, report in found])
 

@@ -56,7 +56,7 @@ def recover_end_to_end(run: Run, ids: np.ndarray, states: Activations, progress:
 
     with torch.inference_mode(False):  # autograd meets these
         table = decode(journal.fetch(spec.embeddings))
-        embed(table, ids, inputs)
+        embed(spec, table, ids, inputs)
         head = table if spec.tied else decode(journal.fetch(spec.head))
         model = Compressed(
             spec, journal.fetch, lambda layer: load_outcomes(outcomes_file(journal, layer)), head, inputs

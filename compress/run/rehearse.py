@@ -252,7 +252,7 @@ def _embedded(plan: Plan, load: Loader, folder: Path, ids: np.ndarray, placement
     table = load(plan.spec.embeddings)
     for stream in (streams.compressed, streams.original):
         if stream is not None:
-            embed(table, ids, stream)
+            embed(plan.spec, table, ids, stream)
     return streams
 
 

@@ -158,9 +158,9 @@ def _embeddings(run: Run, ids: np.ndarray | None) -> None:
     packed, report = solve_embeddings(run, None if ids is None else partial(surveyed_head, run, ids))
     if ids is not None and (streams := run.streams(0)) is not None:
         table = run.load(spec.embeddings)
-        embed(table if plan.original_inputs else decode(packed), ids, streams.compressed)
+        embed(spec, table if plan.original_inputs else decode(packed), ids, streams.compressed)
         if streams.original is not None:
-            embed(table, ids, streams.original)
+            embed(spec, table, ids, streams.original)
         journal.keep(*streams.paths)
     journal.finish("embeddings", {spec.embeddings: packed}, report)
 

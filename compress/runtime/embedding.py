@@ -12,10 +12,18 @@ from compress.runtime.weight import PackedWeight
 
 
 class PackedEmbedding(PackedWeight):
-    """A coded table of [tokens, width]; rows are decoded when they are looked up, in `dtype`."""
+    """A coded table of [tokens, width]; rows are decoded when they are looked up, in `dtype`, and multiplied by `scale`."""
 
-    def __init__(self, setting: Setting, shape: tuple[int, int], parts: Mapping[str, Tensor], dtype: torch.dtype):
+    def __init__(
+        self,
+        setting: Setting,
+        shape: tuple[int, int],
+        parts: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        scale: float = 1.0,
+    ):
         super().__init__(setting, shape, parts)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = shape
         self.dtype = dtype
 
@@ -23,7 +31,8 @@ class PackedEmbedding(PackedWeight):
         """int64 [...] -> [..., width]."""
         values, scale = self.decoded(tokens.reshape(-1), torch.float32)
         values = values if scale is None else values * scale
-        return values.to(self.dtype).reshape(*tokens.shape, self.embedding_dim)
+        rows = values.to(self.dtype).reshape(*tokens.shape, self.embedding_dim)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEmbedding:
         super()._apply(fn, recurse)

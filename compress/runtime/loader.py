@@ -181,7 +181,8 @@ def replace_modules(
         if isinstance(module, nn.Linear):
             model.set_submodule(name, _packed_linear(setting, shape, tensors, module.bias))
         else:
-            model.set_submodule(name, PackedEmbedding(setting, shape, tensors, module.weight.dtype))
+            scale = getattr(module, "scalar_embed_scale", 1.0)  # of embeddings that transformers scales in their module
+            model.set_submodule(name, PackedEmbedding(setting, shape, tensors, module.weight.dtype, scale))
     _tie_head(model)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.models.forward import NO_TAPS, Taps, forward_block, forward_branch
+from compress.models.forward import NO_TAPS, Taps, embedded, forward_block, forward_branch
 from compress.models.spec import Branch, ModelSpec
 from compress.streaming.activations import Activations
 from compress.streaming.placement import CPU, Placement
@@ -85,12 +85,12 @@ class Streams:
         return tuple(stream.path for stream in (self.compressed, self.original) if stream is not None)
 
 
-def embed(table: Tensor, ids: np.ndarray, into: Activations) -> None:
+def embed(spec: ModelSpec, table: Tensor, ids: np.ndarray, into: Activations) -> None:
     """Write the embeddings of all windows. table: [vocabulary, hidden]; ids: [windows, length]."""
     with into.writing() as out:
         for start, stop in into.batches:
             tokens = torch.from_numpy(np.ascontiguousarray(ids[start:stop])).long()
-            out.append(table[tokens.to(table.device)].float())
+            out.append(embedded(spec, table, tokens))
 
 
 def advance(branch: Branch, weights: Mapping[str, Tensor], source: Activations, target: Activations) -> None:
@@ -118,7 +118,7 @@ class Stream:
         self.spec, self.load, self.scratch, self.name, self.placement = spec, load, scratch, name, placement
         self.steps = 0
         self.at = scratch(f"{name}-{0:05d}")
-        embed(load(spec.embeddings), ids, self.at)
+        embed(spec, load(spec.embeddings), ids, self.at)
 
     def advance(self, branch: Branch, weights: Mapping[str, Tensor] | None = None) -> None:
         """Pass one sub-layer, with other weights than its own where these are given."""

@@ -167,7 +167,7 @@ def _updates(broken: Broken, damping: float, names: Sequence[str]) -> dict[str, 
             to[key] = (x, gate)
 
         out = broken.run(hidden, Taps(note, on_route=routes.append))
-        lag = (wanted - out).flatten(0, 1)
+        lag = (wanted - out).flatten(0, 1) / broken.branch.sublayer.residual
         held = torch.tensor([_is_held_out(n, broken.source) for n in windows], device=lag.device)
         held = held.repeat_interleave(hidden.shape[1])
         for key in seen.keys() & inputs.keys():

@@ -99,7 +99,7 @@ def _watched(
 ) -> Iterator[W]:
     """Run the model over all windows; yields what `begin(block)` made, once it has seen all of them."""
     source = scratch(f"survey-{0:05d}")
-    embed(load(spec.embeddings), ids, source)
+    embed(spec, load(spec.embeddings), ids, source)
     for block in walk(spec, load, placement):
         watch, target = begin(block), scratch(f"survey-{block.layer + 1:05d}")
         taps = Taps(watch.see)

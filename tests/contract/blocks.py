@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.models import known_families
-from compress.models.forward import Routing, Taps, final_norm, forward_block, forward_branch
+from compress.models.forward import Routing, Taps, embedded, final_norm, forward_block, forward_branch
+from compress.models.forward import logits as scores
 from compress.models.layers.moe import MoE
 from compress.models.spec import Branch, ModelSpec
 
@@ -46,10 +47,10 @@ def of(branch: Branch, weights: Mapping[str, Tensor]) -> Weights:
 
 
 def logits(spec: ModelSpec, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    hidden = weights[spec.embeddings][ids]
+    hidden = embedded(spec, weights[spec.embeddings], ids)
     for layer in range(spec.layers):
         hidden = forward_block(spec, layer, weights, hidden)
-    return final_norm(spec, weights[spec.final_norm], hidden) @ weights[spec.head].T
+    return scores(spec, weights[spec.head], final_norm(spec, weights[spec.final_norm], hidden))
 
 
 def everywhere(branch: Branch) -> Routing | None:

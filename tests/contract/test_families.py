@@ -78,7 +78,8 @@ def test_logits_are_transformers(families: Families, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_turn_of_the_stream_keeps_the_logits(families: Families, name: str) -> None:
-    """What is declared to read the stream reads x Q, with its norm's weights in front; what writes to it writes y Q."""
+    """What is declared to read the stream reads x Q, with its norm's weights in front; what writes to it writes y Q. Where the
+    stream is declared to be fixed, that would be another model."""
     spec, weights, _ = families(name)
     turn = torch.linalg.qr(randn(spec.hidden_size, spec.hidden_size)).Q
     turned = {}
@@ -95,7 +96,8 @@ def test_any_turn_of_the_stream_keeps_the_logits(families: Families, name: str) 
             w = (turn.T @ w.reshape(len(w), -1)).reshape(w.shape)
         turned[t.name] = w
     assert all(gap(turned[n], weights[n]) > 0.1 for n in (spec.embeddings, spec.head, spec.final_norm))
-    assert gap(logits(spec, turned, IDS), logits(spec, weights, IDS)) < ROUNDING
+    changed = gap(logits(spec, turned, IDS), logits(spec, weights, IDS))
+    assert changed > 1e-3 if spec.fixed_stream else changed < ROUNDING
 
 
 def _sibling(tensor: TensorSpec, name: str) -> str:
@@ -201,7 +203,8 @@ def test_scales_may_be_folded_where_declared(families: Families, name: str) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_alone_moves_the_stream_by_its_own_change(families: Families, name: str) -> None:
-    """W + dW adds dW x, times the routing weight of an expert, whose weights sum to one; without them nothing is added."""
+    """W + dW adds dW x, times the sub-layer's factor and the routing weight of an expert, whose weights sum to one; without
+    them nothing is added."""
     spec, weights, _ = families(name)
     for branch in kinds(spec):
         own, hidden = of(branch, weights), hidden_states(branch)
@@ -224,7 +227,7 @@ def test_what_stands_alone_moves_the_stream_by_its_own_change(families: Families
                 torch.testing.assert_close(routes[0].weights.sum(1).double(), torch.ones(TOKENS, dtype=torch.float64))
                 rows = (everywhere(branch).experts == t.expert).nonzero()[:, 0]
                 x = x * gate[:, None]
-            expected[rows] = x @ change.T
+            expected[rows] = x @ change.T * branch.sublayer.residual
             torch.testing.assert_close((after - before).flatten(0, 1), expected, rtol=1e-9, atol=1e-9)
 
 

@@ -34,7 +34,7 @@ from safetensors import safe_open
 from compress.engines.open import file_container, open_model
 from compress.errors import CompressError
 from compress.export.verify import check_windows
-from compress.models.forward import final_norm, forward_branch
+from compress.models.forward import embedded, final_norm, forward_branch, logits
 from compress.models.spec import ModelSpec
 from compress.plan import make_plan
 from compress.plan.plan import Plan
@@ -266,14 +266,15 @@ def _values(file: Path, spec: ModelSpec, load: Loader) -> Numbers:
 def outputs(spec: ModelSpec, load: Loader, windows: np.ndarray) -> Numbers:
     """What every sub-layer adds to the residual stream and the logits; windows: token ids [samples, length]."""
     with torch.inference_mode():
-        hidden = load(spec.embeddings)[torch.from_numpy(np.asarray(windows, dtype=np.int64))].float()
+        hidden = embedded(spec, load(spec.embeddings), torch.from_numpy(np.asarray(windows, dtype=np.int64)))
         for block in walk(spec, load):
             for place, branch in enumerate(block.branches):
                 after = forward_branch(branch, block.of(branch), hidden)
                 assert after is not None
                 yield f"block {block.layer} sub-layer {place}", (after - hidden).numpy()
                 hidden = after
-        yield "logits", (final_norm(spec, load(spec.final_norm).float(), hidden) @ load(spec.head).float().T).numpy()
+        states = final_norm(spec, load(spec.final_norm).float(), hidden)
+        yield "logits", logits(spec, load(spec.head).float(), states).numpy()
 
 
 def fingerprint(numbers: Numbers) -> Fingerprints:

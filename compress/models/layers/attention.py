@@ -68,7 +68,7 @@ class Attention(Sublayer):
         return (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
 
     def inputs(self) -> Iterator[Input]:
-        yield Input("attention.in", self.hidden, 0, "attention.in", "in", made_by=(f"{self.norm}.weight",))
+        yield Input("attention.in", self.hidden, 0, "attention.in", "in", made_by=self.made_by)
         values = self.prefix + self.leaves[2]
         made_by = (f"{values}.weight", *((f"{values}.bias",) if self.bias else ()))
         yield Input(
@@ -119,14 +119,14 @@ class Attention(Sublayer):
             pieces = (Piece(f"attn_{leaf}.weight", PairedHalves(heads)),) if self.paired and heads else ()
             yield from linear(
                 self.prefix + name, rows, self.hidden, f"attention.{leaf}", f"attn_{leaf}", "attention.in", self.bias,
-                reads=f"{self.norm}.weight", fused="q, k and v", axes=(axis, None),
+                reads=self.reads, fused="q, k and v", axes=(axis, None),
                 values=0 if leaf == "v" and turned else None, pieces=pieces,
             )  # fmt: skip
 
     def _joined(self) -> Iterator[Weight]:
         yield from linear(
             self.prefix + self.joined, sum(self.rows), self.hidden, "attention.qkv", "attn_qkv", "attention.in", self.bias,
-            reads=f"{self.norm}.weight",
+            reads=self.reads,
         )  # fmt: skip
 
     def past(self) -> Past:

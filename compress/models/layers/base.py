@@ -1,8 +1,8 @@
 """Declarations of a transformer block's sub-layers: tensors, inputs, folds, axes, GGUF names. No torch.
 
-A block is a chain of residual sub-layers, x + f(norm(x)): a token mixer, then a feed-forward. A `Sublayer` says what one of
-them is made of, and everything outside `compress.models` reads that instead of taking names apart: which activations
-become known when, what multiplies the same input, what a scale may be folded into, what reads and writes the residual
+A block is a chain of residual sub-layers, x + f(norm(x)): a token mixer, then a feed-forward, or one of them alone; some
+families have a norm behind f as well, or only there. A `Sublayer` says what one of them is made of, and everything outside
+`compress.models` reads that instead of taking names apart: which activations become known when, what multiplies the same input, what a scale may be folded into, what reads and writes the residual
 stream, what can be pruned together, what engines fuse, how GGUF calls and orders it.
 """
 
@@ -83,7 +83,8 @@ class Weight:
 
     input: key of the activations it multiplies, None for norms, biases and what no solver sees. reads: the norm through
     which it reads the residual stream; writes: what it computes is added to the stream; alone: and stands for all that
-    its sub-layer adds, so that it can make up for what the stream lags. stream_norm: a norm of the stream itself.
+    its sub-layer adds, times `Sublayer.residual`, so that it can make up for what the stream lags. stream_norm: a norm of the
+    stream itself.
     values: the dimension that a rotation of value heads turns. shift: what the model adds to the stored numbers.
     axes: of each dimension, what shrinks it. fused: what engines multiply it together with, in words. slices: where it lies
     in checkpoints that fuse it. pieces: how GGUF stores it, where that is not the tensor as it is, under `gguf`.
@@ -127,16 +128,20 @@ GgufValue = int | float | bool | str | tuple[int, ...] | tuple[bool, ...]
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Base of all sub-layers: x + f(norm(x)) of the residual stream x, [..., hidden].
+    """Base of all sub-layers: x + residual * post(f(norm(x))) of the residual stream x, [..., hidden].
 
-    norm, norm_gguf: the norm in front; norm_shift: what the model adds to its stored weights; stored: names of tensors here
-    and in checkpoints that call them otherwise, see `stored_as`.
+    norm, norm_gguf: the norm in front, "" for none; post, post_gguf: the norm behind, likewise; norm_shift: what the model
+    adds to the stored weights of both; residual: what the sum is multiplied by before it joins the stream; stored: names of
+    tensors here and in checkpoints that call them otherwise, see `stored_as`.
     """
 
     hidden: int
     norm: str
     norm_gguf: str
     norm_shift: float = field(default=0.0, kw_only=True)
+    post: str = field(default="", kw_only=True)
+    post_gguf: str = field(default="", kw_only=True)
+    residual: float = field(default=1.0, kw_only=True)
     stored: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     half: ClassVar[str]
     """"attention" or "ffn": its place in the block, for messages and files."""
@@ -148,7 +153,7 @@ class Sublayer:
         raise NotImplementedError
 
     def tensors(self) -> Iterator[Weight]:
-        """All tensors but the norm in front, in execution order."""
+        """All tensors but the norms in front and behind, in execution order."""
         raise NotImplementedError
 
     def past(self) -> Past:
@@ -159,24 +164,40 @@ class Sublayer:
         """What GGUF's metadata says of it, keys without the architecture's name."""
         return {}
 
+    @property
+    def reads(self) -> str | None:
+        """The norm through which its linears read the stream, None where they read it as it is."""
+        return f"{self.norm}.weight" if self.norm else None
+
+    @property
+    def made_by(self) -> tuple[str, ...]:
+        """What makes its first input, so that a scale may be folded into it: the norm in front."""
+        return () if self.reads is None else (self.reads,)
+
+    @property
+    def fixed_stream(self) -> str:
+        """Why the stream that it adds to cannot be rotated, "" where it can."""
+        weighs = f"the norm behind the {self.half} half of a block weighs single channels of the residual stream"
+        return weighs if self.post else ""
+
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """All tensors, the norm in front first."""
-        pieces = shifted(f"{self.norm_gguf}.weight", self.norm_shift)
-        stream_norm = Weight(
-            f"{self.norm}.weight",
-            (self.hidden,),
-            "norms",
-            f"{self.norm_gguf}.weight",
-            stream_norm=True,
-            shift=self.norm_shift,
-            pieces=pieces,
-        )
+        """All tensors, the norm in front first, the one behind last."""
         names = dict(self.stored)
+        inside = (replace(w, alone=False) if w.alone and self.post else w for w in self.tensors())
+        norms = self._norm(self.norm, self.norm_gguf, stream_norm=True), self._norm(self.post, self.post_gguf)
         return tuple(
             replace(weight, slices=(Slice(names[weight.name]),)) if weight.name in names else weight
-            for weight in (stream_norm, *self.tensors())
+            for weight in (*norms[0], *inside, *norms[1])
         )
+
+    def _norm(self, name: str, gguf: str, stream_norm: bool = False) -> Iterator[Weight]:
+        shift, gguf = self.norm_shift, f"{gguf}.weight"
+        if name:
+            yield Weight(
+                f"{name}.weight", (self.hidden,), "norms", gguf, stream_norm=stream_norm, shift=shift,
+                pieces=shifted(gguf, shift),
+            )  # fmt: skip
 
     def stored_as(self, names: Mapping[str, str]) -> Self:
         """The same where checkpoints have other names: name here -> name there, both relative to the block. Names of other

@@ -38,7 +38,7 @@ class GatedDeltaNet(Hosted):
         return self.value_heads * self.head_dim
 
     def inputs(self) -> Iterator[Input]:
-        yield Input("attention.in", self.hidden, 0, "attention.in", "in", made_by=(f"{self.norm}.weight",))
+        yield Input("attention.in", self.hidden, 0, "attention.in", "in", made_by=self.made_by)
         norm = (f"{self.prefix}norm.weight",)  # one weight a channel of a head, shared by all heads
         yield Input(
             "attention.out",
@@ -88,7 +88,7 @@ class GatedDeltaNet(Hosted):
             yield from self._in(leaf, rows, role, gguf, pieces=(Piece(f"{gguf}.weight", order),))
 
     def _in(self, leaf: str, rows: int, role: str, gguf: str, **facts: Any) -> Iterator[Weight]:
-        reads, fused = f"{self.norm}.weight", "the projections of a linear attention" if role != "small" else None
+        reads, fused = self.reads, "the projections of a linear attention" if role != "small" else None
         yield from linear(
             self.prefix + leaf, rows, self.hidden, role, gguf, "attention.in", reads=reads, fused=fused, **facts
         )

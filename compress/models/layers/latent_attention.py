@@ -48,7 +48,7 @@ class LatentAttention(Hosted):
 
     def inputs(self) -> Iterator[Input]:
         p = self.prefix
-        yield Input("attention.in", self.hidden, 0, "attention.in", "in", made_by=(f"{self.norm}.weight",))
+        yield Input("attention.in", self.hidden, 0, "attention.in", "in", made_by=self.made_by)
         if self.q_rank:
             norm = (f"{p}q_a_layernorm.weight",)
             yield Input("attention.q_latent", self.q_rank, 1, "attention.in", "q_latent", made_by=norm)
@@ -59,7 +59,7 @@ class LatentAttention(Hosted):
     def tensors(self) -> Iterator[Weight]:
         p, h, R = self.prefix, self.heads, self.kv_rank
         queries = h * (self.nope + self.rope_dim)
-        reads: dict[str, Any] = {"reads": f"{self.norm}.weight", "fused": "the latents' projections"}
+        reads: dict[str, Any] = {"reads": self.reads, "fused": "the latents' projections"}
         if self.q_rank:
             yield from linear(
                 f"{p}q_a_proj",

@@ -19,7 +19,7 @@ class Mlp(Sublayer):
     forward: ClassVar[str] = "mlp"
 
     def inputs(self) -> Iterator[Input]:
-        yield Input("mlp.in", self.hidden, 0, "ffn.in", "in", made_by=(f"{self.norm}.weight",))
+        yield Input("mlp.in", self.hidden, 0, "ffn.in", "in", made_by=self.made_by)
         made_by = ("mlp.up_proj.weight", *(("mlp.up_proj.bias",) if self.bias else ()))
         yield Input("mlp.act", self.width, 1, "ffn.act", "act", made_by=made_by)
 
@@ -50,7 +50,7 @@ class Gated:
 
     def weights(self, layer: Sublayer, **facts: Any) -> Iterator[Weight]:
         """gate, up and down as tensors of a sub-layer."""
-        reads, channels = f"{layer.norm}.weight", Axis(self.key)
+        reads, channels = layer.reads, Axis(self.key)
         gate, up, down = (self.prefix + leaf for leaf in self.leaves)
         for part, name in (("gate", gate), ("up", up)):
             yield from linear(

@@ -64,7 +64,7 @@ class MoE(Sublayer):
         return self.router.normalised and self.router.scale == 1.0
 
     def inputs(self) -> Iterator[Input]:
-        norm = (f"{self.norm}.weight",)
+        norm = self.made_by
         yield Input("router", self.hidden, 0, "ffn.in", "router", made_by=norm)
         for e in range(self.experts):
             yield Input(
@@ -97,7 +97,7 @@ class MoE(Sublayer):
             yield Input("shared.act", self.shared.width, 1, "ffn.act", "act", made_by=(up,))
 
     def tensors(self) -> Iterator[Weight]:
-        router, reads = self.router, f"{self.norm}.weight"
+        router, reads = self.router, self.reads
         yield Weight(
             router.name, (self.experts, self.hidden), "router", "ffn_gate_inp.weight", "router", reads=reads,
             axes=(Axis("experts"), None),
