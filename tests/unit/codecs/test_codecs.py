@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.codecs import block_codec, float_codec, get_codec, sparse_codec
 from compress.codecs.base import BlockCodec, Codec
 from compress.codecs.grid import Grid, ScaleGrid, SuperBlockGrid, SuperBlockMinGrid
+from compress.codecs.lattice import lowest
 from compress.codecs.names import FIXED_NAMES, UNIFORM_NAMES, codec_info, row_bytes
 from compress.codecs.scales import IntegerScale, half
 from compress.models.checkpoint import Checkpoint
@@ -504,3 +505,11 @@ def test_a_codec_is_only_given_for_what_it_can_do(ask: Callable[[str], Codec], n
     with pytest.raises(TypeError, match=name):
         ask(name)
     assert float_codec("f16") is get_codec("f16") and sparse_codec("2:4-bf16") is get_codec("2:4-bf16")
+
+
+@pytest.mark.parametrize(("width", "keep"), [(512, 1), (1024, 10), (256, 10), (100, 10), (24, 1), (160, 10), (3, 2)])
+def test_lowest_are_those_that_sorting_finds(width: int, keep: int) -> None:
+    costs = torch.randn(200, width, generator=torch.Generator().manual_seed(width))
+    found = lowest(costs, keep)
+    assert found.shape == (200, keep)
+    assert torch.equal(found.sort(1).values, costs.argsort(1)[:, :keep].sort(1).values)
