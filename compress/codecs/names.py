@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, comb, prod
@@ -206,6 +206,8 @@ _FIXED = {
         CodecInfo("trellis4", "vector", 16, 8, bits=4, rows=16, scales_by="e8p4"),
     )
 }
+GROUPS = (128, 64, 32)
+"""Columns that may share a scale, largest first."""
 _UNIFORM = re.compile(r"int(2|3|4|8)-(g32|g64|g128|row)(-asym)?")
 _SPARSE = re.compile(r"(?:sparse|(\d+):(\d+))-(.+)")
 _FACTORS = re.compile(r"factors\(([^(),]+),([^(),]+)\)")
@@ -303,6 +305,16 @@ def ggml_fallback(codec: str, in_features: int) -> str | None:
         return None
     fallback = codec_info(codec).fallback
     return fallback if fallback is not None and fits(fallback, in_features) else "f16"
+
+
+def smaller_group(codec: str, columns: Iterable[int]) -> str | None:
+    """The uniform codec with the same codes and the largest smaller group that divides rows of so many columns; None for
+    codecs without groups, and where none does."""
+    info, columns = codec_info(codec), tuple(columns)
+    group = next((g for g in GROUPS if g < (info.block or 0) and not any(n % g for n in columns)), None)
+    if info.kind != "uniform" or group is None:
+        return None
+    return f"int{info.bits}-g{group}{'' if info.symmetric else '-asym'}"
 
 
 def row_bytes(codec: str, in_features: int) -> int:

@@ -222,6 +222,7 @@ CONTAINER = Container(
     holds=_holds,
     float_roles=("embeddings", "lm_head"),
     masks="the AWQ layout has no masks: zeros take as many bits as other weights",
+    one_group=True,
     quant_method="awq",
     library="transformers",
     uses=(*SERVERS, GPTQMODEL, CHAT),

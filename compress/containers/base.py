@@ -194,6 +194,9 @@ class Container:
     """The float codec that its engine computes norms, biases and routers in: 1-D tensors are stored so whatever a rule
     says, routers where no rule names them."""
 
+    one_group: bool = False
+    """Whether all that share scales in a file do so in groups of one length."""
+
     pieces: bool = False
     """Whether it takes tensors apart and orders them as sub-layers declare, see `models.layers.views.Piece`."""
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from compress.codecs.names import FIXED_NAMES, codec_info, fits, row_bytes, stored_bytes
+from compress.codecs.names import (
+    FIXED_NAMES,
+    codec_info,
+    fits,
+    ggml_fallback,
+    row_bytes,
+    smaller_group,
+    stored_bytes,
+)
 from compress.plan.tensor import PlannedTensor
 from compress.recipe.rules import Rule
 from compress.recipe.schema import Quantize, Recipe
 
-GROUPS = (64, 32)  # columns that share a scale, where 128 do not divide a row
 BLOCKS = (16, 256)  # a shape that every codec's blocks divide
 
 
@@ -97,7 +104,8 @@ class Cures:
         where, step = self._step
         rule = self.rule_of(planned)
         alike = [other for other in unfit if self.rule_of(other) is rule]
-        if (codec := _smaller_group(planned.values, [other.spec.shape[-1] for other in alike])) is None:
+        codec = _fewer_columns(planned.values, [other.spec.shape[-1] for other in alike]) or _fallback(alike)
+        if codec is None:
             roles = dict.fromkeys((*step.ignore, *(other.spec.role for other in unfit)))
             return _set(f"{where}.ignore=[{', '.join(roles)}]")
         return self._asked(where, step, rule, alike, codec)
@@ -136,6 +144,10 @@ class Cures:
         if self._step is None or not fallen:
             return ""
         where, step = self._step
+        used = set(codecs.values())
+        every = all(t.wanted is not None for t in tensors if self.rule_of(t) is not None)
+        if number < 0 and every and not step.rules and len(used) == 1 and (scheme := _scheme(*used)):
+            return _set(f"{where}.scheme={scheme}")
         by_codec: dict[str, list[str]] = {}
         for role, codec in codecs.items():
             by_codec.setdefault(codec, []).append(role)
@@ -151,11 +163,25 @@ class Cures:
         for number, own in enumerate(step.rules):
             if own is rule:
                 return _set(f"{where}.rules[{number}].codec={codec}")
-        info = codec_info(codec)
-        if info.kind == "uniform" and info.block:
-            return _set(f"{where}.scheme=W{info.bits}A16_G{info.block}{'' if info.symmetric else '_ASYM'}")
+        if scheme := _scheme(codec):
+            return _set(f"{where}.scheme={scheme}")
         told = _rule(dict.fromkeys(t.spec.role for t in tensors), codec)
         return f"a rule of its own: {told}" if step.rules else _set(f"{where}.rules=[{told}]")
+
+
+def _fallback(tensors: Iterable[PlannedTensor]) -> str | None:
+    """The largest codec that llama.cpp stores any of these in instead; None where all fit, or it has none."""
+    pairs = [(t, ggml_fallback(t.codec, t.spec.shape[-1])) for t in tensors]
+    found = [nearest_codec(replace(t, codec=used, wanted=t.codec)) for t, used in pairs if used is not None]
+    return max(found, key=lambda name: stored_bytes(name, BLOCKS), default=None)
+
+
+def _scheme(codec: str) -> str | None:
+    """The scheme that is integers in groups of so many columns; None for other codecs."""
+    info = codec_info(codec)
+    if info.kind != "uniform" or not info.block:
+        return None
+    return f"W{info.bits}A16_G{info.block}{'' if info.symmetric else '_ASYM'}"
 
 
 def _set(option: str) -> str:
@@ -167,14 +193,13 @@ def _rule(roles: Iterable[str], codec: str) -> str:
     return f"{{targets: {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}, codec: {codec}}}"
 
 
-def _smaller_group(codec: str, columns: Sequence[int]) -> str | None:
+def _fewer_columns(codec: str, columns: Sequence[int]) -> str | None:
     """The codec with the same codes and the largest group that divides all these rows, or one scale a row; None for codecs
     without groups."""
     info = codec_info(codec)
     if info.kind != "uniform":
         return None
-    group = next((g for g in GROUPS if g < info.block and not any(n % g for n in columns)), None)
-    return f"int{info.bits}-{f'g{group}' if group else 'row'}{'' if info.symmetric else '-asym'}"
+    return smaller_group(codec, columns) or f"int{info.bits}-row{'' if info.symmetric else '-asym'}"
 
 
 def nearest_codec(planned: PlannedTensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from compress.codecs.names import SPARSE_VALUES, codec_info
+from compress.codecs.names import SPARSE_VALUES, codec_info, ggml_fallback
 from compress.containers import CONTAINERS, Container, activation_problem, incoherence_problem
 from compress.models.layers import rope
 from compress.models.spec import ModelSpec
@@ -145,6 +145,8 @@ def tensor_problems(planned: PlannedTensor, containers: Sequence[Container]) -> 
     problems = shrinking_problems(planned)
     if info.kind == "uniform" and info.block and shape[-1] % info.block:
         problems.append(unfit(planned, f"rows of {shape[-1]} do not divide into groups of {info.block}"))
+    elif info.kind == "ggml" and ggml_fallback(info.name, shape[-1]):
+        problems.append(unfit(planned, f"rows of {shape[-1]} do not divide into {info.name} blocks"))
     elif info.kind in ("bnb", "vector", "block") and shape[-1] % info.block:
         problems.append(unfit(planned, f"rows of {shape[-1]} do not divide into {info.name}'s {info.block} columns"))
     elif len(shape) > 1 and shape[-2] % info.rows:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from compress.codecs.names import codec_info
 from compress.containers import Container
 from compress.models.checkpoint import Checkpoint
 from compress.models.spec import ModelSpec, TensorSpec
@@ -116,11 +117,31 @@ class Decisions:
     def _decide(self, tensor: TensorSpec, codec: str, rules: dict[str, Any]) -> PlannedTensor:
         containers, own = self.planner.containers, self.planner.own
         found = Rules(**{kind: (self._steps[kind], rule) for kind, rule in rules.items()})
-        planned = in_pieces(planned_tensor(self.spec, tensor, codec, found, containers), own, containers)
+        beside = self._columns(tensor)
+        planned = in_pieces(planned_tensor(self.spec, tensor, codec, found, containers, beside), own, containers)
         if self._problems(planned):
             self.sound = False
             return planned
         return replace(planned, bytes=packed_bytes(planned, containers, own))
+
+    def _columns(self, tensor: TensorSpec) -> frozenset[int]:
+        """Columns of the tensors whose groups have to be as long as this one's: of those that engines multiply together, or of
+        all that are quantized where a container has one length of groups."""
+        if any(container.one_group for container in self.planner.containers):
+            return self._quantized_columns
+        together, layer = tensor.declared.fused, tensor.layer
+        if layer is None or together is None:
+            return frozenset()
+        samples = self.spec.branches(layer)[tensor.part].samples
+        return frozenset(t.shape[-1] for t in samples if t.declared.fused == together)
+
+    @cached_property
+    def _quantized_columns(self) -> frozenset[int]:
+        """Columns of all tensors that the recipe gives integers in groups."""
+        matcher = self._matchers.get("quantize")
+        tensors = (t for layer, _ in enumerate(self.spec.blocks) for t in self._samples(layer))
+        rules = ((t, matcher.match(t)) for t in tensors) if matcher else ()
+        return frozenset(t.shape[-1] for t, rule in rules if rule is not None and codec_info(rule.codec).is_integer)
 
     def _problems(self, planned: PlannedTensor) -> list[Problem]:
         """Why a tensor cannot be stored as planned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from compress.codecs.names import codec_info, ggml_fallback, sparse_name, stored_bytes
+from compress.codecs.names import codec_info, ggml_fallback, smaller_group, sparse_name, stored_bytes
 from compress.containers import Container, packed_layout
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.plan.factors import factor_sizes
@@ -91,7 +91,12 @@ class PlannedTensor:
         """Why it is not stored in the codec that the recipe asked for."""
         if self.taken_apart:
             return "the file stores it in pieces, some of them transposed, which only floats can be"
-        return f"rows of {self.spec.shape[-1]} do not divide into {self.wanted} blocks"
+        columns, info = self.spec.shape[-1], codec_info(self.wanted or self.codec)
+        if info.kind != "uniform":
+            return f"rows of {columns} do not divide into {self.wanted} blocks"
+        if columns % info.block == 0:
+            return f"rows of others, whose groups have to be as long, do not divide into groups of {info.block}"
+        return f"rows of {columns} do not divide into groups of {info.block}"
 
     def same_work(self, other: PlannedTensor) -> bool:
         """Whether both become the same, whatever codec each was to have."""
@@ -123,13 +128,20 @@ class Rules:
 
 
 def planned_tensor(
-    spec: ModelSpec, tensor: TensorSpec, codec: str, rules: Rules, containers: Sequence[Container]
+    spec: ModelSpec,
+    tensor: TensorSpec,
+    codec: str,
+    rules: Rules,
+    containers: Sequence[Container],
+    beside: Iterable[int] = (),
 ) -> PlannedTensor:
-    """What becomes of one tensor, its bytes still to be counted. codec: of its numbers."""
+    """What becomes of one tensor, its bytes still to be counted. codec: of its numbers; beside: columns of the tensors whose
+    groups have to be as long as its own."""
     if len(tensor.shape) == 1:
         codec = precise_float(containers) or codec
     wanted = None
-    if codec_info(codec).kind == "ggml" and (replacement := ggml_fallback(codec, tensor.shape[-1])):
+    lenient = rules.quantize is not None and not rules.quantize[0].strict
+    if lenient and (replacement := fallback(codec, tensor.shape[-1], beside)):
         wanted, codec = codec, replacement
     info = codec_info(codec)
     out = PlannedTensor(tensor, codec, None, 0, wanted, values=codec)
@@ -147,6 +159,15 @@ def planned_tensor(
         factorize, division = rules.factorize
         return factored(replace(out, factorizer=factorize.solver), 1 - division.ratio)
     return out
+
+
+def fallback(codec: str, columns: int, beside: Iterable[int] = ()) -> str | None:
+    """What stands in for a codec whose blocks do not divide rows of so many columns: what llama.cpp stores instead, or the same
+    integers in smaller groups. None where it fits, or nothing does."""
+    info = codec_info(codec)
+    if info.kind == "uniform" and info.block and any(n % info.block for n in (columns, *beside)):
+        return smaller_group(codec, (columns, *beside))
+    return ggml_fallback(codec, columns)
 
 
 def in_pieces(planned: PlannedTensor, own: str, containers: Iterable[Container]) -> PlannedTensor:

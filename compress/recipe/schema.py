@@ -186,6 +186,9 @@ class Quantize(Section):
     inputs: Literal["compressed", "original"] = "compressed"
     """Whose inputs solvers see: what the compressed layers before a weight give it, so that it makes up for them; or the
     original's, which are the same for every type that a model is compressed to."""
+    strict: bool = False
+    """Whether rows that a codec's blocks or groups do not divide are an error; else the largest smaller group that divides
+    them, or what llama.cpp stores instead, stands in, and the plan and the report say so."""
 
     def expanded(self, model: ModelSpec) -> tuple[Rule, ...]:
         """The explicit rules, then those of the scheme."""

@@ -148,6 +148,14 @@ def test_gptq_and_rtn_differ_only_in_codes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if "w4-g128" in n])
+def test_smaller_groups_stand_in_where_128_columns_do_not_divide_a_row(name: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model", hidden_size=192, intermediate_size=256, head_dim=32)
+    card = carry_out(small(name, model, tmp_path / "out", *cheap(name)))
+    assert card.gate.passed, card.gate
+    assert {(f.role, f.wanted[:9], f.used[:8]) for f in card.fallbacks} >= {("attention.q", "int4-g128", "int4-g64")}
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if "w4-g128" in n])
 def test_rows_that_do_not_divide_are_refused_before_any_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from compress.codecs.names import codec_info
 from compress.errors import CalibrationError, CheckpointError, PlanError, RecipeError, UnsupportedModel
 from compress.plan import Plan, make_plan
 from compress.recipe import load_recipe
@@ -187,6 +188,8 @@ CURE = re.compile(r"--set '([^']+)'")
             {"hidden_size": 320, "moe_intermediate_size": 96},
         ),  # q4_k falls to q5_0, which none may name
         ("gguf-q4-k-m", ("steps[0].quantize.scheme=Q5_K_S",), {"moe_intermediate_size": 40}),  # not even 32 divide
+        ("gptq-w4-g128", (), {"hidden_size": 320, "moe_intermediate_size": 96}),
+        ("awq-w4-g128", (), {"hidden_size": 320, "moe_intermediate_size": 96}),
     ],
 )
 def test_what_cures_a_fallback_does(
@@ -205,13 +208,57 @@ def test_what_cures_a_fallback_does(
 
 
 @pytest.mark.parametrize(
+    ("recipe", "changes", "groups"),
+    [
+        # what an engine multiplies together has one group: gate, up and down of all experts
+        ("gptq-w4-g128", {"moe_intermediate_size": 96}, {"attention": 128, "routed_experts": 32}),
+        ("gptq-w4-g128", {"moe_intermediate_size": 192}, {"attention": 128, "routed_experts": 64}),
+        ("gptq-w4-g128", {"hidden_size": 320}, {"attention.q": 64, "attention.o": 128, "routed_experts": 64}),
+        # a file has one
+        ("awq-w4-g128", {"hidden_size": 320}, {"attention": 64, "routed_experts": 64}),
+        ("rtn-w4-g128", {}, {"attention": 128, "routed_experts": 128}),
+    ],
+)
+def test_rows_that_a_group_does_not_divide_get_the_largest_that_does(
+    tmp_path: Path, recipe: str, changes: dict[str, Any], groups: dict[str, int]
+) -> None:
+    model = folder(tmp_path / "m", **{"hidden_size": 256, "moe_intermediate_size": 256, **changes})
+    plan = plan_of(model, recipe)
+    for role, group in groups.items():
+        found = {
+            codec_info(t.codec).block for t in plan.tensors if t.spec.role.startswith(role) and len(t.spec.shape) == 2
+        }
+        assert found == {group}, role
+    told = {e.role: (e.tensors, e.wanted, e.used) for e in plan.exchanges}
+    fallen = [t for t in plan.tensors if codec_info(t.codec).block not in (128, 1)]
+    assert sum(count for count, _, _ in told.values()) == len(fallen) and set(told) == {t.spec.role for t in fallen}
+    if fallen:
+        with pytest.raises(PlanError, match="do not divide into groups of 128"):
+            plan_of(model, recipe, f"steps[{len(plan.recipe.steps) - 1}].quantize.strict=true")
+
+
+def test_strict_refuses_what_llama_cpp_would_store_instead(tmp_path: Path) -> None:
+    model = folder(tmp_path / "m", hidden_size=320)
+    strict = "steps[0].quantize.strict=true"
+    with pytest.raises(PlanError) as caught:
+        plan_of(model, "gguf-q4-k-m", strict)
+    assert all("rows of 320 do not divide into q" in line for line in caught.value.problems)
+    cures = dict.fromkeys(found for line in caught.value.problems for found in CURE.findall(line))
+    assert cures and "ignore" not in " ".join(cures)
+
+
+@pytest.mark.parametrize(
     ("overrides", "width", "option"),
     [
-        ((), 96, "scheme=W4A16_G32"),
-        (("steps[0].quantize.scheme=W3A16_ASYM",), 192, "scheme=W3A16_G64_ASYM"),
+        (("steps[0].quantize.strict=true",), 96, "scheme=W4A16_G32"),
+        (("steps[0].quantize.strict=true", "steps[0].quantize.scheme=W3A16_ASYM"), 192, "scheme=W3A16_G64_ASYM"),
         (("export=[{container: compress}]",), 200, "rules=[{targets: routed_experts.down, codec: int4-row}]"),
         (
-            ("steps[0].quantize.scheme=", "steps[0].quantize.rules=[{targets: routed_experts, codec: int4-g128}]"),
+            (
+                "steps[0].quantize.strict=true",
+                "steps[0].quantize.scheme=",
+                "steps[0].quantize.rules=[{targets: routed_experts, codec: int4-g128}]",
+            ),
             96, "rules[0].codec=int4-g32",
         ),
     ],
@@ -291,7 +338,11 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 
 def test_uniform_groups_that_do_not_divide_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
-        plan_of(folder(tmp_path / "m", num_hidden_layers=1, num_experts=2, moe_intermediate_size=96), "gptq-w4-g128")
+        plan_of(
+            folder(tmp_path / "m", num_hidden_layers=1, num_experts=2, moe_intermediate_size=96),
+            "gptq-w4-g128",
+            "steps[0].quantize.strict=true",
+        )
     (line,) = caught.value.problems
     assert "2 tensors" in line and "down_proj" in line and "96" in line and "W4A16_G32" in line
 
