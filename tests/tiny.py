@@ -30,6 +30,7 @@ _LATENT = {
     "num_hidden_layers": 3, "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1,
     "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 20,
 }  # fmt: skip
+_CONV = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"], "norm_eps": 1e-5}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
@@ -73,10 +74,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "lfm2": ("Lfm2", {**_CONV, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8}),
+    "lfm2_moe": ("Lfm2Moe", {**_CONV, **_EXPERTS, "num_experts": 6, "num_dense_layers": 1, "norm_topk_prob": True}),
 }  # fmt: skip
 
 
-OTHER_MIXERS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "deepseek_v3")
+OTHER_MIXERS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "deepseek_v3", "lfm2", "lfm2_moe")
 """Families whose token mixers are not all grouped-query attention: every recipe on each would take too long."""
 
 
@@ -139,7 +142,7 @@ def tiny_model(
                 )  # tied: the head
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
+            if name.endswith(("correction_bias", "expert_bias")):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer:

@@ -94,12 +94,14 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Names:
-    """What a checkpoint calls the tensors outside of its blocks, without ".weight", and what those of block {n} begin with."""
+    """What a checkpoint calls the tensors outside of its blocks, without ".weight", and what those of block {n} begin with;
+    norm_gguf: what GGUF calls the last norm."""
 
     embeddings: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
     block: str = "model.layers.{n}."
+    norm_gguf: str = "output_norm"
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ class ModelSpec:
 
     def untied(self) -> ModelSpec:
         """The same model with a head of its own."""
-        return replace(self, tied=False, config={**self.config, "tie_word_embeddings": False})
+        said = dict.fromkeys(("tie_word_embeddings", *({"tie_embedding"} & self.config.keys())), False)
+        return replace(self, tied=False, config={**self.config, **said})
 
     def branches(self, layer: int) -> tuple[Branch, ...]:
         """The sub-layers of a block, at their places."""
@@ -229,7 +232,7 @@ class ModelSpec:
             return TensorSpec(*given, declared=declared, signs=declared.input or "")
 
         shift, names = self.family.final_shift, self.family.names
-        norm = f"{names.norm}.weight"
+        norm, gguf = f"{names.norm}.weight", f"{names.norm_gguf}.weight"
         found = (
             one(Weight(f"{names.embeddings}.weight", vocabulary, "embeddings", "token_embd.weight")),
             one(
@@ -237,10 +240,10 @@ class ModelSpec:
                     norm,
                     width,
                     "norms",
-                    "output_norm.weight",
+                    gguf,
                     stream_norm=True,
                     shift=shift,
-                    pieces=shifted("output_norm.weight", shift),
+                    pieces=shifted(gguf, shift),
                 )
             ),
             one(Weight(f"{names.head}.weight", vocabulary, "lm_head", "output.weight", "lm_head", reads=norm)),

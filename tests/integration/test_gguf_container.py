@@ -131,6 +131,10 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("qwen2", {"head_dim": 32}, "head_dim"),
         ("qwen2_moe", {"tie_word_embeddings": True}, "tied"),
         ("qwen2", {"rope_parameters": LLAMA3}, "llama3"),
+        ("lfm2", {"conv_bias": True}, "shortconv.conv.bias"),
+        ("lfm2_moe", {"routed_scaling_factor": 2.5}, "scale routing weights"),
+        ("lfm2_moe", {"norm_topk_prob": False}, "normalises"),
+        ("lfm2_moe", {"use_expert_bias": False}, "wants a correction"),
         ("llama", {"rope_parameters": {**YARN, "beta_fast": 16, "beta_slow": 2}}, "beta_fast"),
     ],
 )

@@ -39,15 +39,22 @@ WIDE: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 32,
         "intermediate_size": 256,
     },
+    "lfm2": {"intermediate_size": 384, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0},
+    "lfm2_moe": {"num_dense_layers": 0},
 }
 """Widths that blocks of 256 and groups of 128 divide."""
+KINDS: dict[str, dict[str, Any]] = {
+    **{family: {"full_attention_interval": 2} for family in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")},
+    **{family: {"layer_types": ["conv", "full_attention"]} for family in ("lfm2", "lfm2_moe")},
+}
+"""One layer of each kind."""
 
 
 @pytest.fixture(scope="module", params=OTHER_MIXERS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = request.param
-    experts = {} if family == "qwen3_5_text" else {"moe_intermediate_size": 256}
-    of_either_kind = {"num_hidden_layers": 2} | ({"full_attention_interval": 2} if "qwen" in family else {})
+    experts = {} if family in ("qwen3_5_text", "lfm2") else {"moe_intermediate_size": 256}
+    of_either_kind: dict[str, Any] = {"num_hidden_layers": 2} | KINDS.get(family, {})
     if "num_experts" in FAMILIES[family][1]:
         experts["num_experts"] = 4
     folder = tmp_path_factory.mktemp(family) / family

@@ -11,20 +11,33 @@ from compress.models.layers.base import Axis, GgufValue, Input, Sublayer, Weight
 
 @dataclass(frozen=True)
 class Mlp(Sublayer):
-    """down(silu(gate x) * up x), `width` channels."""
+    """down(silu(gate x) * up x), `width` channels. prefix, leaves: names of gate, up and down."""
 
     width: int
     bias: bool = False
+    prefix: str = "mlp."
+    leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     half: ClassVar[str] = "ffn"
     forward: ClassVar[str] = "mlp"
 
     def inputs(self) -> Iterator[Input]:
         yield Input("mlp.in", self.hidden, 0, "ffn.in", "in", made_by=self.made_by)
-        made_by = ("mlp.up_proj.weight", *(("mlp.up_proj.bias",) if self.bias else ()))
+        up = self.prefix + self.leaves[1]
+        made_by = (f"{up}.weight", *((f"{up}.bias",) if self.bias else ()))
         yield Input("mlp.act", self.width, 1, "ffn.act", "act", made_by=made_by)
 
     def tensors(self) -> Iterator[Weight]:
-        mlp = Gated("mlp.", self.width, "mlp", "ffn_{}", "mlp", bias=self.bias, fused="gate and up", alone=True)
+        mlp = Gated(
+            self.prefix,
+            self.width,
+            "mlp",
+            "ffn_{}",
+            "mlp",
+            self.leaves,
+            bias=self.bias,
+            fused="gate and up",
+            alone=True,
+        )
         yield from mlp.weights(self)
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:

@@ -14,7 +14,16 @@ from torch import Tensor
 from compress.errors import UnsupportedModel
 from compress.models import known_families, load_spec
 from compress.models.checkpoint import Checkpoint
-from compress.models.forward import Pooled, Routing, Taps, final_norm, forward_block, forward_branch
+from compress.models.forward import (
+    Pooled,
+    Routing,
+    Taps,
+    embedded,
+    final_norm,
+    forward_block,
+    forward_branch,
+    logits,
+)
 from compress.models.forward.moe import route
 from compress.models.forward.rope import rope_tables
 from compress.models.layers.moe import MoE
@@ -98,14 +107,13 @@ def _load(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
 
 
 def _logits(spec: ModelSpec, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-    hidden = weights["model.embed_tokens.weight"][ids]
+    hidden = embedded(spec, weights[spec.embeddings], ids)
     for layer in range(spec.layers):
         before = hidden.clone()
         out = forward_block(spec, layer, weights, hidden)
         assert torch.equal(before, hidden), "the input was modified"
         hidden = out
-    head = weights["model.embed_tokens.weight" if spec.tied else "lm_head.weight"]
-    return final_norm(spec, weights["model.norm.weight"], hidden) @ head.T
+    return logits(spec, weights[spec.head], final_norm(spec, weights[spec.final_norm], hidden))
 
 
 @functools.cache

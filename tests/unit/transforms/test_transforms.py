@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.codecs import block_codec
-from compress.models.forward import Routing, final_norm, forward_block, moe
+from compress.models.forward import Routing, moe
 from compress.models.layers.moe import Router
 from compress.models.spec import ModelSpec, load_spec
 from compress.solvers import rtn
@@ -24,6 +24,7 @@ from compress.transforms import awq, smooth
 from compress.transforms.base import Fold, apply, folds, rounding_error
 from compress.transforms.options import AwqOptions, RotateOptions, SmoothOptions
 from compress.transforms.rotate import Rotation
+from tests.contract.blocks import logits
 from tests.tiny import FAMILIES, tiny_model
 
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -57,19 +58,15 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 def exact_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder, like transformers, routes in float32, whose rounding would hide what is tested here."""
 
-    def route(router: Router, logits: Tensor, correction: Tensor | None = None) -> Routing:
-        weights, experts = logits.softmax(-1).topk(router.k, dim=-1)
+    def route(router: Router, scores: Tensor, correction: Tensor | None = None) -> Routing:
+        weights, experts = scores.softmax(-1).topk(router.k, dim=-1)
         return Routing(experts, weights / weights.sum(-1, keepdim=True) if router.normalised else weights)
 
     monkeypatch.setattr(moe, "route", route)
 
 
 def _logits(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Tensor:
-    hidden = weights["model.embed_tokens.weight"][IDS]
-    for layer in range(spec.layers):
-        hidden = forward_block(spec, layer, weights, hidden)
-    head = weights["model.embed_tokens.weight" if spec.tied else "lm_head.weight"]
-    out = final_norm(spec, weights["model.norm.weight"], hidden) @ head.T
+    out = logits(spec, weights, IDS)
     assert out.dtype == torch.float64
     return out
 
