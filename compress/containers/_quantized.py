@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.containers._safetensors import FLOATS, Slot, write_checkpoint
-from compress.containers.base import PlannedTensor, WriteRequest
-from compress.errors import OutputError
-from compress.models.spec import TensorSpec
+from compress.containers.base import Files, PlannedTensor, WriteRequest, folder_of
+from compress.errors import CheckpointError, OutputError
+from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,33 @@ def check_arrival(packed: Packed, planned: PlannedTensor, groups: int) -> None:
     found = [tuple(packed.parts[key].shape) for key in ("scales", "zeros")] if groups else []
     if wrong := [shape for shape in found if shape != (tensor.shape[0], groups)]:
         raise OutputError(f"{tensor.name} needs {groups} scales a row for {planned.codec}, got {wrong[0]}")
+
+
+def open_decoded(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
+    """A function that decodes one tensor of such a folder by its checkpoint name to float32, as `compress.models.sources` reads
+    the format, whoever wrote it.
+
+    CheckpointError for a layout that is not read, missing tensors, or shapes that contradict each other or the model.
+    """
+    from compress.models.checkpoint import Checkpoint
+
+    folder = folder_of(path)
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.unread:
+        raise CheckpointError(f"{folder} {checkpoint.unread}")
+    shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
+
+    def load(name: str) -> Tensor:
+        values = checkpoint.load(name)
+        if not values.is_floating_point():
+            raise CheckpointError(f"{name} in {folder} is stored as {checkpoint.entries[name].dtype}, without scales")
+        if tuple(values.shape) != shapes[name]:
+            raise CheckpointError(
+                f"{name} in {folder} is {list(values.shape)}; it does not fit the model's {list(shapes[name])}"
+            )
+        return values.float()
+
+    return load
 
 
 def write_folder(

@@ -9,7 +9,7 @@ awq/modules/linear/gemm.py. The name is that of the file format: any solver may 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,14 @@ from compress.containers._quantized import (
     int32_words,
     linears,
     module_of,
+    open_decoded,
     write_folder,
 )
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers._uses import CHAT, GPTQMODEL, SERVERS
-from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
-from compress.errors import CheckpointError, OutputError
+from compress.containers.base import Container, PlannedTensor, WriteRequest
+from compress.errors import OutputError
+from compress.models.sources.awq import ORDER, WORD
 from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from compress.weights import Packed
 
 _CODEC = re.compile(r"int4-g(32|64|128)(-asym)?")
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs comes first, second, ... from the lowest bits
-_WORD = len(_ORDER)
 
 
 def _group(codec: str) -> int | None:
@@ -61,9 +61,9 @@ def codec_problem(planned: PlannedTensor) -> str | None:
     if len(tensor.shape) != 2 or tensor.role in ("embeddings", "router", "lm_head"):
         return f"{tensor.name}: AWQ checkpoints keep {tensor.role} in float, not {codec}; leave it out of the rules"
     rows, columns = tensor.shape
-    if rows % _WORD or columns % group:
+    if rows % WORD or columns % group:
         return (
-            f"{tensor.name} is {rows} x {columns}: AWQ packs {_WORD} rows a word and whole groups of {group} columns; "
+            f"{tensor.name} is {rows} x {columns}: AWQ packs {WORD} rows a word and whole groups of {group} columns; "
             "use a smaller group or leave it in float"
         )
     return None
@@ -120,8 +120,8 @@ def _slots(planned: PlannedTensor) -> list[Slot]:
         return [Slot(tensor.name, FLOATS[planned.codec][0], tensor.shape)]
     module, (rows, columns) = module_of(tensor), tensor.shape
     return [
-        Slot(f"{module}.qweight", "I32", (columns, rows // _WORD)),
-        Slot(f"{module}.qzeros", "I32", (columns // group, rows // _WORD)),
+        Slot(f"{module}.qweight", "I32", (columns, rows // WORD)),
+        Slot(f"{module}.qzeros", "I32", (columns // group, rows // WORD)),
         Slot(f"{module}.scales", "F16", (columns // group, rows)),
     ]
 
@@ -134,7 +134,7 @@ def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
 def _pack(values: Tensor) -> Tensor:
     """uint8 codes [out, n] -> int32 words [n, out / 8]."""
     rows, n = values.shape
-    interleaved = values.T.reshape(n, rows // _WORD, _WORD)[:, :, list(_ORDER)]
+    interleaved = values.T.reshape(n, rows // WORD, WORD)[:, :, list(ORDER)]
     return int32_words(interleaved.reshape(n, rows), 4)
 
 
@@ -165,49 +165,6 @@ def write(request: WriteRequest) -> list[Path]:
     return write_folder(request, _slots, _encode, quantization_config(request.tensors))
 
 
-def _unpack(words: Tensor) -> Tensor:
-    """int32 words [n, out / 8] -> float32 codes [out, n], by shifts, not by inverting the writer."""
-    import torch
-
-    out = torch.empty(words.shape[1] * _WORD, words.shape[0])
-    for place, output in enumerate(_ORDER):
-        out[output::_WORD] = ((words >> (4 * place)) & 15).T.float()
-    return out
-
-
-def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
-    """A function that decodes one tensor of an AWQ folder by its checkpoint name to float32.
-
-    The group size follows from the tensors' shapes. CheckpointError for another layout than GEMM, missing tensors or
-    shapes that contradict each other.
-    """
-    from compress.models.checkpoint import Checkpoint
-
-    folder = folder_of(path)
-    checkpoint = Checkpoint.open(folder)
-    version = (checkpoint.config.get("quantization_config") or {}).get("version", "gemm")
-    if str(version).lower() != "gemm":
-        raise CheckpointError(f"{folder} is in AWQ's {version} layout; only gemm is read here")
-    shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
-
-    def load(name: str) -> Tensor:
-        if name in checkpoint:
-            return checkpoint.load(name).float()
-        module = name.removesuffix(".weight")
-        qweight, qzeros = (checkpoint.load(f"{module}.{part}") for part in ("qweight", "qzeros"))
-        scales = checkpoint.load(f"{module}.scales").float()
-        rows, columns = shapes[name]
-        groups = scales.shape[0]
-        expected = ((columns, rows // _WORD), (groups, rows // _WORD), (groups, rows))
-        if tuple(tuple(t.shape) for t in (qweight, qzeros, scales)) != expected or columns % groups:
-            raise CheckpointError(f"{module} in {folder} does not fit the model's {rows} x {columns}")
-        group = columns // groups
-        zeros = _unpack(qzeros).repeat_interleave(group, 1)
-        return (_unpack(qweight) - zeros) * scales.T.repeat_interleave(group, 1)
-
-    return load
-
-
 def _holds(info: CodecInfo) -> bool:
     return info.kind == "float" or _group(info.name) is not None
 
@@ -230,5 +187,5 @@ CONTAINER = Container(
     entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
-    open_dense=open_dense,
+    open_dense=open_decoded,
 )

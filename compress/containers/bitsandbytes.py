@@ -16,18 +16,18 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codecs.names import CodecInfo, codec_info
 from compress.containers._hosts import WHOLE
-from compress.containers._quantized import check_arrival, module_of, write_folder
+from compress.containers._quantized import check_arrival, module_of, open_decoded, write_folder
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers._uses import CHAT, transformers
-from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
-from compress.errors import CheckpointError, OutputError
+from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest
+from compress.errors import OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -194,48 +194,9 @@ def write(request: WriteRequest) -> list[Path]:
     )
 
 
-def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
-    """A function that decodes one tensor of such a folder by its checkpoint name to float32.
-
-    Levels, scales and shapes are read from the file. CheckpointError for a folder of bitsandbytes' 8-bit format, missing
-    tensors or shapes that contradict each other.
-    """
-    import torch
-
-    from compress.models.checkpoint import Checkpoint
-
-    folder = folder_of(path)
-    checkpoint = Checkpoint.open(folder)
-    settings = checkpoint.config.get("quantization_config") or {}
-    if not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
-        raise CheckpointError(f"{folder} is in bitsandbytes' 8-bit format; only its 4-bit folders are read here")
-    kind = settings.get("bnb_4bit_quant_type", "fp4")
-
-    def load(name: str) -> Tensor:
-        stored = f"{name}.quant_state.bitsandbytes__{kind}"
-        values = checkpoint.load(name)
-        if stored not in checkpoint:
-            if not values.is_floating_point():
-                raise CheckpointError(f"{folder} has no tensor {stored}, without which {name} cannot be read")
-            return values.float()
-        state = json.loads(bytes(checkpoint.load(stored).tolist()))
-        absmax = checkpoint.load(f"{name}.absmax")
-        if 2 * values.numel() != math.prod(state["shape"]) or absmax.numel() * state["blocksize"] != 2 * values.numel():
-            raise CheckpointError(f"{name} in {folder} does not fit its shape {state['shape']}")
-        if "nested_offset" in state:
-            shared = checkpoint.load(f"{name}.nested_absmax").repeat_interleave(state["nested_blocksize"])
-            levels = checkpoint.load(f"{name}.nested_quant_map")[absmax.long()]
-            absmax = levels * shared[: len(levels)] + torch.tensor(state["nested_offset"])
-        codes = torch.cat((values >> 4, values & 0xF), dim=1).long()  # [bytes, 2]
-        blocks = checkpoint.load(f"{name}.quant_map")[codes].reshape(-1, state["blocksize"])
-        return (blocks * absmax[:, None]).reshape(state["shape"])
-
-    return load
-
-
 def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
-    """All tensors of `open_dense` at once."""
-    load = open_dense(path, spec)
+    """All tensors of a folder, float32."""
+    load = open_decoded(path, spec)
     return {tensor.name: load(tensor.name) for tensor in spec.tensors()}
 
 
@@ -256,5 +217,5 @@ CONTAINER = Container(
     entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
-    open_dense=open_dense,
+    open_dense=open_decoded,
 )

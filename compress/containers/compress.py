@@ -300,7 +300,7 @@ def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
 
     folder = folder_of(path)
     checkpoint = Checkpoint.open(folder)
-    config = checkpoint.config.get("quantization_config") or {}
+    config = checkpoint.quantization
     rules, parts_of = read_rules(config), config.get("parts") or {}
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
 

@@ -21,7 +21,7 @@ bfloat16 round the scales to it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,20 +34,19 @@ from compress.containers._quantized import (
     int32_words,
     linears,
     module_of,
+    open_decoded,
     write_folder,
 )
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers._uses import CHAT, SERVERS, transformers
-from compress.containers.base import TRANSFORMERS, Container, Files, PlannedTensor, WriteRequest, folder_of
-from compress.errors import CheckpointError, OutputError
+from compress.containers.base import TRANSFORMERS, Container, PlannedTensor, WriteRequest
+from compress.errors import OutputError
 from compress.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.weights import Packed
-
-_FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
 
 
 @dataclass(frozen=True, order=True)
@@ -286,56 +285,6 @@ def write(request: WriteRequest) -> list[Path]:
     return write_folder(request, _slots, _encode, quantization_config(request.spec, request.tensors))
 
 
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 words [n, m] -> float32 codes [n, m * 32 / bits], by shifts, not by inverting the writer."""
-    import torch
-
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1).float()
-
-
-def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
-    """A function that decodes one tensor of a compressed-tensors folder by its checkpoint name to float32.
-
-    Bits and groups follow from the tensors' shapes. CheckpointError for formats and parts that `write` never writes
-    (fp8, reordered groups), missing tensors or shapes that contradict each other.
-    """
-    from compress.models.checkpoint import Checkpoint
-
-    folder = folder_of(path)
-    checkpoint = Checkpoint.open(folder)
-    shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
-    settings = checkpoint.config.get("quantization_config") or {}
-    groups = (settings.get("config_groups") or {}).values()
-    if unknown := {settings.get("format"), *(group.get("format") for group in groups)} - {None, *_FORMATS}:
-        raise CheckpointError(
-            f"{folder} has format {min(unknown)} of compressed-tensors; read here: {', '.join(_FORMATS)}"
-        )
-
-    def load(name: str) -> Tensor:
-        module = name.removesuffix(".weight")
-        whole = name in checkpoint and checkpoint.entries[name].dtype == "I8"
-        for part in ("weight_g_idx", *(["weight_zero_point"] if whole else [])):
-            if f"{module}.{part}" in checkpoint:
-                raise CheckpointError(f"{folder} holds {module}.{part}, which is not understood here")
-        if name in checkpoint:
-            values = checkpoint.load(name).float()
-            return values * checkpoint.load(f"{module}.weight_scale").float() if whole else values
-        packed, scales = (checkpoint.load(f"{module}.{part}") for part in ("weight_packed", "weight_scale"))
-        rows, columns = shapes[name]
-        bits, rest = divmod(packed.shape[1] * 32, columns)
-        if rest or bits not in (4, 8) or packed.shape[0] != rows or len(scales) != rows or columns % scales.shape[1]:
-            raise CheckpointError(f"{module} in {folder} does not fit the model's {rows} x {columns}")
-        repeat = columns // scales.shape[1]
-        codes = _unpack(packed, bits) - (1 << (bits - 1))
-        if f"{module}.weight_zero_point" in checkpoint:
-            zeros = _unpack(checkpoint.load(f"{module}.weight_zero_point").T.contiguous(), bits).T
-            codes -= (zeros - (1 << (bits - 1))).repeat_interleave(repeat, 1)
-        return codes * scales.float().repeat_interleave(repeat, 1)
-
-    return load
-
-
 def _holds(info: CodecInfo) -> bool:
     return info.kind == "float" or info.bits in (4, 8)
 
@@ -360,5 +309,5 @@ CONTAINER = Container(
     entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
-    open_dense=open_dense,
+    open_dense=open_decoded,
 )

@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.containers._hosts import VLLM
-from compress.containers._quantized import check_arrival, module_of, write_folder
+from compress.containers._quantized import check_arrival, module_of, open_decoded, write_folder
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers._uses import CHAT, GPTQMODEL, SERVERS
-from compress.containers.base import Container, Files, PlannedTensor, WriteRequest, folder_of
-from compress.errors import CheckpointError, OutputError
+from compress.containers.base import Container, Files, PlannedTensor, WriteRequest
+from compress.errors import OutputError
 from compress.models.spec import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -110,15 +110,6 @@ def pack_words(values: np.ndarray, bits: int) -> np.ndarray:
         if shift + bits > 32:
             words[:, word + 1] |= codes[:, index] >> np.uint64(32 - shift)
     return (words & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32).reshape(-1, width)
-
-
-def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of `pack_words`, by single bits: int32 [n / 32 * bits, m] -> uint8 [n, m]."""
-    import numpy as np
-
-    columns = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
-    single = np.unpackbits(columns, axis=1, bitorder="little").reshape(words.shape[1], -1, bits)
-    return np.ascontiguousarray(np.packbits(single, axis=2, bitorder="little")[:, :, 0].T)
 
 
 def _encode(packed: Packed, planned: PlannedTensor) -> dict[str, Tensor]:
@@ -215,45 +206,9 @@ def write(request: WriteRequest) -> list[Path]:
     return write_folder(request, _slots, _encode, quantization, beside)
 
 
-def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
-    """A function that decodes one tensor of a GPTQ folder by its checkpoint name to float32.
-
-    Unpacks bit by bit, not by inverting the writer. Bits follow from the tensors' shapes, groups from g_idx, the zero
-    points' convention from config.json. CheckpointError for missing tensors or shapes that contradict each other.
-    """
-    import torch
-
-    from compress.models.checkpoint import Checkpoint
-
-    folder = folder_of(path)
-    checkpoint = Checkpoint.open(folder)
-    settings = checkpoint.config.get("quantization_config") or {}
-    offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-    shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
-
-    def load(name: str) -> Tensor:
-        if name in checkpoint:
-            return checkpoint.load(name).float()
-        module = name.removesuffix(".weight")
-        qweight = checkpoint.load(f"{module}.qweight").numpy()
-        qzeros = checkpoint.load(f"{module}.qzeros").numpy()
-        scales = checkpoint.load(f"{module}.scales").float()
-        group = checkpoint.load(f"{module}.g_idx").long()
-        rows, columns = shapes[name]
-        bits = qweight.shape[0] * 32 // columns
-        if qweight.shape != (columns * bits // 32, rows) or scales.shape[1] != rows or len(group) != columns:
-            raise CheckpointError(f"{module} in {folder} does not fit the model's {rows} x {columns}")
-        codes = torch.from_numpy(unpack_words(qweight, bits)).float()  # [in, out]
-        stored = unpack_words(qzeros.T, bits).T.astype("int32")
-        zeros = torch.from_numpy((stored + offset) % (1 << bits)).float()  # [groups, out]
-        return ((codes - zeros[group]) * scales[group]).T.contiguous()
-
-    return load
-
-
 def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
-    """All tensors of `open_dense` at once."""
-    load = open_dense(path, spec)
+    """All tensors of a folder, float32."""
+    load = open_decoded(path, spec)
     return {tensor.name: load(tensor.name) for tensor in spec.tensors()}
 
 
@@ -273,5 +228,5 @@ CONTAINER = Container(
     entry_bytes=entry_bytes,
     check_plan=check_plan,
     write=write,
-    open_dense=open_dense,
+    open_dense=open_decoded,
 )

@@ -17,7 +17,9 @@ from compress.files import fingerprint
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, deciding_files
 from compress.models.companions import companion_bytes
 from compress.models.locate import model_location
+from compress.models.sources import is_quantized
 from compress.models.spec import ModelSpec, load_spec
+from compress.reading import read_json
 from compress.scoring.cache import Remembered
 from compress.scoring.results import Fallback
 from compress.scoring.source import Generates, LogitSource
@@ -61,9 +63,9 @@ class OpenedModel:
         return self.weight_bytes + (companion_bytes(self.folder) if self.files[0].parent == self.folder else 0)
 
 
-def open_model(name: str) -> OpenedModel:
+def open_model(name: str, *, decoded: bool = False) -> OpenedModel:
     """A folder of any container, GGUF file, hub id, bundled or packaged model; a dense one holds every weight in the shape
-    config.json implies. A GGUF file is the model that its weights decode to."""
+    config.json implies. A GGUF file is the model that its weights decode to; decoded: so is a quantized folder."""
     location = model_location(name)
     if Path(location).is_file() and (kind := file_container(location)) is not None and not kind.magic:
         raise CheckpointError(
@@ -72,17 +74,13 @@ def open_model(name: str) -> OpenedModel:
     checkpoint = Checkpoint.open(location)
     spec = load_spec(checkpoint.config)
     files = checkpoint.weight_files
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    method = checkpoint.quantization.get("quant_method")
     methods = {container.quant_method: container for container in CONTAINERS.values() if container.quant_method}
-    if method in methods:
+    if method in methods and not decoded:
         load = methods[method].open_dense(files, spec)
         return OpenedModel(name, checkpoint.folder, spec, methods[method], load, files)
-    if method is not None:
-        raise UnsupportedModel(
-            f"{name} is quantized with {method}; this version scores "
-            f"{' and '.join(f'{_label(c)} files' for c in _single_files())} and folders that are dense or one of "
-            f"{', '.join(methods)}"
-        )
+    if checkpoint.unread:
+        raise UnsupportedModel(f"{name} {checkpoint.unread}")
     if problems := checkpoint_problems(spec, checkpoint):
         raise CheckpointError(f"{problems[0]}; fetch the model again")
     return OpenedModel(name, checkpoint.folder, spec, original_layout(), checkpoint.load, files, checkpoint.notes)
@@ -191,10 +189,10 @@ def remembered(source: StreamedSource, weights: Sequence[Path], folder: Path) ->
 
 def continues(folder: Path, files: Sequence[Path], parameters: int) -> Callable[[], Generates] | None:
     """What continues text for a dense model: the engine of the file that it lies in, transformers for a folder. None where
-    that is not installed, or the model is too large to be held whole."""
+    that is not installed, the model is too large to be held whole, or transformers would leave it quantized."""
     container = file_container(str(files[0]))
     if container is None or container.engine is None:
-        return whole_model(folder, parameters)
+        return None if is_quantized(read_json(folder / "config.json")) else whole_model(folder, parameters)
     engine = container.engine
     if why_not(engine, parameters) is not None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from compress.models.companions import LAYOUT, LEGAL, companions
 from compress.models.gguf.header import is_gguf
 from compress.models.gguf.source import open_source
 from compress.models.identity import hub_id
-from compress.models.index import FLOAT_CODEC, INDEX, SINGLE, Entry, read_header, read_index
+from compress.models.index import INDEX, SINGLE, Entry, named_codec, read_header, read_index
 from compress.models.locate import no_model
+from compress.models.sources import source_of
 from compress.models.spec import load_spec
 from compress.reading import read_json, shown
 
@@ -29,15 +30,22 @@ def same_bytes(one: Entry, other: Entry) -> bool:
     """Whether two tensors have the same type, shape and bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with one.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(one.span[0])
-        second.seek(other.span[0])
-        left = one.bytes
-        while left > 0:
-            size = min(left, 1 << 24)
+    return len(one.lies) == len(other.lies) and all(map(_same_run, one.lies, other.lies))
+
+
+def _same_run(one: tuple[Path, tuple[int, int]], other: tuple[Path, tuple[int, int]]) -> bool:
+    """Whether two runs of bytes in files are the same."""
+    (file, (start, stop)), (beside, (begin, end)) = one, other
+    if stop - start != end - begin:
+        return False
+    with file.open("rb") as first, beside.open("rb") as second:
+        first.seek(start)
+        second.seek(begin)
+        while start < stop:
+            size = min(stop - start, 1 << 24)
             if first.read(size) != second.read(size):
                 return False
-            left -= size
+            start += size
     return True
 
 
@@ -46,7 +54,8 @@ class Checkpoint:
     """A model whose tensors are read one at a time.
 
     folder: with config.json and the tokenizer; `entries` is empty when it holds a config.json only (enough to plan, not to
-    run). place: what `open` opens again, the folder or a GGUF file; notes: what to say of it.
+    run). place: what `open` opens again, the folder or a GGUF file; notes: what to say of it. quantization: what config.json
+    says of how its tensors are stored, which `config` is without; unread: why they cannot be decoded, after the model's name.
     """
 
     folder: Path
@@ -54,6 +63,8 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     place: Path
     notes: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    unread: str = ""
 
     @classmethod
     def open(cls, model: str | Path, *, weights: bool = True) -> Checkpoint:
@@ -91,7 +102,9 @@ class Checkpoint:
                 "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
             )
             raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
-        return cls(folder, config, entries | _parts(config, entries), folder)
+        found = source_of(config, entries)
+        entries = {**found.entries, **_parts(found.config, found.entries)}
+        return cls(folder, found.config, entries, folder, found.notes, found.settings, found.unread)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -99,7 +112,7 @@ class Checkpoint:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """Those that hold tensors, in order."""
-        return tuple(sorted({entry.file for entry in self.entries.values()}))
+        return tuple(sorted({file for entry in self.entries.values() for file, _ in entry.lies}))
 
     def load(self, name: str) -> Tensor:
         """One tensor in its own dtype. Raises CheckpointError if missing, unreadable or not finite."""
@@ -179,11 +192,6 @@ def _download(model: str, weights: bool) -> Path:
             f"no such model: {model} is not a local folder, and the hub answered: {line}; "
             "check the name, the network and, for a gated model, that you are logged in (hf auth login)"
         ) from None
-
-
-def named_codec(config: Mapping[str, Any]) -> str | None:
-    """The float codec of the type that config.json names, None where it names none of them."""
-    return FLOAT_CODEC.get(str(config.get("dtype") or config.get("torch_dtype")))
 
 
 def own_codec(spec: ModelSpec, checkpoint: Checkpoint) -> str:

@@ -37,6 +37,11 @@ FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f
 """torch's and safetensors' names of the float types a checkpoint may have -> codecs."""
 
 
+def named_codec(config: Mapping[str, Any]) -> str | None:
+    """The float codec of the type that config.json names, None where it names none of them."""
+    return FLOAT_CODEC.get(str(config.get("dtype") or config.get("torch_dtype")))
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where one tensor lies, and how it is read: file, dtype name and shape as the safetensors header gives them.
@@ -49,6 +54,11 @@ class Entry:
     shape: tuple[int, ...]
     part: Slice | None = None
     span: tuple[int, int] = (0, 0)
+
+    @property
+    def lies(self) -> tuple[tuple[Path, tuple[int, int]], ...]:
+        """The files that it lies in, and its bytes in each."""
+        return ((self.file, self.span),)
 
     @property
     def bytes(self) -> int:
@@ -72,7 +82,7 @@ class Entry:
 
     def read(self, name: str, opened: Any) -> Tensor:
         """The tensor, whose name this is. Raises SafetensorError, OSError or CheckpointError."""
-        return opened.get_tensor(name) if self.part is None else _part(opened, self.part)
+        return opened.get_tensor(name) if self.part is None else part_of(opened, self.part)
 
     def matrices(self, name: str, opened: Any) -> Iterator[Tensor]:
         """The stored tensor of this name, or the matrices of a stack, one in memory at a time."""
@@ -83,7 +93,7 @@ class Entry:
         yield from (stack[n] for n in range(self.shape[0]))
 
 
-def _part(file: Any, part: Slice) -> Tensor:
+def part_of(file: Any, part: Slice) -> Tensor:
     """Some rows of one entry of a stacked tensor, without reading the others."""
     stored = file.get_slice(part.name)
     rows = slice(part.start, part.stop)

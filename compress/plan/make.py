@@ -18,7 +18,7 @@ from compress.plan.plan import Plan
 from compress.plan.planner import Planner
 from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
 from compress.plan.texts import choose_text
-from compress.reading import in_words, shortened
+from compress.reading import shortened
 from compress.recipe.schema import Recipe
 from compress.structured.shapes import Reduction, candidates, channels_only, likeliest, reduced, reduction_problems
 
@@ -33,9 +33,8 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
     recipe, chosen = choose_text(recipe, checkpoint.folder)
     original = load_spec(checkpoint.config)
-    if settings := checkpoint.config.get("quantization_config"):
-        method = in_words(settings.get("quant_method", "by a method without a name")).strip("'")
-        raise UnsupportedModel(f"{recipe.model} is already quantized ({method}); give the original float checkpoint")
+    if checkpoint.unread:
+        raise UnsupportedModel(f"{recipe.model} {checkpoint.unread}")
     turned = original.untied() if recipe.step("rotate") else original
     problems = step_problems(recipe) + text_problems(recipe, original) + stream_problems(recipe, original)
     steps = cuts(recipe, turned).values()
@@ -61,7 +60,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
     warnings += _warnings(recipe, original, outline, own) + [str(line) for line in savings if line.nothing]
     warnings += narrow_calibration(recipe) + doubts + [*checkpoint.notes, *_folder_notes(checkpoint, own)]
-    files = [(file.name, file.stat()) for file in {entry.file for entry in checkpoint.entries.values()}]
+    files = [(file.name, file.stat()) for file in checkpoint.weight_files]
     plan = Plan(
         recipe=recipe,
         original=original,

@@ -10,7 +10,6 @@ from pathlib import Path
 from compress.containers import Container
 from compress.engines.open import OpenedModel, artifact_source, continues, file_container, file_set, open_model
 from compress.engines.streamed import StreamedSource
-from compress.errors import CheckpointError
 from compress.models.companions import is_report
 from compress.report import scorecard as scorecards
 from compress.report.checksums import files_at_the_top
@@ -49,11 +48,9 @@ class Target:
 
 
 def open_original(against: str) -> OpenedModel:
-    """What targets are compared with. Raises CheckpointError where it is missing or not what it should be."""
-    original = open_model(against)
-    if not original.container.original:
-        raise CheckpointError(f"{against} is itself quantized; give the original to --against")
-    return original
+    """What targets are compared with: the floats that it decodes to. Raises CheckpointError where it is missing or not what it
+    should be, UnsupportedModel where it is quantized in a way that is not read."""
+    return open_model(against, decoded=True)
 
 
 def open_target(target: str, original: OpenedModel | None) -> Target:

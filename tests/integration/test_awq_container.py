@@ -86,7 +86,7 @@ def test_every_code_survives(codec: str, tmp_path: Path) -> None:
     )
     assert len(files) > 1 and (tmp_path / "out" / "model.safetensors.index.json").is_file()
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    load = awq.open_dense(files, spec)
+    load = awq.CONTAINER.open_dense(files, spec)
     for line in plan:
         packed = fetch(line.name)
         if line.codec == "f16":
@@ -115,7 +115,7 @@ def test_every_code_survives(codec: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     wider = spec_of(tiny_model("qwen2", tmp_path / "wide", hidden_size=128, num_key_value_heads=4, tokenizer=False))
     with pytest.raises(CheckpointError, match="does not fit"):
-        awq.open_dense(files, wider)("model.layers.0.self_attn.k_proj.weight")
+        awq.CONTAINER.open_dense(files, wider)("model.layers.0.self_attn.k_proj.weight")
 
 
 @pytest.mark.parametrize("floats", ["routed", "attention", "none"])

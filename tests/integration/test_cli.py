@@ -421,13 +421,13 @@ def bad_targets(place: Path, folder: Path) -> dict[str, tuple[list[object], str]
     (folder / "cut.gguf").write_bytes(gguf.read_bytes()[:4000])
     (folder / "notes.txt").write_text("nothing")
     (folder / "part-00001-of-00002.gguf").write_bytes(gguf.read_bytes())
-    other = folder / "fp8"
+    other = folder / "hqq"
     other.mkdir()
     for file in model.iterdir():
         (other / file.name).symlink_to(file)
     config = json.loads((model / "config.json").read_text())
     (other / "config.json").unlink()
-    (other / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    (other / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
     against = ["--against", model]
     return {
         "missing": ([folder / "none.gguf", *against], "no GGUF file"),
@@ -436,8 +436,8 @@ def bad_targets(place: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "folder of files": ([folder, *against], f"give the file: {folder / 'cut.gguf'}"),
         "other file": ([folder / "notes.txt", *against], "neither a GGUF file nor"),
         "lost shard": ([folder / "part-00001-of-00002.gguf", *against], "part-00002-of-00002.gguf is missing"),
-        "quantized original": ([gguf, "--against", place / "gptq" / "gptq-gptq"], "give the original"),
-        "other quantizer": ([other, *against], "quantized with fp8"),
+        "quantized original": ([gguf, "--against", other], "already quantized (hqq)"),
+        "other quantizer": ([other, *against], "already quantized (hqq)"),
         "suite": ([model, "--suite", "quik"], "did you mean 'quick'"),
     }
 

@@ -110,7 +110,7 @@ def test_the_package_decodes_every_value(codec: str, tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     (scheme,) = QuantizationConfig.model_validate(settings).config_groups.values()
     reader = BaseCompressor.get_value_from_registry(scheme.format)
-    load = compressed_tensors.open_dense(files, spec)
+    load = compressed_tensors.CONTAINER.open_dense(files, spec)
     lowest = 0.0
     for line in plan:
         values = decoded(fetch(line.name))
@@ -308,4 +308,4 @@ def test_damage_is_found(tmp_path: Path) -> None:
     compressed_tensors.write(WriteRequest(tmp_path / "out", spec, plan, fetch, source=model))
     wider = spec_of(tiny_model("llama", tmp_path / "wide", num_key_value_heads=4, tokenizer=False))
     with pytest.raises(CheckpointError, match="does not fit"):
-        compressed_tensors.open_dense(tmp_path / "out", wider)("model.layers.0.self_attn.k_proj.weight")
+        compressed_tensors.CONTAINER.open_dense(tmp_path / "out", wider)("model.layers.0.self_attn.k_proj.weight")

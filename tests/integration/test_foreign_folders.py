@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.containers import CONTAINERS
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, CompressError
 from compress.report.progress import Reporter
 from compress.run.score import Settings, score_targets
 from tests.integration.containers import spec_of
@@ -34,16 +35,16 @@ def marked(model: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "8-bit format"),
-        ({"quant_method": "awq", "version": "gemv"}, "gemv layout"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "format float-quantized"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "layout 'marlin'"),
+        ({"quant_method": "awq", "version": "gemv"}, "'gemv' layout"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format 'marlin-24'"),
         (
             {
                 "quant_method": "compressed-tensors",
                 "format": "mixed-precision",
-                "config_groups": {"group_0": {"format": "nvfp4-pack-quantized"}},
+                "config_groups": {"group_0": {"format": "sparse-24-bitmask"}},
             },
-            "format nvfp4-pack-quantized",
+            "format 'sparse-24-bitmask'",
         ),
     ],
 )
@@ -64,9 +65,8 @@ def test_parts_that_change_the_meaning_are_refused(model: Path, part: str) -> No
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     spec = spec_of(model)
     folder = marked(model, quant_method="compressed-tensors", format="int-quantized")
-    load = CONTAINERS["compressed-tensors"].open_dense([folder / "model.safetensors"], spec)
     with pytest.raises(CheckpointError, match=part):
-        load(NAME)
+        CONTAINERS["compressed-tensors"].open_dense([folder / "model.safetensors"], spec)
 
 
 def test_a_bitsandbytes_weight_without_its_state_is_refused(model: Path) -> None:
@@ -75,13 +75,12 @@ def test_a_bitsandbytes_weight_without_its_state_is_refused(model: Path) -> None
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     spec = spec_of(model)
     folder = marked(model, quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    load = CONTAINERS["bitsandbytes"].open_dense([folder / "model.safetensors"], spec)
     with pytest.raises(CheckpointError, match="quant_state.bitsandbytes__nf4"):
-        load(NAME)
+        CONTAINERS["bitsandbytes"].open_dense([folder / "model.safetensors"], spec)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
-def test_a_quantized_folder_is_no_original(model: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "complaint"), [("hqq", "already quantized (hqq)"), ("compress", "(compress)")])
+def test_a_folder_in_a_format_that_is_not_read_is_no_original(model: Path, method: str, complaint: str) -> None:
     marked(model, quant_method=method)
-    with pytest.raises(CheckpointError, match="is itself quantized; give the original"):
-        score_targets([str(demo_model())], str(model), Settings("quick"), Reporter(0))[0]
+    with pytest.raises(CompressError, match=re.escape(complaint)):
+        score_targets([str(demo_model())], str(model), Settings("quick"), Reporter(0))

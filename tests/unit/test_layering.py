@@ -71,7 +71,7 @@ SAME_FORMAT = {
 
 CONTAINERS_MAY_IMPORT = (
     "containers", "codecs", "models.spec", "models.checkpoint", "models.config", "models.layers", "models.identity",
-    "models.companions", "models.gguf", "decode", "errors", "files", "limits", "reading", "text", "weights",
+    "models.companions", "models.gguf", "models.sources", "decode", "errors", "files", "limits", "reading", "text", "weights",
 )  # fmt: skip
 
 ORDER = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from compress.models.gguf.header import Header, read_set
 from compress.models.gguf.tensors import QUANTIZED, Decoded, entries_of, unclaimed
 from compress.models.gguf.tokenizer import tokenizer_files
 from compress.models.index import FLOAT_CODEC
+from compress.models.sources import already_quantized, shares
 from compress.models.spec import ModelSpec
 from compress.reading import shown
 
@@ -53,8 +54,8 @@ def open_source(path: Path) -> Source:
     config, spec, notes = config_of(header)
     entries = dict(entries_of(spec, header))
     entries |= _beside(spec, header)
-    shares = _shares(spec, entries)
-    own = max(shares, key=lambda kind: shares[kind])
+    weights = _weights(spec, entries)
+    ((own, _),) = weights.most_common(1)
     config["dtype"] = _DTYPES[FLOAT_CODEC.get(own, QUANTIZED)]
     name = model_name(path)
     written = json.dumps(config, indent=2) + "\n"
@@ -67,7 +68,9 @@ def open_source(path: Path) -> Source:
         return {file: text.encode() for file, text in texts.items()}
 
     folder = kept_folder(cache_folder("gguf") / key / name, files)
-    return Source(folder, config, entries, (*_quantized(shares), *notes))
+    quantized = sum(entries[tensor.name].quantized for tensor in spec.tensors())
+    told = [already_quantized(shares(weights, quantized))] if quantized else []
+    return Source(folder, config, entries, (*told, *notes))
 
 
 def model_name(path: Path) -> str:
@@ -94,24 +97,13 @@ def _beside(spec: ModelSpec, header: Header) -> dict[str, Decoded]:
     return found
 
 
-def _shares(spec: ModelSpec, entries: Mapping[str, Decoded]) -> dict[str, float]:
-    """Share of the weights of every type, the largest first."""
-    counted: Counter[str] = Counter()
+def _weights(spec: ModelSpec, entries: Mapping[str, Decoded]) -> Counter[str]:
+    """Weights of every type."""
+    found: Counter[str] = Counter()
     for tensor in spec.tensors():
         for part in entries[tensor.name].parts:
-            counted[part.stored.type] += tensor.parameters // len(entries[tensor.name].parts)
-    total = counted.total()
-    return {kind: count / total for kind, count in counted.most_common()}
-
-
-def _quantized(shares: Mapping[str, float]) -> Iterator[str]:
-    if all(kind in FLOAT_CODEC for kind in shares):
-        return
-    most = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items() if share >= 0.0005)
-    yield (
-        f"the source is already quantized ({most} of the weights): what comes out is compared with these decoded weights, not "
-        "with the model before it was quantized"
-    )
+            found[part.stored.type] += tensor.parameters // len(entries[tensor.name].parts)
+    return found
 
 
 def _card(header: Header, path: Path) -> str:

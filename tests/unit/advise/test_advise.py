@@ -195,4 +195,4 @@ def test_models_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         advise(Wish(str(tmp_path / "nowhere"), machine(1), "chat", machine(1)))
     with pytest.raises(UnsupportedModel, match="already quantized"):
-        advice(tmp_path, {**SMALL, "quantization_config": {"quant_method": "gptq"}}, machine(32))
+        advice(tmp_path, {**SMALL, "quantization_config": {"quant_method": "hqq"}}, machine(32))

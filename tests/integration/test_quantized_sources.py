@@ -1,0 +1,153 @@
+"""Models that are quantized already, compressed: what they decode to is the original of a run.
+
+The oracles are what our own runs kept of the folders they wrote, and the floats that FP8 was made from here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.errors import UnsupportedModel
+from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_codec
+from compress.models.surplus import surplus
+from compress.plan import make_plan
+from tests.integration.runs import carry_out, command, kept, small, spec_of
+from tests.tiny import tiny_model
+
+ENGINES = {"gptq": "gptq-w4-g128", "awq": "awq-w4-g128", "compressed-tensors": "W4A16", "bitsandbytes": "nf4-dq"}
+ROUTED = "model.layers.0.mlp.experts"
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 4096}
+
+
+def fp8(model: Path, folder: Path, block: int = 32) -> Path:
+    """A folder as transformers saves FP8: matrices of the blocks in float8, scales of `block` x `block`, in bfloat16 the rest."""
+    shutil.copytree(model, folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if weight.dim() != 2 or "layers" not in name or name.endswith("mlp.gate.weight"):
+            tensors[name] = weight.bfloat16()
+            continue
+        rows, columns = weight.shape
+        padded = torch.nn.functional.pad(weight.float(), (0, -columns % block, 0, -rows % block))
+        blocks = padded.unflatten(0, (-1, block)).unflatten(2, (-1, block))
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name] = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "dynamic"}
+    return marked(folder, quantization_config=settings, dtype="bfloat16")
+
+
+def suite(folder: Path) -> Path:
+    (path := folder / "suite.yaml").write_text("{name: small, text: wikipedia, windows: 2, length: 64}\n")
+    return path
+
+
+def marked(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("container", ENGINES)
+def test_our_own_folders_decode_to_what_was_solved(container: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen2", tmp_path / "model", **WIDE)
+    recipe = small(ENGINES[container], model, tmp_path / "out", f"export=[{{container: {container}}}]")
+    card = carry_out(recipe, keep_work=True)
+    folder = tmp_path / "out" / card.artifacts[0].path
+    checkpoint, solved = Checkpoint.open(folder), kept(recipe)
+    spec = spec_of(model)
+    assert checkpoint_problems(spec, checkpoint) == [] and surplus(spec, checkpoint) == ([], [])
+    assert sum(entry.quantized for entry in checkpoint.entries.values()) == 7
+    for name, values in solved.items():
+        assert torch.equal(checkpoint.load(name).float(), values), name
+    plan = make_plan(recipe.model_copy(update={"model": str(folder)}))
+    assert any("already quantized" in line and "7 tensors" in line for line in plan.warnings)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moe")
+    model = tiny_model("qwen3_moe", folder / "model", num_experts=4, num_hidden_layers=1, intermediate_size=80)
+    return fp8(model, folder / "Tiny-FP8")
+
+
+def test_an_fp8_folder_is_compressed(moe: Path, tmp_path: Path) -> None:
+    """What decodes is the original; its type and its settings do not ship."""
+    recipe = small("gptq-w4-g128", moe, tmp_path / "out", "scheme=W4A16_G32", f"score.suite={suite(tmp_path)}")
+    plan = make_plan(recipe)
+    assert plan.own_codec == "bf16" and own_codec(plan.original, Checkpoint.open(moe)) == "bf16"
+    card = carry_out(recipe)
+    assert card.gate.passed and any("already quantized (" in note and "FP8" in note for note in card.notes)
+    config = json.loads((tmp_path / "out" / card.artifacts[0].path / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq" and config["dtype"] == "bfloat16"
+    assert card.artifacts[0].scores.kld.mean > 0
+
+
+def test_dense_results_say_nothing_of_the_source(moe: Path, tmp_path: Path) -> None:
+    recipe = small(
+        "gptq-w4-g128", moe, tmp_path / "out", "steps=[]", "score=false", "export=[{container: safetensors}]"
+    )
+    carry_out(recipe)
+    (folder,) = (path.parent for path in (tmp_path / "out").glob("*/config.json"))
+    config, found = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    original = Checkpoint.open(moe)
+    assert set(found) == set(original.entries)
+    for name, values in found.items():
+        assert values.dtype == torch.bfloat16 and torch.equal(values, original.load(name).bfloat16()), name
+    assert not any(name.endswith("_scale_inv") for name in found)
+
+
+def test_experts_that_are_stacked_are_read_one_by_one(tmp_path: Path) -> None:
+    """FP8 as transformers saves it: gate and up of all experts in one tensor, scales beside it."""
+    model = tiny_model("qwen3_5_moe_text", tmp_path / "model", num_experts=4, num_hidden_layers=1)
+    spec, tensors = spec_of(model), load_file(model / "model.safetensors")
+    each = [[tensors.pop(f"{ROUTED}.{e}.{part}_proj.weight") for part in ("gate", "up", "down")] for e in range(4)]
+    coded, decoded = dict(tensors), dict(tensors)
+    for name, stack in {
+        "gate_up_proj": torch.stack([torch.cat((gate, up)) for gate, up, _ in each]),
+        "down_proj": torch.stack([down for _, _, down in each]),
+    }.items():
+        values, scale = stack.to(torch.float8_e4m3fn), torch.rand(4, 2, 1) + 0.5
+        coded |= {f"{ROUTED}.{name}": values, f"{ROUTED}.{name}_scale_inv": scale}
+        decoded[f"{ROUTED}.{name}"] = values.float() * scale.repeat_interleave(values.shape[1] // 2, 1)
+    shutil.copytree(model, tmp_path / "fp8")
+    save_file(coded, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    save_file(decoded, model / "model.safetensors", {"format": "pt"})
+    marked(tmp_path / "fp8", quantization_config={"quant_method": "fp8"})
+    fused, plain = Checkpoint.open(tmp_path / "fp8"), Checkpoint.open(model)
+    assert checkpoint_problems(spec, fused) == [] and surplus(spec, fused) == ([], [])
+    assert all(torch.equal(fused.load(t.name), plain.load(t.name)) for t in spec.tensors())
+    expert = fused.entries[f"{ROUTED}.3.up_proj.weight"]
+    assert expert.quantized and expert.part is not None and expert.shape == (32, 64)
+
+
+@pytest.mark.parametrize("method", ["hqq", "compress", None])
+def test_methods_that_are_not_read_are_refused_by_name(method: str | None, moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(moe, tmp_path / "model")
+    marked(tmp_path / "model", quantization_config={"quant_method": method} if method else {"bits": 4})
+    with pytest.raises(
+        UnsupportedModel, match=f"already quantized \\({method or 'by a method'}.*not read; read are awq"
+    ):
+        make_plan(small("gptq-w4-g128", tmp_path / "model", tmp_path / "out"))
+
+
+def test_a_quantized_source_is_an_original_to_score_against(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """A folder held against itself: as far apart as nothing, and said to be quantized."""
+    code, out, _ = command(
+        monkeypatch, capfd, "score", str(moe), "--against", str(moe), "--suite", str(suite(tmp_path)), "--json"
+    )
+    card = json.loads(out)
+    assert code == 0 and card["artifacts"][0]["scores"]["kld"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert any("already quantized" in note for note in card["notes"])
