@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.scoring.divergence import TokenStats, row_slices, softmax_parts
+from compress.scoring.divergence import TokenStats, row_slices
 
 LEAST, DRAWN = 256, 64  # tokens that are kept of a position at least, and drawn from the others
 
@@ -42,13 +42,13 @@ def kept_tokens(positions: int, vocabulary: int, budget: int) -> int:
 
 
 def keep(logits: np.ndarray, targets: np.ndarray, k: int, seed: int = 0) -> Kept:
-    """What is kept of logits float32 [T, V], row t predicting targets[t]; 0 < k <= V. In float64; seed: of the draw."""
+    """What is kept of logits float32 [T, V], row t predicting targets[t]; 0 < k <= V; seed: of the draw."""
     rows, vocabulary = logits.shape
     start = np.random.default_rng(seed).random((rows,))
     kind = _ids(vocabulary)
     parts = []
     for part in row_slices(rows, vocabulary):
-        log_all = _log_softmax(logits[part])
+        log_all = logits[part] - _log_mass(logits[part])[:, None]
         top = np.argpartition(logits[part], vocabulary - k, axis=1)[:, vocabulary - k :] if k < vocabulary else None
         top = np.sort(top, axis=1) if top is not None else np.broadcast_to(np.arange(vocabulary), log_all.shape)
         drawn, rest = _draw(log_all, top, start[part])
@@ -75,28 +75,33 @@ def compare(kept: Kept, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
     rows, vocabulary = logits.shape
     nll, kld = np.empty(rows), np.empty(rows)
     for part in row_slices(rows, vocabulary):
-        log_all = _log_softmax(logits[part])
-        kld[part] = _terms(kept.log_p[part], log_all, kept.ids[part], weighted=True).sum(axis=1)
+        here = logits[part]
+        mass = _log_mass(here)
+        kld[part] = _terms(kept.log_p[part], here, mass, kept.ids[part], weighted=True).sum(axis=1)
         if kept.ids.shape[1] < vocabulary:
-            kld[part] += kept.rest[part] * _terms(kept.log_drawn[part], log_all, kept.drawn[part]).mean(axis=1)
-        nll[part] = -log_all[np.arange(len(log_all)), targets[part]]
+            kld[part] += kept.rest[part] * _terms(kept.log_drawn[part], here, mass, kept.drawn[part]).mean(axis=1)
+        nll[part] = mass - here[np.arange(len(here)), targets[part]]
     return TokenStats(kept.nll, nll, kld, logits.argmax(axis=1) == kept.first)
 
 
-def _terms(log_p: np.ndarray, log_all: np.ndarray, ids: np.ndarray, *, weighted: bool = False) -> np.ndarray:
-    """r - 1 - log r of some tokens, times p where weighted; float64."""
-    log_q = np.take_along_axis(log_all, ids.astype(np.int64), axis=1).astype(np.float32)  # rounded as log_p is
+def _terms(
+    log_p: np.ndarray, logits: np.ndarray, mass: np.ndarray, ids: np.ndarray, *, weighted: bool = False
+) -> np.ndarray:
+    """r - 1 - log r of some tokens, times p where weighted; float64. mass: of `_log_mass`."""
+    log_q = np.take_along_axis(logits, ids.astype(np.int64), axis=1) - mass[:, None]
+    log_q = log_q.astype(np.float32)  # as log_p is
     log_p = log_p.astype(np.float64)
     log_r = log_q - log_p
     terms = np.expm1(log_r) - log_r
     return np.exp(log_p) * terms if weighted else terms
 
 
+def _log_mass(logits: np.ndarray) -> np.ndarray:
+    """log of the sum of exp of every row, float64 [T]. The exponentials are float32's, whose errors, random and below 2^-22,
+    their sum of thousands averages out: to 1e-8 nats or so."""
+    peak = logits.max(axis=1, keepdims=True)
+    return np.log(np.exp(logits - peak).sum(axis=1, dtype=np.float64)) + peak[:, 0]
+
+
 def _ids(vocabulary: int) -> np.dtype:
     return np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Float64 [T, V]."""
-    shifted, _, log_mass = softmax_parts(logits)
-    return shifted - log_mass[:, None]

@@ -48,7 +48,7 @@ def test_a_second_variant_costs_no_pass_of_the_original(windows):
     assert first.asked == WINDOWS and second.asked == 0
     assert found == again and found.kept_tokens is None
     assert found.kld.mean == pytest.approx(direct.kld.mean, rel=1e-6)
-    assert found.base_perplexity.value == pytest.approx(direct.base_perplexity.value, rel=1e-12)
+    assert found.base_perplexity.value == pytest.approx(direct.base_perplexity.value, rel=1e-8)
     assert found.top1_agreement == direct.top1_agreement
 
 

@@ -34,8 +34,8 @@ def test_all_tokens_kept_give_the_divergence_itself(models):
     kld, nll_ref, nll = direct(*models)
     stats = compare(keep(original, targets, VOCABULARY), variant, targets)
     np.testing.assert_allclose(stats.kld, kld, rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(stats.nll_ref, nll_ref, rtol=1e-12)
-    np.testing.assert_allclose(stats.nll_cand, nll, rtol=1e-12)
+    np.testing.assert_allclose(stats.nll_ref, nll_ref, atol=1e-7)
+    np.testing.assert_allclose(stats.nll_cand, nll, atol=1e-7)
     assert (stats.same_top1 == (original.argmax(1) == variant.argmax(1))).all()
 
 
@@ -51,8 +51,8 @@ def test_few_tokens_kept_give_it_without_bias(models):
     assert spread < 0.01 * kld.mean()
     stats = compare(kept, variant, targets)
     assert (stats.kld >= 0).all()
-    np.testing.assert_allclose(stats.nll_ref, nll_ref, rtol=1e-12)
-    np.testing.assert_allclose(stats.nll_cand, nll, rtol=1e-12)
+    np.testing.assert_allclose(stats.nll_ref, nll_ref, atol=1e-7)
+    np.testing.assert_allclose(stats.nll_cand, nll, atol=1e-7)
 
 
 def test_a_model_is_not_off_from_itself(models):
