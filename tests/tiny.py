@@ -76,11 +76,44 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2": ("Lfm2", {**_CONV, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8}),
     "lfm2_moe": ("Lfm2Moe", {**_CONV, **_EXPERTS, "num_experts": 6, "num_dense_layers": 1, "norm_topk_prob": True}),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **_LATENT, **_EXPERTS, "q_lora_rank": 24, "n_shared_experts": 1, "routed_scaling_factor": 1.8,
+            "norm_topk_prob": True,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **_EXPERTS, "num_hidden_layers": 3, "head_dim": 32, "attention_bias": True, "use_qk_norm": True,
+            "n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+            "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        {
+            **_EXPERTS, "num_hidden_layers": 3, "num_key_value_heads": 4, "head_dim": 24, "sliding_window": None,
+            "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+            "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "head_dim": 32, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32}),
 }  # fmt: skip
 
 
-OTHER_MIXERS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "deepseek_v3", "lfm2", "lfm2_moe")
-"""Families whose token mixers are not all grouped-query attention: every recipe on each would take too long."""
+EVERY_RECIPE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral")
+OTHER_MIXERS = tuple(family for family in FAMILIES if family not in EVERY_RECIPE)
+"""Families that take two recipes: other token mixers, and what differs from those in a table alone. Every recipe on each would
+take too long."""
 
 
 def demo_model() -> Path:

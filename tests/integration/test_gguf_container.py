@@ -130,6 +130,8 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("qwen3", {"attention_bias": True}, "attn_q.bias"),
         ("qwen2", {"head_dim": 32}, "head_dim"),
         ("qwen2_moe", {"tie_word_embeddings": True}, "tied"),
+        ("olmoe", {"num_key_value_heads": 2}, "every head"),
+        ("dots1", {"num_key_value_heads": 2}, "every head"),
         ("qwen2", {"rope_parameters": LLAMA3}, "llama3"),
         ("lfm2", {"conv_bias": True}, "shortconv.conv.bias"),
         ("lfm2_moe", {"routed_scaling_factor": 2.5}, "scale routing weights"),

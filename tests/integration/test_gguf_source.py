@@ -38,7 +38,7 @@ from tests.integration.containers import read_gguf, reference_logits, token_ids
 from tests.integration.test_gguf_container import CASES, TEXT, _sentencepiece, write
 from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
 
-KIN = {"mistral": "llama"}
+KIN = {"mistral": "llama", "glm4_moe_lite": "deepseek_v3"}
 """What llama.cpp does not tell apart."""
 MODELS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),

@@ -41,6 +41,17 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"intermediate_size": 384, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0},
     "lfm2_moe": {"num_dense_layers": 0},
+    "glm4_moe_lite": {
+        "kv_lora_rank": 128,
+        "q_lora_rank": 128,
+        "v_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "intermediate_size": 256,
+    },
+    "glm4_moe": {"intermediate_size": 256},
+    "dots1": {"head_dim": 32, "intermediate_size": 256},
+    "minimax_m2": {"intermediate_size": 256},
+    "olmoe": {"intermediate_size": 256},
 }
 """Widths that blocks of 256 and groups of 128 divide."""
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,13 +63,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=OTHER_MIXERS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = request.param
-    experts = {} if family in ("qwen3_5_text", "lfm2") else {"moe_intermediate_size": 256}
-    of_either_kind: dict[str, Any] = {"num_hidden_layers": 2} | KINDS.get(family, {})
-    if "num_experts" in FAMILIES[family][1]:
-        experts["num_experts"] = 4
+    family, known = request.param, FAMILIES[request.param][1]
+    few: dict[str, Any] = {"num_hidden_layers": 2} | KINDS.get(family, {})
+    few |= {key: size for key, size in (("moe_intermediate_size", 256), ("num_experts", 4)) if key in known}
     folder = tmp_path_factory.mktemp(family) / family
-    return tiny_model(family, folder, hidden_size=256, **experts, **of_either_kind, **WIDE[family])
+    return tiny_model(family, folder, hidden_size=256, **few, **WIDE[family])
 
 
 @pytest.mark.parametrize("name", ["qwen-moe-2bit", "gptq-w4-g128"])
@@ -68,7 +77,7 @@ def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
     card = carry_out(recipe)
     assert card.gate.passed, card.gate
     solved = {t.spec.role for t in plan.tensors if t.method is not None}
-    assert "attention.o" in solved and solved & {"attention.qkv", "attention.q_a", "attention.kv_a"}
+    assert "attention.o" in solved and solved & {"attention.qkv", "attention.q_a", "attention.kv_a", "attention.q"}
     assert {t.codec for t in plan.tensors if t.spec.role == "small"} <= {"f32"}
 
 

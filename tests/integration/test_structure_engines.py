@@ -107,6 +107,8 @@ def _masked_logits(
             weights[down][:, gone] = 0.0
         if kept.experts:
             silenced[kept.layer] = [e for e in range(spec.experts) if e not in kept.experts]
+            if moe.router.correction:  # what chooses beside the logits
+                weights[root + moe.router.correction][..., silenced[kept.layer]] = -torch.inf
     whole = AutoModelForCausalLM.from_pretrained(_saved(dict(spec.config), weights, folder), dtype=torch.float32).eval()
     # a router is the only module whose weight has a row an expert and is not called through nn.Linear
     routers = {id(whole.model.layers[n].mlp.gate.weight): gone for n, gone in silenced.items()}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
-from compress.limits import EXPERTS
-from compress.models.config import Experts, Layers, Positive, Routed, Width
+from compress.models.config import Experts, Grouped, Shared, Width
 from compress.models.gguf.keys import Metadata
 from compress.models.layers.base import Sublayer
-from compress.models.layers.compose import MIXER, mlp, moe
+from compress.models.layers.compose import FEED_FORWARD, MIXER, mlp, moe
 from compress.models.layers.latent_attention import LatentAttention, latent_scaling_of
 from compress.models.layers.moe import Router, SharedExpert
 from compress.models.spec import Block, Family, Gguf
@@ -21,12 +18,8 @@ UNREAD_Q_RANK = (26, 27)
 """llama.cpp takes models of so many layers for V2-Lite, which has no latent queries."""
 
 
-Groups = Annotated[int, Field(ge=1, le=EXPERTS)]
-Shared = Annotated[int, Field(ge=0, le=EXPERTS)]
-
-
-class LatentConfig(Routed):
-    """Latent attention, dense first layers, experts in groups; `grouped` says whether the groups count."""
+class LatentConfig(Grouped):
+    """Latent attention."""
 
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -36,39 +29,15 @@ class LatentConfig(Routed):
     qk_rope_head_dim: Width = 64
     v_head_dim: Width = 128
     rope_interleave: bool = True
-    first_k_dense_replace: Layers = 0
-    n_shared_experts: Shared = 0
-    n_group: Groups = 1
-    topk_group: Groups = 1
-    routed_scaling_factor: Positive = 1.0
 
     GGUF: ClassVar[Mapping[str, str]] = {
         "num_key_value_heads": "",
         "head_dim": "",
-        "n_routed_experts": "expert_count",
-        "n_shared_experts": "expert_shared_count",
-        "routed_scaling_factor": "expert_weights_scale",
-        "first_k_dense_replace": "leading_dense_block_count",
         "kv_lora_rank": "attention.kv_lora_rank",
         "qk_rope_head_dim": "rope.dimension_count",
         "v_head_dim": "attention.value_length_mla",
     }
     GGUF_HAS: ClassVar[Mapping[str, str]] = {"attention_bias": "attn_output.bias"}
-
-    @property
-    def grouped(self) -> bool:
-        return True
-
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        if not self.experts or not self.grouped:
-            return
-        if self.topk_group > self.n_group:
-            yield f"topk_group: {self.topk_group} of the {self.n_group} groups of n_group cannot be chosen"
-        elif self.experts % self.n_group:
-            yield f"n_group: {self.experts} experts do not divide into {self.n_group} groups"
-        elif self.num_experts_per_tok > (within := self.experts // self.n_group * self.topk_group):
-            yield f"num_experts_per_tok: the {self.topk_group} groups of topk_group have {within} experts, not {self.num_experts_per_tok}"
 
 
 class DeepseekV2Config(LatentConfig):
@@ -104,12 +73,15 @@ def mixer(c: LatentConfig, module: str) -> Sublayer:
     )
 
 
-def feed_forward(c: LatentConfig, layer: int, router: Router) -> Sublayer:
+def feed_forward(
+    c: Grouped, layer: int, router: Router, *, bias: bool = False, norm: tuple[str, str] = FEED_FORWARD
+) -> Sublayer:
     """Dense in the first layers, then routed and shared experts."""
-    if not c.experts or layer < c.first_k_dense_replace:
-        return mlp(c, bias=c.mlp_bias)
+    if not c.is_sparse(layer):
+        return mlp(c, bias=bias, norm=norm)
     shared, width = c.n_shared_experts, c.expert_width
-    return moe(c, router=router, shared=SharedExpert("mlp.shared_experts.", shared * width) if shared else None)
+    found = SharedExpert("mlp.shared_experts.", shared * width) if shared else None
+    return moe(c, router=router, shared=found, norm=norm)
 
 
 def block(c: DeepseekV2Config, layer: int) -> Block:
@@ -121,13 +93,13 @@ def block(c: DeepseekV2Config, layer: int) -> Block:
         groups=c.n_group if c.grouped else 1,
         top_groups=c.topk_group if c.grouped else 1,
     )
-    return mixer(c, MODULE), feed_forward(c, layer, router)
+    return mixer(c, MODULE), feed_forward(c, layer, router, bias=c.mlp_bias)
 
 
-def gguf_keys(c: LatentConfig, *, sigmoid: bool = False) -> Mapping[str, Any]:
+def gguf_keys(c: Grouped, *, sigmoid: bool = False) -> Mapping[str, Any]:
     """How experts are chosen."""
     keys: dict[str, Any] = {
-        "leading_dense_block_count": c.first_k_dense_replace,
+        "leading_dense_block_count": c.leading,
         "expert_count": c.experts,
         "expert_used_count": c.num_experts_per_tok,
         "expert_feed_forward_length": c.moe_intermediate_size,
@@ -143,15 +115,19 @@ def gguf_keys(c: LatentConfig, *, sigmoid: bool = False) -> Mapping[str, Any]:
     return keys
 
 
+def read_groups(m: Metadata) -> dict[str, Any]:
+    """How experts are chosen."""
+    groups, best = m.number("expert_group_count", 1), m.number("expert_group_used_count", 1)
+    return {"n_group": groups, "topk_group": best}
+
+
 def read_gguf(m: Metadata) -> dict[str, Any]:
     """Latent queries, heads, how experts are chosen, and rope scaling, which is said otherwise than elsewhere."""
-    groups, best = m.number("expert_group_count", 1), m.number("expert_group_used_count", 1)
     return {
         "q_lora_rank": m.number("attention.q_lora_rank", 0) or None,
         "num_key_value_heads": m.number("attention.head_count"),
         "qk_nope_head_dim": m.number("attention.key_length_mla") - m.number("rope.dimension_count"),
-        "n_group": groups,
-        "topk_group": best,
+        **read_groups(m),
         **latent_scaling_of(m),
     }
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from compress.models.config import Chosen, Experts, Layers, Positive, Width
+from compress.models.config import Chosen, Experts, Grouped, Groups, Layers, Positive, Shared, Width
 from compress.models.families.deepseek_v2 import (
     CHANNELS,
     HEADS,
-    Groups,
     LatentConfig,
-    Shared,
     feed_forward,
     gguf_keys,
     gguf_problems,
@@ -35,8 +33,9 @@ class DeepseekV3Config(LatentConfig):
     moe_intermediate_size: Width = 2048
 
 
-def block(c: DeepseekV3Config, layer: int) -> Block:
-    router = Router(
+def router(c: Grouped) -> Router:
+    """Sigmoid scores, a correction for the choice alone, the best groups by their two best."""
+    return Router(
         "mlp.gate.weight",
         c.num_experts_per_tok,
         score="sigmoid",
@@ -47,21 +46,25 @@ def block(c: DeepseekV3Config, layer: int) -> Block:
         top_groups=c.topk_group,
         group_score="top2",
     )
-    return mixer(c, MODULE), feed_forward(c, layer, router)
 
 
+def block(c: DeepseekV3Config, layer: int) -> Block:
+    return mixer(c, MODULE), feed_forward(c, layer, router(c), bias=c.mlp_bias)
+
+
+GGUF = Gguf(
+    "deepseek2",
+    biases=("exp_probs_b",),
+    keys=lambda c: gguf_keys(c, sigmoid=True),
+    problems=gguf_problems,
+    claims=is_sigmoid,
+    read=lambda m: {**read_gguf(m), "norm_topk_prob": bool(m.get("expert_weights_norm"))},
+)
 FAMILY = Family(
     model_types=("deepseek_v3",),
     hf_architecture="DeepseekV3ForCausalLM",
     config=DeepseekV3Config,
-    gguf=Gguf(
-        "deepseek2",
-        biases=("exp_probs_b",),
-        keys=lambda c: gguf_keys(c, sigmoid=True),
-        problems=gguf_problems,
-        claims=is_sigmoid,
-        read=lambda m: {**read_gguf(m), "norm_topk_prob": bool(m.get("expert_weights_norm"))},
-    ),
+    gguf=GGUF,
     block=block,
     fixed_heads=HEADS,
     fixed_channels=CHANNELS,

@@ -11,6 +11,8 @@ from compress.models.layers.rope import Rope
 from compress.models.layers.views import PairedHalves, Piece
 
 QkNorm = Literal["", "head", "heads"]
+NORMED_TOGETHER = "queries and keys are normed over all heads at once"
+"""Why heads of a family with norms on all of them cannot be pruned: what stays would be divided by something else."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,10 @@ class Attention(Sublayer):
         )  # fmt: skip
         if self.qk_norm:
             over = {"head": (1, 1), "heads": (self.heads, self.kv_heads)}[self.qk_norm]
-            for leaf, name, count, run in zip("qk", self.norms, over, (queries * hd, hd), strict=True):
+            for leaf, name, count in zip("qk", self.norms, over, strict=True):
                 gguf, shift = f"attn_{leaf}_norm.weight", self.norm_shift
-                axes = (Axis("kv_heads", run),) if self.qk_norm == "heads" and not self.joined else ()
-                pieces = shifted(gguf, shift)
-                yield Weight(
-                    f"{self.prefix}{name}.weight", (count * hd,), "norms", gguf, shift=shift, axes=axes, pieces=pieces
-                )
+                shape, pieces = (count * hd,), shifted(gguf, shift)
+                yield Weight(f"{self.prefix}{name}.weight", shape, "norms", gguf, shift=shift, pieces=pieces)
         if self.sinks:
             yield Weight(
                 self.prefix + self.sinks, (self.heads,), "small", "attn_sinks.weight", axes=(Axis("kv_heads", queries),)

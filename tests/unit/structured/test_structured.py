@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.errors import NumericalError
 from compress.models import ModelSpec, load_spec
 from compress.models.forward import Taps, forward_block, forward_branch
+from compress.models.layers.moe import MoE
 from compress.models.spec import Branch
 from compress.statistics import Moments
 from compress.streaming.activations import Activations
@@ -220,12 +221,8 @@ def test_channels_come_in_steps_that_divide_the_width(width: int, multiple: int)
     assert np.gcd.reduce(sorted(kept)) == multiple
 
 
-UNLIKE_LAYERS = {"qwen3_next", "qwen3_5_moe_text", "qwen3_5_text", "deepseek_v2", "deepseek_v3"}
-GROUPED = {"deepseek_v3"}
-WIDTHS = {
-    "qwen3_moe": (96, 24, 0), "qwen2_moe": (96, 24, 48), "qwen3_next": (96, 24, 40), "qwen3_5_moe_text": (96, 24, 40),
-    "deepseek_v2": (96, 32, 64), "deepseek_v3": (96, 32, 64),
-}  # fmt: skip
+FEWER = {0: 0, 32: 24, 48: 40, 64: 48, 96: 72}
+"""Widths with a quarter of their channels gone."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,23 +231,28 @@ def test_reduced_configs_are_stock_and_say_what_the_spec_says(family: str) -> No
 
     spec = load_spec(tiny_config(family))
     steps: dict[str, Any] = {}
-    if family not in UNLIKE_LAYERS:
+    mixtures = [s for block in spec.blocks for s in block if isinstance(s, MoE)]
+    if len(set(spec.blocks)) == 1:
         steps["drop"] = DropLayersOptions(count=1)
-    if not spec.family.fixed_channels:
-        heads = None if spec.family.fixed_heads else 0.5
-        steps["structured"] = PruneStructuredOptions(heads=heads, channels=0.25)
-    if spec.experts and family not in GROUPED:
+    channels = not spec.family.fixed_channels
+    heads = channels and not spec.family.fixed_heads
+    if channels:
+        steps["structured"] = PruneStructuredOptions(heads=0.5 if heads else None, channels=0.25)
+    if mixtures and mixtures[0].router.groups == 1:
         steps["experts"] = PruneExpertsOptions(ratio=0.5)
     assert reduction_problems(spec, **steps) == []
     small = reduced(spec, candidates(spec, **steps)[0])
     assert load_spec(json.loads(json.dumps(small.config))) == small
     layers = spec.layers - ("drop" in steps)
-    heads = (spec.heads, spec.kv_heads) if spec.family.fixed_heads else (2, 1)
-    assert (small.layers, small.heads, small.kv_heads, small.head_dim) == (layers, *heads, spec.head_dim)
+    groups = spec.kv_heads // 2 if heads else spec.kv_heads
+    counts = (layers, spec.heads // spec.kv_heads * groups, groups, spec.head_dim)
+    assert (small.layers, small.heads, small.kv_heads, small.head_dim) == counts
     assert small.experts == (spec.experts // 2 if "experts" in steps else spec.experts)
-    # 96 -> 72, 32 -> 24, 64 -> 48, 48 -> 40; a dense width that no layer has stays as it is written
-    widths = (small.intermediate_size, small.moe_intermediate_size, small.shared_intermediate_size)
-    assert widths == WIDTHS.get(family, (72, 72, 0))
+    widths = [spec.intermediate_size, spec.moe_intermediate_size, spec.shared_intermediate_size]
+    if channels:  # a width that no layer has stays as it is written
+        dense = len(mixtures) < spec.layers or widths[0] == widths[1]
+        widths = [FEWER[width] if n or dense else width for n, width in enumerate(widths)]
+    assert [small.intermediate_size, small.moe_intermediate_size, small.shared_intermediate_size] == widths
     config = transformers.AutoConfig.for_model(**small.config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

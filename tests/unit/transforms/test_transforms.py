@@ -101,7 +101,7 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
     assert _gap(_logits(spec, scaled), _logits(spec, weights)) < 1e-12
 
 
-UNFOLDED = {"deepseek_v2": "o_proj", "deepseek_v3": "o_proj"}
+UNFOLDED = {"deepseek_v2": "o_proj", "deepseek_v3": "o_proj", "glm4_moe_lite": "o_proj"}
 """Value channels are rows of a matrix that keys come from, too."""
 
 
