@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from compress.models.config import Channels, Chosen, EvenHeads, Experts, Grouped, Shared, Width, Windows
+from compress.models.config import Channels, EvenHeads, Experts, Grouped, Shared, Width, Windows
 from compress.models.families.deepseek_v2 import CHANNELS, feed_forward, gguf_keys, read_groups
 from compress.models.families.deepseek_v3 import router
 from compress.models.gguf.keys import Metadata
@@ -19,7 +19,6 @@ class Dots1Config(Grouped, Windows, EvenHeads):
     max_window_layers: Channels = 62
     n_routed_experts: Experts = 0
     n_shared_experts: Shared = 0
-    num_experts_per_tok: Chosen = 1
     moe_intermediate_size: Width = 1408
 
     GGUF_HAS: ClassVar[Mapping[str, str]] = {"attention_bias": "attn_q.bias"}
