@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from compress import plugins
+from tests.integration.runs import Compress, command
 
 
 @pytest.fixture
@@ -20,3 +21,9 @@ def forget_plugins() -> Iterator[Callable[[], None]]:
 
     yield forget
     forget()
+
+
+@pytest.fixture
+def compress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Compress:
+    """The command line in this process."""
+    return lambda *arguments: command(monkeypatch, capfd, *map(str, arguments))

@@ -7,7 +7,7 @@ import hashlib
 import random
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,10 @@ def names(folder: Path) -> set[str]:
 def final_names(output: Path) -> set[str]:
     """What lies in a run's folder under a final name: all but the work folder."""
     return names(output) - {WORK}
+
+
+Compress = Callable[..., tuple[int, str, str]]
+"""Arguments of the command line -> exit code, standard output, standard error."""
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:

@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -23,7 +22,7 @@ import torch
 
 from compress.errors import GateFailed
 from compress.report.scorecard import Scorecard, read
-from tests.integration.runs import carry_out, command, small
+from tests.integration.runs import Compress, carry_out, small
 from tests.tiny import demo_model, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +34,6 @@ steps:
   - quantize: {{solver: rtn, scheme: {scheme}}}
 export: [{{container: {container}}}]
 """
-Compress = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def compress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Compress:
-    return lambda *arguments: command(monkeypatch, capfd, *map(str, arguments))
 
 
 @pytest.fixture(scope="module")

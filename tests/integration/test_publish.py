@@ -22,7 +22,7 @@ from compress.report.progress import Reporter
 from compress.report.scorecard import OWN_FILES, read, write
 from compress.run.score import Settings, score_targets
 from tests.hub_server import TOKEN, Hub, hub_on_loopback
-from tests.integration.runs import carry_out, command, sha256, small
+from tests.integration.runs import Compress, carry_out, sha256, small
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,6 @@ steps:
 export: [{{container: {container}}}]
 """
 CARD = "---\nlicense: mit\ntags: [gguf]\n---\n# Tiny\n"
-Compress = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +82,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         close_session()
         yield hub
         close_session()
-
-
-@pytest.fixture
-def compress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Compress:
-    return lambda *arguments: command(monkeypatch, capfd, *map(str, arguments))
 
 
 def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from compress.report.reproduction import Original
 from compress.report.scorecard import read
 from compress.run import WORK, loop
 from compress.run.told import Expected
-from tests.integration.runs import TOLD, carry_out, command, final_names, names, sha256, small, text_file
+from tests.integration.runs import TOLD, Compress, carry_out, final_names, names, sha256, small, text_file
 from tests.tiny import tiny_model
 
 RECIPE = """
@@ -32,12 +31,6 @@ steps: [{quantize: {solver: {name: gptq, sweeps: 0, refits: 0}, scheme: W4A16G32
 export: [{container: compress}, {container: gptq}]
 gate: {max_kld: 100.0}
 """
-Compress = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def compress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Compress:
-    return lambda *arguments: command(monkeypatch, capfd, *map(str, arguments))
 
 
 @pytest.fixture(scope="module")
