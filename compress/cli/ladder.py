@@ -10,6 +10,7 @@ import typer
 
 from compress.cli.app import load_plugins, show
 from compress.cli.options import (
+    BaseOption,
     DeviceOption,
     FreshOption,
     JsonOption,
@@ -33,6 +34,7 @@ def ladder(
         typer.Option("--types", metavar="TYPE,TYPE,...", help="Which; by default eight from Q8_0 to IQ2_M."),
     ] = None,
     output: OutputOption = None,
+    base: BaseOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and fallbacks; make nothing.")] = False,
@@ -49,7 +51,7 @@ def ladder(
 
     load_plugins(plugin)
     wanted = USUAL if types is None else tuple(name.strip() for name in types.split(","))
-    loaded = load_ladder(wanted, set or (), model=model, output=output)
+    loaded = load_ladder(wanted, set or (), model=model, output=output, base=base)
     if dry_run:
         _show_sizes(loaded, as_json)
         return

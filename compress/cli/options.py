@@ -30,6 +30,14 @@ ModelOption = Annotated[
 OutputOption = Annotated[
     str | None, typer.Option("--output", metavar="FOLDER", help="Output folder, instead of the recipe's.")
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="What scores compare with: of a quantized model the original that it was made from.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -12,6 +12,7 @@ import typer
 
 from compress.cli.app import load_plugins, show
 from compress.cli.options import (
+    BaseOption,
     DeviceOption,
     FreshOption,
     JsonOption,
@@ -35,6 +36,7 @@ def run(
     recipe: RecipeArgument,
     model: ModelOption = None,
     output: OutputOption = None,
+    base: BaseOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
     fresh: FreshOption = False,
@@ -49,7 +51,7 @@ def run(
     from compress.recipe import load_recipe
 
     load_plugins(plugin)
-    loaded = load_recipe(recipe, set or (), model=model, output=output)
+    loaded = load_recipe(recipe, set or (), model=model, output=output, base=base)
     from compress.report.progress import Reporter
 
     reporter = Reporter(0 if quiet else 2 if verbose else 1)
@@ -71,6 +73,7 @@ def plan(
     recipe: RecipeArgument,
     model: ModelOption = None,
     output: OutputOption = None,
+    base: BaseOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
     as_json: JsonOption = False,
@@ -85,7 +88,9 @@ def plan(
     load_plugins(plugin)
 
     def planned(more: Sequence[str] = ()) -> Plan:
-        return make_plan(load_recipe(recipe, (*(set or ()), *more), model=model, output=output), weights=rehearse)
+        return make_plan(
+            load_recipe(recipe, (*(set or ()), *more), model=model, output=output, base=base), weights=rehearse
+        )
 
     made = planned()
     made = replace(made, warnings=(*made.warnings, *read_texts(made)))

@@ -134,14 +134,16 @@ def deliver(
         for product in products:
             for export in product.plan.recipe.export:
                 written.append(_written(product, export, staging, reporter))
-        whole = continues(plan.source, checkpoint.weight_files, plan.original_parameters)
-        source = StreamedSource(plan.original, checkpoint.load, "original", placement, generator=whole)
-        original = remembered(source, checkpoint.weight_files, checkpoint.folder)
+        compared = checkpoint if plan.base is None else Checkpoint.open(plan.base.place)
+        spec = plan.compared.spec
+        whole = continues(compared.folder, compared.weight_files, spec.parameters)
+        source = StreamedSource(spec, compared.load, "original", placement, generator=whole)
+        original = remembered(source, compared.weight_files, compared.folder)
         for one in written:
             memory = StreamedSource(one.product.plan.spec, one.product.dense, "in-memory compressed model", placement)
             result.artifacts.append(_proved(one, original, memory, result, reporter))
         if plan.recipe.score is not None and plan.recipe.score.speed and result.passed:
-            _time(plan, checkpoint, written, result, reporter)
+            _time(plan, compared, written, result, reporter)
         result.checks += [
             Check(name="original", passed=False, detail=doubt) for doubt in result.doubts if result.strict
         ]
@@ -198,16 +200,14 @@ def _proved(
     return artifact
 
 
-def _time(
-    plan: Plan, checkpoint: Checkpoint, written: Sequence[_Written], result: Delivery, reporter: Reporter
-) -> None:
+def _time(plan: Plan, compared: Checkpoint, written: Sequence[_Written], result: Delivery, reporter: Reporter) -> None:
     """Add the throughput of every artifact, in turns with each other and the original, to `result`."""
     assert plan.recipe.score is not None
     jobs = {
         f"{number} {one.name}": Job.of(CONTAINERS[one.export.container], one.files, one.product.plan.parameters)
         for number, one in enumerate(written)
     }
-    original = Job.of_original(checkpoint.weight_files, plan.original_parameters)
+    original = Job.of_original(compared.weight_files, plan.compared.spec.parameters)
     prompt = speed_prompt(load_suite(plan.recipe.score.suite), plan_tokenizer(plan), plan.spec.max_positions)
     with reporter.stage("speed") as progress:
         timed = time_models(jobs, original, prompt, progress=lambda done, total: progress(done / total))
@@ -231,7 +231,7 @@ def described(written: _Written) -> Artifact:
         bytes=shipped,
         bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
         variant=written.product.variant,
-        ratio=shipped / plan.original_bytes,
+        ratio=shipped / plan.compared.bytes,
         sha256=combined(written.sha256),
         files=dict(written.sha256),
     )

@@ -15,6 +15,7 @@ from compress.containers import Container
 from compress.engines.open import VOCABULARIES, Tokenizes
 from compress.errors import CompressError, UnsupportedModel
 from compress.plan.plan import Plan
+from compress.plan.reference import require_same_ids
 from compress.report.scorecard import Check
 from compress.scoring.results import Fallback
 from compress.scoring.tasks.find import find_task
@@ -59,9 +60,12 @@ def prove_tokenizer(plan: Plan) -> list[Fallback]:
 
 def require_suite(plan: Plan) -> None:
     """Read the texts and the bundled documents that scores will want. CalibrationError where one cannot be had, or holds a
-    token that the model has no row for; RecipeError for a task that nobody knows."""
+    token that the model has no row for; RecipeError for a task that nobody knows; CheckpointError where what scores compare
+    with has another tokenizer."""
     assert plan.recipe.score is not None
     suite, tokenizer = load_suite(plan.recipe.score.suite), plan_tokenizer(plan)
+    if plan.base is not None:
+        require_same_ids(plan.base, tokenizer)
     for text in suite.texts.values():
         eval_windows(text.text, tokenizer, windows=text.windows, protocol=text.protocol)
     for name, choice in suite.tasks.items():

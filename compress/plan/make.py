@@ -16,6 +16,7 @@ from compress.plan.checks import container_problems, narrow_calibration, step_pr
 from compress.plan.outline import Outline
 from compress.plan.plan import Plan
 from compress.plan.planner import Planner
+from compress.plan.reference import Reference, open_reference
 from compress.plan.savings import STRUCTURAL, Saving, shrinking, structural
 from compress.plan.texts import choose_text
 from compress.reading import shortened
@@ -60,6 +61,9 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
     warnings += _warnings(recipe, original, outline, own) + [str(line) for line in savings if line.nothing]
     warnings += narrow_calibration(recipe) + doubts + [*checkpoint.notes, *_folder_notes(checkpoint, own)]
+    base = None if recipe.score is None else recipe.score.base
+    reference = None if base is None else open_reference(base, original, weights=weights)
+    warnings += _compared(recipe, checkpoint, reference)
     files = [(file.name, file.stat()) for file in checkpoint.weight_files]
     plan = Plan(
         recipe=recipe,
@@ -75,9 +79,19 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         doubts=tuple(doubts),
         savings=savings,
         shapes=shapes,
+        base=reference,
         place=checkpoint.place,
     )
     return plan.saying((chosen,)) if chosen is not None and plan.needs_calibration else plan
+
+
+def _compared(recipe: Recipe, checkpoint: Checkpoint, reference: Reference | None) -> list[str]:
+    """What scores compare with, where that is not plain."""
+    if reference is not None:
+        return [f"scores compare with {reference.name}", *(f"{reference.name}: {line}" for line in reference.notes)]
+    if recipe.score is None or not any(entry.quantized for entry in checkpoint.entries.values()):
+        return []
+    return ["scores compare with the decoded weights; --base MODEL compares with the model before it was quantized"]
 
 
 def _folder_notes(checkpoint: Checkpoint, own: str) -> list[str]:

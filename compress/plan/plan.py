@@ -17,6 +17,7 @@ from compress.models.spec import ModelSpec
 from compress.plan import resources as footprint
 from compress.plan.causes import Exchange
 from compress.plan.outline import Outline
+from compress.plan.reference import Reference
 from compress.plan.savings import STRUCTURAL, Saving
 from compress.plan.tensor import PlannedTensor, codes_container, factored, packed_bytes, pruned
 from compress.recipe.schema import Recipe
@@ -58,6 +59,8 @@ class Plan:
     """Where steps change the model's shape: those that a survey may choose, all of about the same size."""
     repeats: Recipe | None = None
     """Where it is carried out once more: the recipe as the files of the first time know it."""
+    base: Reference | None = None
+    """What scores compare with, where that is not the model itself."""
     place: Path = Path()
     """Where the weights are read: `source`, or the GGUF file whose metadata `source` was written from."""
     chosen: tuple[str, ...] = ()
@@ -159,6 +162,13 @@ class Plan:
     def original_bytes(self) -> int:
         """Of all files that are needed to run the original, the base of every share; of a GGUF file its own."""
         return self.source_bytes + (0 if self.place.is_file() else companion_bytes(self.source))
+
+    @property
+    def compared(self) -> Reference:
+        """What scores compare with."""
+        if self.base is not None:
+            return self.base
+        return Reference(self.identity.version, self.original, self.place, self.source, self.source_bytes, ())
 
     def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
         """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""

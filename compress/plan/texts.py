@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from compress.plan.plan import Plan
+from compress.plan.reference import require_same_ids
 from compress.recipe.schema import Recipe
 from compress.text import (
     BASE_TEXT,
@@ -57,6 +58,8 @@ def read_texts(plan: Plan) -> list[str]:
         container.require(plan.source, plan.spec)
     tokenizer = load_tokenizer(plan.source, plan.original.vocab_size)
     lines = [str(departure) for departure in prove(tokenizer)]
+    if plan.base is not None:
+        require_same_ids(plan.base, tokenizer)
     text, remote = recipe.calibration, list(_remote(plan))
     if plan.needs_calibration and text.source.label not in remote:
         found = calibration_text(

@@ -316,9 +316,13 @@ class Export(Section):
 
 
 class Score(Section):
-    """What is measured when the artifacts are written: a suite and, if asked for, how fast engines run them."""
+    """What is measured when the artifacts are written: a suite and, if asked for, how fast engines run them.
+
+    base: the model that artifacts are compared with, where that is not the one that is compressed: what it was quantized from.
+    """
 
     suite: Location = "quick"
+    base: Location | None = None
     speed: bool = False
 
 
@@ -375,6 +379,8 @@ class Recipe(Section):
         plain["calibration"] = self.calibration.portable()
         if self.score is not None:
             plain["score"]["suite"] = Path(self.score.suite).name
+            if self.score.base is not None:
+                plain["score"]["base"] = told(self.score.base)
         return {key: value for key, value in plain.items() if key != "output"}
 
     def digest(self) -> str:

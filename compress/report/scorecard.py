@@ -82,9 +82,10 @@ class Artifact(Value):
 class Base(Value):
     """The original: bytes of all files that are needed to run it, of its weight files alone (absent in cards of versions
     whose `bytes` were those), its own scores on the same windows and documents, its own speed beside the artifacts'; all None
-    when a model was scored on its own."""
+    when a model was scored on its own. model: its name, where it is not the one that was compressed."""
 
     bytes: int | None
+    model: str | None = None
     weight_bytes: int | None = None
     bits_per_weight: float | None = None
     parameters: int | None = None

@@ -177,7 +177,10 @@ def run_digest(digest: str, text: str | None, recipe: Recipe) -> str:
 
     digest: the plan's; text: sha256 of the calibration windows, where some are read.
     """
-    facts = [digest, text, recipe.model_dump(mode="json", include={"score", "gate"})]
+    judged = recipe.model_dump(mode="json", include={"score", "gate"})
+    if judged["score"] is not None and judged["score"]["base"] is None:  # as before there was such a key
+        del judged["score"]["base"]
+    facts = [digest, text, judged]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -77,11 +77,13 @@ def make_scorecard(
         *(line for layer in experts for line in _of_cold_experts(layer, plan.recipe.calibration.samples)),
         *results.fallbacks,
     ]
+    compared = plan.compared
     base = Base(
-        bytes=plan.original_bytes,
-        weight_bytes=plan.source_bytes,
-        bits_per_weight=8 * plan.source_bytes / plan.original_parameters,
-        parameters=plan.original_parameters,
+        model=None if plan.base is None else plan.base.name,
+        bytes=compared.bytes,
+        weight_bytes=compared.weight_bytes,
+        bits_per_weight=8 * compared.weight_bytes / compared.spec.parameters,
+        parameters=compared.spec.parameters,
         scores=results.base_scores,
         tasks=results.base_tasks,
         texts=results.base_texts,

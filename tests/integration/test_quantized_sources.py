@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.errors import UnsupportedModel
+from compress.errors import PlanError, UnsupportedModel
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_codec
 from compress.models.surplus import surplus
 from compress.plan import make_plan
+from compress.recipe import load_recipe
 from tests.integration.runs import carry_out, command, kept, small, spec_of
 from tests.tiny import tiny_model
 
@@ -129,6 +130,52 @@ def test_experts_that_are_stacked_are_read_one_by_one(tmp_path: Path) -> None:
     assert all(torch.equal(fused.load(t.name), plain.load(t.name)) for t in spec.tensors())
     expert = fused.entries[f"{ROUTED}.3.up_proj.weight"]
     assert expert.quantized and expert.part is not None and expert.shape == (32, 64)
+
+
+# -- the original beside it --------------------------------------------------------------------------------------------
+def test_scores_compare_with_the_original_where_there_is_one(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """A dense copy of FP8 is as far from the model before it as `compress score` says, and nothing from the FP8 itself."""
+    original = moe.parent / "model"
+    recipe = small("gptq-w4-g128", moe, tmp_path / "out", "steps=[]", "export=[{container: safetensors}]")
+    recipe = load_recipe(recipe, [f"score.suite={suite(tmp_path)}"], base=str(original))
+    plan = make_plan(recipe)
+    assert plan.base is not None and "scores compare with model" in plan.warnings
+    card = carry_out(recipe)
+    assert card.base.model == "model" and card.base.bytes == plan.base.bytes > plan.original_bytes
+    assert card.artifacts[0].ratio == card.artifacts[0].bytes / card.base.bytes
+    assert "scores compare with model" in card.notes and str(original.parent) not in card.to_json()
+    folder = tmp_path / "out" / card.artifacts[0].path
+    given = ("--against", str(original), "--suite", str(suite(tmp_path)), "--json")
+    code, out, _ = command(monkeypatch, capfd, "score", str(folder), *given)
+    apart = json.loads(out)["artifacts"][0]["scores"]["kld"]["mean"]
+    assert code == 0 and card.artifacts[0].scores.kld.mean == pytest.approx(apart, rel=1e-6) and apart > 1e-3
+    again = carry_out(recipe.model_copy(update={"score": recipe.score.model_copy(update={"base": None})}))
+    assert again.artifacts[0].scores.kld.mean < apart / 10 and again.base.model is None
+    assert any("--base MODEL" in note for note in again.notes)
+
+
+def test_a_base_that_cannot_be_compared_is_refused_before_the_work(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    recipe = small("gptq-w4-g128", moe, tmp_path / "out", "scheme=W4A16_G32", f"score.suite={suite(tmp_path)}")
+    smaller = tiny_model(
+        "llama", tmp_path / "smaller", vocab_size=4000, num_hidden_layers=1, bos_token_id=1, eos_token_id=1
+    )
+    with pytest.raises(PlanError, match="vocabulary of 4,000, the model one of 4,096"):
+        make_plan(load_recipe(recipe, base=str(smaller)))
+    shutil.copytree(moe.parent / "model", tmp_path / "renamed")
+    path = tmp_path / "renamed" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["t"] = vocabulary["t"], vocabulary["a"]
+    path.write_text(json.dumps(data))
+    given = ("--model", str(moe), "--output", str(tmp_path / "out"), "--base", str(tmp_path / "renamed"))
+    for verb in ("plan", "run"):
+        code, _, error = command(monkeypatch, capfd, verb, "gptq-w4-g128", "--set", "scheme=W4A16_G32", *given)
+        assert code == 1 and "another tokenizer than the model" in error, error
+    assert not (tmp_path / "out" / "scorecard.json").exists()
 
 
 @pytest.mark.parametrize("method", ["hqq", "compress", None])

@@ -117,8 +117,8 @@ def shares(weights: Counter[str], quantized: int) -> str:
 def already_quantized(what: str) -> str:
     """The line for a source that was quantized before."""
     return (
-        f"the source is already quantized ({what}): what comes out is compared with these decoded weights, not with the model "
-        "before it was quantized, and cannot come closer to that than they are"
+        f"the source is already quantized ({what}): what comes out can be no closer to the model before it was quantized than "
+        "these decoded weights are"
     )
 
 
