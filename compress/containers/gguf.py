@@ -66,12 +66,14 @@ def check_representable(spec: ModelSpec) -> list[str]:
         )
     if spec.tied and not engine.tied:
         reasons.append(f"llama.cpp's {arch} has no tied output head")
-    biases = {w.gguf for block in spec.blocks for s in block for w in s.weights if w.role == "biases"}
+    sublayers = {s for block in spec.blocks for s in block}
+    biases = {w.gguf for s in sublayers for w in s.weights if w.role == "biases"}
     lost = biases - {f"{name}.bias" for name in engine.biases or ()} if engine.biases is not None else set()
     if lost:
         reasons.append(f"llama.cpp's {arch} has no {', '.join(sorted(lost))}")
-    if spec.config.get("hidden_act", "silu") not in ("silu", "swish"):
-        reasons.append(f"llama.cpp's {arch} computes silu, not {spec.config['hidden_act']}")
+    others = {a.name for s in sublayers if (a := getattr(s, "activation", None)) is not None} - {engine.activation}
+    if others:
+        reasons.append(f"llama.cpp's {arch} computes {engine.activation}, not {', '.join(sorted(others))}")
     reasons.extend(engine.problems(spec.read))
     for rope in _ropes(spec):
         reasons.extend(rope.problems(arch, engine.llama3))

@@ -98,9 +98,11 @@ def part_of(file: Any, part: Slice) -> Tensor:
     stored = file.get_slice(part.name)
     rows = slice(part.start, part.stop)
     if part.index is None:
-        return stored[:, rows].T.contiguous() if part.transposed else stored[rows]
-    entry = stored[part.index : part.index + 1]
-    return (entry[0][:, rows].T if part.transposed else entry[0][rows]).contiguous()
+        found = stored[:, rows].T if part.transposed else stored[rows]
+    else:
+        entry = stored[part.index : part.index + 1][0]
+        found = entry[:, rows].T if part.transposed else entry[rows]
+    return found[:: part.step].contiguous()
 
 
 # ------------------------------------------------------------------------------------------ the index

@@ -6,9 +6,9 @@ import json
 from functools import cache
 
 import pytest
-from safetensors.torch import load_file
 
 from compress.models import load_spec
+from compress.models.checkpoint import Checkpoint
 from tests.contract.blocks import SMALL, Families
 from tests.tiny import tiny_model
 
@@ -19,6 +19,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     def make(name: str):  # type: ignore[no-untyped-def]
         folder = tiny_model(name, tmp_path_factory.mktemp(name), tokenizer=False, **SMALL)
         spec = load_spec(json.loads((folder / "config.json").read_text()))
-        return spec, {n: w.double() for n, w in load_file(folder / "model.safetensors").items()}, folder
+        checkpoint = Checkpoint.open(folder)
+        return spec, {t.name: checkpoint.load(t.name).double() for t in spec.tensors()}, folder
 
     return make

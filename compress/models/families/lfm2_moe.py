@@ -19,6 +19,7 @@ from compress.models.families.lfm2 import (
 )
 from compress.models.layers.base import Sublayer
 from compress.models.layers.compose import moe
+from compress.models.layers.mlp import Fused
 from compress.models.layers.moe import Router
 from compress.models.spec import Block, Family, Gguf
 
@@ -56,7 +57,7 @@ def experts(c: Lfm2MoeConfig) -> Sublayer:
         scale=float(c.routed_scaling_factor),
         correction="feed_forward.expert_bias" if c.use_expert_bias else None,
     )
-    fused = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+    fused = Fused("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
     return moe(c, prefix="feed_forward.", norm=FEED_FORWARD, router=router, leaves=LEAVES, fused=fused)
 
 

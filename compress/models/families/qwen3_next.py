@@ -23,6 +23,7 @@ from compress.models.gguf.keys import Metadata
 from compress.models.layers.base import Sublayer
 from compress.models.layers.compose import MIXER, attention, moe
 from compress.models.layers.gated_delta_net import GatedDeltaNet
+from compress.models.layers.mlp import Fused
 from compress.models.layers.moe import SharedExpert
 from compress.models.spec import Block, Family, Gguf
 
@@ -105,7 +106,7 @@ def mixer(c: DeltaConfig, layer: int, module: str, *, joined: bool = False) -> S
 def experts(c: DeltaMoeConfig, normalised: bool = True) -> Sublayer:
     """Routed experts and one shared behind a sigmoid gate."""
     shared = SharedExpert("mlp.shared_expert.", c.shared_expert_intermediate_size, "mlp.shared_expert_gate.weight")
-    fused = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    fused = Fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     return moe(c, normalised=normalised, shared=shared, fused=fused, norm=FEED_FORWARD, norm_shift=1.0)
 
 

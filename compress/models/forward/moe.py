@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compress.models.forward.base import Named, Routing, Taps
+from compress.models.forward.mlp import activations
 from compress.models.layers.moe import MoE, Router
 from compress.models.spec import Branch
 
@@ -24,11 +24,10 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     if layer.shared:
         taps.see("shared.in", rows)
         if not taps.end(0):
-            prefix = layer.shared.prefix
-            act = F.silu(rows @ weights[f"{prefix}gate_proj.weight"].T) * (rows @ weights[f"{prefix}up_proj.weight"].T)
+            act = activations(layer.beside(layer.shared), weights, rows)
             taps.see("shared.act", act)
             if not taps.end(1):
-                shared = act @ weights[f"{prefix}down_proj.weight"].T
+                shared = weights.linear(layer.shared.prefix + layer.shared.leaves[-1], act)
                 if layer.shared.gate:
                     shared = torch.sigmoid(rows @ weights[layer.shared.gate].T) * shared
                 out += shared
@@ -37,51 +36,61 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
 
 def _routed(layer: MoE, weights: Named, x: Tensor, routing: Routing, taps: Taps) -> Tensor:
     """The weighted sum of the chosen experts. x: [tokens, hidden]."""
-    gate, up, down = layer.leaves
     out = torch.zeros_like(x)
-
-    def activate(prefix: str, rows: Tensor) -> Tensor:
-        return F.silu(rows @ weights[f"{prefix}{gate}.weight"].T) * (rows @ weights[f"{prefix}{up}.weight"].T)
-
     for e in range(layer.experts):
         if taps.until == 1 and taps.experts is not None and e not in taps.experts:
             continue
-        prefix = layer.expert.format(e=e)
+        parts = layer.routed(e)
         if taps.pooled is not None and e in taps.pooled.experts:
-            taps.see(f"experts.{e}.act.pool", activate(prefix, x[:: taps.pooled.stride]))
+            some = x[:: taps.pooled.stride]
+            taps.see(f"experts.{e}.act.pool", activations(parts, weights, some, _at_input(layer, weights, some, e)))
         tokens, slot = (routing.experts == e).nonzero(as_tuple=True)
         if not len(tokens):
             continue
-        gate_weight = routing.weights[tokens, slot]
-        rows = x[tokens]
-        taps.see(f"experts.{e}.in", rows, gate_weight)
+        gate, rows = routing.weights[tokens, slot], x[tokens]
+        taps.see(f"experts.{e}.in", rows, gate)
         if taps.end(0):
             continue
-        act = activate(prefix, rows)
-        taps.see(f"experts.{e}.act", act, gate_weight)
+        before = None
+        if layer.router.at_input:  # W (g x) is g (W x); what comes out counts as it is
+            before, gate = gate[:, None], torch.ones_like(gate)
+        act = activations(parts, weights, rows, before)
+        taps.see(f"experts.{e}.act", act, gate)
         if taps.end(1):
             continue
-        out.index_add_(0, tokens, (act @ weights[f"{prefix}{down}.weight"].T) * gate_weight[:, None])
+        out.index_add_(0, tokens, weights.linear(parts.prefix + parts.leaves[-1], act) * gate[:, None])
     return out
+
+
+def _at_input(layer: MoE, weights: Named, x: Tensor, e: int) -> Tensor | None:
+    """What an expert's inputs are multiplied by, of tokens whether they chose it or not: float32 [tokens, 1], or None."""
+    if not layer.router.at_input:
+        return None
+    return scores(layer.router, weights.linear(layer.router.name.removesuffix(".weight"), x))[:, e, None]
 
 
 def choose(layer: MoE, weights: Named, x: Tensor) -> Routing:
     """The router's choice. x: [tokens, hidden]."""
     correction = weights[layer.router.correction] if layer.router.correction else None
-    return route(layer.router, F.linear(x, weights[layer.router.name]), correction)
+    return route(layer.router, weights.linear(layer.router.name.removesuffix(".weight"), x), correction)
+
+
+def scores(router: Router, logits: Tensor) -> Tensor:
+    """Of all experts, float32."""
+    return logits.float().sigmoid() if router.score == "sigmoid" else logits.float().softmax(-1)
 
 
 def route(router: Router, logits: Tensor, correction: Tensor | None = None) -> Routing:
     """Scores, top-k (of the best groups), renormalised and scaled where the model does. logits: [tokens, experts]."""
-    scores = logits.float().sigmoid() if router.score == "sigmoid" else logits.float().softmax(-1)
-    ranked = scores if correction is None else scores + correction
+    found = scores(router, logits)
+    ranked = found if correction is None else found + correction.flatten()
     if router.groups > 1:
         ranked = _in_best_groups(router, ranked)
-    if ranked is scores:
-        weights, experts = scores.topk(router.k, dim=-1)
+    if ranked is found:
+        weights, experts = found.topk(router.k, dim=-1)
     else:
         experts = ranked.topk(router.k, dim=-1).indices
-        weights = scores.gather(-1, experts)
+        weights = found.gather(-1, experts)
     if router.normalised:
         weights = weights / weights.sum(-1, keepdim=True)
     return Routing(experts, weights if router.scale == 1.0 else weights * router.scale)

@@ -62,14 +62,15 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Where a tensor lies in a checkpoint that fuses or renames it: rows start..stop of entry `index` of tensor `name`,
-    relative to the block. transposed: stored as [in, out]."""
+    """Where a tensor lies in a checkpoint that fuses or renames it: rows start..stop, every `step`-th of them, of entry `index`
+    of tensor `name`, relative to the block. transposed: stored as [in, out]."""
 
     name: str
     index: int | None = None
     start: int = 0
     stop: int | None = None
     transposed: bool = False
+    step: int = 1
 
     @property
     def whole(self) -> bool:
@@ -87,7 +88,8 @@ class Weight:
     stream itself.
     values: the dimension that a rotation of value heads turns. shift: what the model adds to the stored numbers.
     axes: of each dimension, what shrinks it. fused: what engines multiply it together with, in words. slices: where it lies
-    in checkpoints that fuse it. pieces: how GGUF stores it, where that is not the tensor as it is, under `gguf`.
+    in checkpoints that fuse it; stacked: transformers reads it from the first of them only. pieces: how GGUF stores it, where
+    that is not the tensor as it is, under `gguf`.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Weight:
     axes: tuple[Axis | None, ...] = ()
     fused: str | None = None
     slices: tuple[Slice, ...] = ()
+    stacked: bool = False
     pieces: tuple[Piece, ...] = ()
 
 

@@ -6,18 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from compress.models.layers.base import Axis, GgufValue, Input, Slice, Sublayer, Weight
-from compress.models.layers.mlp import Gated
+from compress.models.layers.base import Axis, GgufValue, Input, Sublayer, Weight, linear
+from compress.models.layers.mlp import LEAVES, SILU, Activation, FeedForward, Fused
+from compress.models.layers.views import Piece
 
 
 @dataclass(frozen=True)
 class Router:
     """How tokens choose their experts, and by what the experts' outputs are multiplied.
 
-    name: its tensor, relative to the block; k: experts a token. score: of the logits; normalised: the chosen scores are
-    divided by their sum; scale: then multiplied. correction: a bias added to the scores for the choice alone
-    (DeepSeek-V3). groups, top_groups: experts are chosen from the best of equal groups, by `group_score`, the groups' largest
-    score or the sum of its two largest.
+    name: its tensor, relative to the block; k: experts a token; bias: added to the logits. score: of the logits; normalised:
+    the chosen scores are divided by their sum; scale: then multiplied. A softmax over the chosen logits alone is a softmax
+    over all, normalised. correction: a bias added to the scores for the choice alone (DeepSeek-V3), stored as a row
+    [1, experts] where `correction_row`. groups, top_groups: experts are chosen from the best of equal groups, by `group_score`,
+    the groups' largest score or the sum of its two largest. at_input: what an expert reads is multiplied, not what it gives
+    (Llama 4), so that its linears have no biases.
     """
 
     name: str
@@ -29,39 +32,52 @@ class Router:
     groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
+    bias: bool = False
+    correction_row: bool = False
+    at_input: bool = False
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether what a token's experts give is averaged, with weights whose sum is one."""
+        return self.normalised and self.scale == 1.0 and not self.at_input
 
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """A feed-forward that every token passes through beside the routed ones. gate: the tensor of its sigmoid gate."""
+    """A feed-forward that every token passes through beside the routed ones. gate: the tensor of its sigmoid gate; leaves: as
+    `FeedForward` has them; fused: the tensors of a checkpoint that its matrices are parts of."""
 
     prefix: str
     width: int
     gate: str | None = None
+    leaves: tuple[str, ...] = LEAVES
+    fused: Fused | None = None
 
 
 @dataclass(frozen=True)
 class MoE(Sublayer):
-    """Routed gated feed-forwards, the sum of the chosen ones weighted by the router, and shared ones.
+    """Routed feed-forwards, the sum of the chosen ones weighted by the router, and shared ones.
 
-    expert: prefix of an expert's tensors with `{e}`; leaves: of gate, up and down; fused: (gate and up, down) where
-    checkpoints hold all experts in one tensor, [experts, 2 width, hidden] and [experts, hidden, width].
+    expert: prefix of an expert's tensors with `{e}`; leaves: of gate, up and down, or of up and down alone; activation: of routed
+    and shared ones; bias: of the routed ones' linears; fused: the tensors of a checkpoint that hold all routed experts.
     """
 
     router: Router
     experts: int
     width: int
     expert: str = "mlp.experts.{e}."
-    leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    leaves: tuple[str, ...] = LEAVES
     shared: SharedExpert | None = None
-    fused: tuple[str, str] | None = None
+    fused: Fused | None = None
+    activation: Activation = SILU
+    bias: bool = False
     half: ClassVar[str] = "ffn"
     forward: ClassVar[str] = "moe"
 
     @property
     def sums_to_one(self) -> bool:
         """Whether a token's routing weights do."""
-        return self.router.normalised and self.router.scale == 1.0
+        return self.router.sums_to_one
 
     def inputs(self) -> Iterator[Input]:
         norm = self.made_by
@@ -81,7 +97,6 @@ class MoE(Sublayer):
         if self.shared:
             yield Input("shared.in", self.hidden, 0, "ffn.in", "in", part_of="router")
         for e in range(self.experts):
-            up = f"{self.expert.format(e=e)}{self.leaves[1]}.weight"
             yield Input(
                 f"experts.{e}.act",
                 self.width,
@@ -90,49 +105,50 @@ class MoE(Sublayer):
                 "act",
                 expert=e,
                 pool=f"experts.{e}.act.pool",
-                made_by=(up,),
+                made_by=self.routed(e).made_by,
             )
         if self.shared:
-            up = f"{self.shared.prefix}up_proj.weight"
-            yield Input("shared.act", self.shared.width, 1, "ffn.act", "act", made_by=(up,))
+            shared = self.beside(self.shared)
+            yield Input("shared.act", self.shared.width, 1, "ffn.act", "act", made_by=shared.made_by)
 
     def tensors(self) -> Iterator[Weight]:
         router, reads = self.router, self.reads
-        yield Weight(
-            router.name, (self.experts, self.hidden), "router", "ffn_gate_inp.weight", "router", reads=reads,
-            axes=(Axis("experts"), None),
+        yield from linear(
+            router.name.removesuffix(".weight"), self.experts, self.hidden, "router", "ffn_gate_inp", "router", router.bias,
+            reads=reads, axes=(Axis("experts"), None),
         )  # fmt: skip
         if router.correction:
-            yield Weight(router.correction, (self.experts,), "biases", "exp_probs_b.bias", axes=(Axis("experts"),))
-        parts = [list(self._expert(e)) for e in range(self.experts)]
-        for part in range(3):  # all gates, all ups, all downs: as GGUF stacks them
-            yield from (expert[part] for expert in parts)
+            yield self._correction(router.correction)
+        for same in zip(*(self.routed(e).weights(self, expert=e) for e in range(self.experts)), strict=True):
+            for weight in same:  # all gates, all ups, all downs: as GGUF stacks them
+                yield weight if weight.input is None else replace(weight, fused="the routed experts of a layer")
         if self.shared:
-            shared = Gated(
-                self.shared.prefix, self.shared.width, "shared_experts", "ffn_{}_shexp", "shared",
-                fused="the shared expert's gate and up",
-            )  # fmt: skip
-            yield from shared.weights(self)
+            yield from self.beside(self.shared).weights(self)
             if self.shared.gate:
                 yield Weight(
                     self.shared.gate, (1, self.hidden), "router", "ffn_gate_inp_shexp.weight", "router", reads=reads
                 )
 
-    def _expert(self, e: int) -> Iterator[Weight]:
-        slices: list[tuple[Slice, ...]] = [()] * 3
-        if self.fused:
-            both, down = self.fused
-            slices = [
-                (Slice(both, e, 0, self.width),),
-                (Slice(both, e, self.width, 2 * self.width),),
-                (Slice(down, e),),
-            ]
-        expert = Gated(
-            self.expert.format(e=e), self.width, "routed_experts", "ffn_{}_exps", f"experts.{e}", self.leaves,
-            alone=self.sums_to_one and self.shared is None,
+    def _correction(self, name: str) -> Weight:
+        gguf, each = "exp_probs_b.bias", (Axis("experts"),)
+        if not self.router.correction_row:
+            return Weight(name, (self.experts,), "biases", gguf, axes=each)
+        pieces = (Piece(gguf, shape=(self.experts,)),)
+        return Weight(name, (1, self.experts), "biases", gguf, axes=(None, *each), pieces=pieces)
+
+    def routed(self, e: int) -> FeedForward:
+        """One routed expert."""
+        return FeedForward(
+            self.expert.format(e=e), self.width, "routed_experts", "ffn_{}_exps", f"experts.{e}", self.leaves, self.bias,
+            alone=self.sums_to_one and self.shared is None, activation=self.activation, fused=self.fused, index=e,
         )  # fmt: skip
-        for weight, slice in zip(expert.weights(self, expert=e), slices, strict=True):
-            yield replace(weight, slices=slice, fused="the routed experts of a layer")
+
+    def beside(self, shared: SharedExpert) -> FeedForward:
+        """The shared expert."""
+        return FeedForward(
+            shared.prefix, shared.width, "shared_experts", "ffn_{}_shexp", "shared", shared.leaves,
+            together="the shared expert's gate and up", activation=self.activation, fused=shared.fused,
+        )  # fmt: skip
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         keys: dict[str, GgufValue] = {
