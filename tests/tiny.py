@@ -107,6 +107,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("Olmoe", {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32}),
+    "phi3": (
+        "Phi3",
+        {
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def check_representable(spec: ModelSpec) -> list[str]:
         reasons.append(f"llama.cpp's {arch} computes {engine.activation}, not {', '.join(sorted(others))}")
     reasons.extend(engine.problems(spec.read))
     for rope in _ropes(spec):
-        reasons.extend(rope.problems(arch, engine.llama3))
+        reasons.extend(rope.problems(arch, engine.llama3, engine.longrope))
     return reasons
 
 
@@ -105,6 +105,12 @@ def caveats(spec: ModelSpec) -> list[str]:
         )
     if any(rope.type == "dynamic" for rope in _ropes(spec)):
         lines.append(f"llama.cpp ignores dynamic rope scaling: texts over {spec.max_positions} tokens differ")
+    for rope in _ropes(spec):
+        if rope.type == "longrope":
+            lines.append(
+                f"llama.cpp takes the longer factors of longrope for every text where its context is over {rope.original} "
+                "tokens, transformers where the text is"
+            )
     return lines
 
 
@@ -255,7 +261,7 @@ def write(request: WriteRequest) -> list[Path]:
     spec, options = request.spec, request.options
     path, source = Path(request.path), Path(request.source)
     entries = _entries(spec, request.tensors)
-    factors = next((f for rope in _ropes(spec) if (f := rope.llama3_factors()) is not None), None)
+    factors = next((f for rope in _ropes(spec) if (f := rope.factors())), {})
     total = sum(_bytes(entry) for entry in entries)
     split = options.max_shard_size if options.max_shard_size and total > options.max_shard_size else 0
     with atomic_files(path, total + _METADATA_BYTES) as folder:
@@ -269,15 +275,15 @@ def write(request: WriteRequest) -> list[Path]:
                 writer.add_tokenizer_model("none")
             for key, value in request.provenance.items():
                 writer.add_string(key, value)
-            if factors is not None:
-                writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("f4"), factors.nbytes, _type("f32"))
+            for name, divisors in factors.items():
+                writer.add_tensor_info(name, divisors.shape, np.dtype("f4"), divisors.nbytes, _type("f32"))
             for entry in entries:
                 writer.add_tensor_info(entry.name, entry.shape, np.dtype("f4"), _bytes(entry), _type(entry.codec))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            if factors is not None:
-                writer.write_tensor_data(factors)
+            for divisors in factors.values():
+                writer.write_tensor_data(divisors)
             for entry in entries:
                 writer.write_tensor_data(_stored(entry, request.fetch))
             writer.flush()

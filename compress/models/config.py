@@ -82,6 +82,7 @@ class RopeKeys(Keys):
         "linear": ("factor",),
         "dynamic": ("factor",),
         "yarn": ("factor",),
+        "longrope": ("long_factor", "short_factor"),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
 

@@ -49,6 +49,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.5, 2.0],
+}
 
 
 PLAIN = Options(tokenizer=False)
@@ -105,6 +112,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": LLAMA3}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
     ("qwen3", {"rope_parameters": YARN}),
+    ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 2048, "original_max_position_embeddings": 1024}),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "tie_word_embeddings": True}),
+    ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "norm_topk_prob": False}),
     ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.5}}),
     ("llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
 ]

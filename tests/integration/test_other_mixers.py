@@ -52,6 +52,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "dots1": {"head_dim": 32, "intermediate_size": 256},
     "minimax_m2": {"intermediate_size": 256},
     "olmoe": {"intermediate_size": 256},
+    "phi3": {"intermediate_size": 256},
 }
 """Widths that blocks of 256 and groups of 128 divide."""
 KINDS: dict[str, dict[str, Any]] = {
@@ -66,7 +67,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family, known = request.param, FAMILIES[request.param][1]
     few: dict[str, Any] = {"num_hidden_layers": 2} | KINDS.get(family, {})
     few |= {key: size for key, size in (("moe_intermediate_size", 256), ("num_experts", 4)) if key in known}
-    folder = tmp_path_factory.mktemp(family) / family
+    folder = tmp_path_factory.mktemp(family) / "model"  # llama.cpp wants certain tokens of what is called Phi-3
     return tiny_model(family, folder, hidden_size=256, **few, **WIDE[family])
 
 

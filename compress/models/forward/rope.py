@@ -13,8 +13,9 @@ from compress.models.layers.rope import TYPES, Rope
 
 
 @cache
-def _frequencies(rope: Rope) -> tuple[Tensor, float]:
-    """Angle a position of every pair of channels, float32 [dim / 2], and what cos and sin are multiplied by."""
+def _frequencies(rope: Rope, length: int) -> tuple[Tensor, float]:
+    """Angle a position of every pair of channels, float32 [dim / 2], and what cos and sin are multiplied by, for texts of so
+    many tokens."""
     if not rope.scaling:
         exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
         return 1.0 / rope.theta**exponents, 1.0
@@ -27,7 +28,7 @@ def _frequencies(rope: Rope) -> tuple[Tensor, float]:
     fields = json.loads(rope.config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     layer_type = rope.layer_type or None
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), length, layer_type=layer_type)
     return frequencies.float(), float(factor)
 
 
@@ -35,7 +36,7 @@ def _frequencies(rope: Rope) -> tuple[Tensor, float]:
 def rope_tables(rope: Rope, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [length, dim]."""
     with torch.inference_mode(False):  # kept for later calls, some of which meet autograd
-        frequencies, factor = _frequencies(rope)
+        frequencies, factor = _frequencies(rope, length)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)

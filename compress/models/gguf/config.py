@@ -72,18 +72,19 @@ def _declared(family: Family, table: str) -> Mapping[str, str]:
     return {name: key for name, key in found.items() if key}
 
 
-def _factors(header: Header) -> list[float] | None:
-    """Divisors of rotary frequencies, where the file holds some."""
-    stored = header.tensors.get(ROPE_FACTORS)
-    if stored is None:
-        return None
+def _factors(header: Header) -> dict[str, list[float]]:
+    """Divisors of rotary frequencies that the file holds, by tensor."""
     import numpy as np
 
-    if stored.type != "F32":
-        raise CheckpointError(f"{stored.file}: {ROPE_FACTORS} is {stored.type}, not F32; fetch it again")
-    with stored.file.open("rb") as file:
-        file.seek(stored.span[0])
-        found: list[float] = np.fromfile(file, "<f4", count=stored.shape[-1]).tolist()
+    found = {}
+    for name in ROPE_FACTORS:
+        if (stored := header.tensors.get(name)) is None:
+            continue
+        if stored.type != "F32":
+            raise CheckpointError(f"{stored.file}: {name} is {stored.type}, not F32; fetch it again")
+        with stored.file.open("rb") as file:
+            file.seek(stored.span[0])
+            found[name] = np.fromfile(file, "<f4", count=stored.shape[-1]).tolist()
     return found
 
 

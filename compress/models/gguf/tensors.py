@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CheckpointError
 from compress.models.gguf.header import Header, Stored
 from compress.models.index import FLOAT_CODEC, Entry
+from compress.models.layers.rope import FREQUENCIES, LONG, SHORT
 from compress.models.layers.views import Piece
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.reading import shown
@@ -181,8 +182,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def unclaimed(spec: ModelSpec, header: Header) -> Mapping[str, Path]:
     """Tensors that are no part of the model, and their files. llama.cpp reads frequencies of rotary positions from one."""
     claimed = {piece.name for tensor in spec.tensors() for piece in tensor.pieces}
-    return {name: t.file for name, t in header.tensors.items() if name not in claimed and name != ROPE_FACTORS}
+    return {name: t.file for name, t in header.tensors.items() if name not in claimed and name not in ROPE_FACTORS}
 
 
-ROPE_FACTORS = "rope_freqs.weight"
-"""Llama 3's divisors of frequencies, which its metadata has no key for."""
+ROPE_FACTORS = (FREQUENCIES, LONG, SHORT)

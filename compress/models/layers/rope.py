@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from compress.models.gguf.keys import Metadata
 
-TYPES = ("default", "linear", "llama3", "yarn")
+TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+"""Tensors of GGUF that hold divisors of rotary frequencies, which its metadata has no key for."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,30 @@ class Rope:
         if self.type == "yarn":
             original = int(scaling.get("original_max_position_embeddings") or self.max_positions)
             keys |= {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": self.yarn_attention}
+        if self.type == "longrope":
+            keys |= {
+                "rope.scaling.original_context_length": self.original,
+                "rope.scaling.attn_factor": self.long_attention,
+            }
         return keys
 
-    def problems(self, arch: str, llama3: bool) -> list[str]:
-        """Why llama.cpp's architecture `arch` cannot say this scaling; llama3: it reads that one's factors."""
-        if self.type in ("default", "linear", "dynamic"):
+    @property
+    def original(self) -> int:
+        """Positions of the model before it was scaled."""
+        return int(self.parameters.get("original_max_position_embeddings") or self.max_positions)
+
+    @property
+    def long_attention(self) -> float:
+        """LongRoPE's factor on cos and sin (arXiv 2402.13753), as transformers computes it."""
+        scaling = self.parameters
+        if scaling.get("attention_factor") is not None:
+            return float(scaling["attention_factor"])
+        factor = float(scaling.get("factor") or self.max_positions / self.original)
+        return math.sqrt(1 + math.log(factor) / math.log(self.original)) if factor > 1 else 1.0
+
+    def problems(self, arch: str, llama3: bool, longrope: bool = False) -> list[str]:
+        """Why llama.cpp's architecture `arch` cannot say this scaling; llama3, longrope: it reads the factors of these."""
+        if self.type in ("default", "linear", "dynamic") or (self.type == "longrope" and longrope):
             return []
         if self.type == "llama3":
             return [] if llama3 else [f"llama.cpp's {arch} has no llama3 rope scaling"]
@@ -86,6 +107,17 @@ class Rope:
             return mscale(float(scaling["mscale"])) / mscale(float(scaling["mscale_all_dim"])) / own
         return 1.0
 
+    def factors(self) -> dict[str, np.ndarray]:
+        """Divisors of frequencies by the names of GGUF's tensors, float32 [dim / 2]; none for most scalings."""
+        import numpy as np
+
+        if (found := self.llama3_factors()) is not None:
+            return {FREQUENCIES: found}
+        if self.type != "longrope":
+            return {}
+        names = {LONG: "long_factor", SHORT: "short_factor"}
+        return {name: np.array(self.parameters[key], np.float32) for name, key in names.items()}
+
     def llama3_factors(self) -> np.ndarray | None:
         """Llama 3's frequency divisors, float32 [dim / 2], GGUF's rope_freqs.weight; None for other scalings."""
         import numpy as np
@@ -104,17 +136,19 @@ class Rope:
 
 
 # -- from GGUF, the other way round ------------------------------------------------------------------------------------
-def scaling_of(metadata: Metadata, factors: Sequence[float] | None = None) -> dict[str, Any]:
-    """Keys of config.json for what a file says of scaled positions; factors: its rope_freqs.weight.
+def scaling_of(metadata: Metadata, factors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Keys of config.json for what a file says of scaled positions; factors: its tensors of divisors.
 
-    Raises UnsupportedModel for another scaling than `gguf_keys` and `llama3_factors` write.
+    Raises UnsupportedModel for another scaling than `gguf_keys` and `factors` write.
     """
     kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
     kind = kind or ("linear" if factor else "none")
-    if factors is not None and any(value != 1 for value in factors):
+    if any(value != 1 for divisors in factors.values() for value in divisors):
         if kind != "none":
-            raise UnsupportedModel(f"{metadata.path} scales rotary positions twice: {kind}, and by rope_freqs.weight")
-        return {"rope_scaling": _llama3(metadata, factors)}
+            raise UnsupportedModel(f"{metadata.path} scales rotary positions twice: {kind}, and by {min(factors)}")
+        if FREQUENCIES in factors:
+            return {"rope_scaling": _llama3(metadata, factors[FREQUENCIES])}
+        return {"rope_scaling": _longrope(metadata, factors)}
     if kind == "none":
         return {}
     if kind not in ("linear", "yarn"):
@@ -127,6 +161,19 @@ def scaling_of(metadata: Metadata, factors: Sequence[float] | None = None) -> di
         if (attention := metadata.positive("rope.scaling.attn_factor", 1.0)) != 1:
             scaling["attention_factor"] = float(f"{attention * (1.0 + 0.1 * math.log(factor)):.7g}")
     return {"rope_scaling": scaling}
+
+
+def _longrope(metadata: Metadata, factors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    if missing := {LONG, SHORT} - factors.keys():
+        raise UnsupportedModel(f"{metadata.path} scales long or short texts alone: it lacks {min(missing)}")
+    short = {name: [float(f"{value:.7g}") for value in values] for name, values in factors.items()}
+    return {
+        "rope_type": "longrope",
+        "long_factor": short[LONG],
+        "short_factor": short[SHORT],
+        "original_max_position_embeddings": metadata.get("rope.scaling.original_context_length"),
+        "attention_factor": float(metadata.positive("rope.scaling.attn_factor", 1.0)),
+    }
 
 
 def _llama3(metadata: Metadata, factors: Sequence[float]) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def _window(length: int, start: int, use: bool = True) -> dict[str, Any]:
     return {"use_sliding_window": use, "sliding_window": length, "max_window_layers": start}
 
 
+LONGROPE = {"max_position_embeddings": 256, "rope_parameters": {
+    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "long_factor": [1.0, 2.5, 16.0],
+    "short_factor": [1.0, 1.2, 2.0]}}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
     "llama, one kv head": ("llama", {"num_key_value_heads": 1}),
@@ -53,6 +56,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, llama3 rope": ("llama", {"rope_parameters": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+    "phi3, longrope": ("phi3", {**LONGROPE, "original_max_position_embeddings": 128}),
+    "phi3, longrope on a long text": ("phi3", {**LONGROPE, "original_max_position_embeddings": 16}),
+    "phi3, window, all of a head": ("phi3", {**_rope("default"), "sliding_window": 8}),
+    "glm4_moe, without norms and biases": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
+    "olmoe, shared keys and values": ("olmoe", {"num_key_value_heads": 2, "attention_bias": True}),
     "qwen2, yarn": ("qwen2", {"rope_parameters": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
     "qwen3, yarn with its own attention factor": ("qwen3", {"rope_parameters": {
