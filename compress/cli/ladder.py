@@ -10,6 +10,7 @@ import typer
 
 from compress.cli.app import load_plugins, show
 from compress.cli.options import (
+    AdapterOption,
     BaseOption,
     DeviceOption,
     FreshOption,
@@ -35,6 +36,7 @@ def ladder(
     ] = None,
     output: OutputOption = None,
     base: BaseOption = None,
+    adapter: AdapterOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and fallbacks; make nothing.")] = False,
@@ -51,7 +53,7 @@ def ladder(
 
     load_plugins(plugin)
     wanted = USUAL if types is None else tuple(name.strip() for name in types.split(","))
-    loaded = load_ladder(wanted, set or (), model=model, output=output, base=base)
+    loaded = load_ladder(wanted, set or (), model=model, output=output, base=base, adapter=adapter)
     if dry_run:
         _show_sizes(loaded, as_json)
         return

@@ -38,6 +38,10 @@ BaseOption = Annotated[
         help="What scores compare with: of a quantized model the original that it was made from.",
     ),
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="FOLDER", help="A LoRA adapter that peft saved, merged into the model."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -12,6 +12,7 @@ import typer
 
 from compress.cli.app import load_plugins, show
 from compress.cli.options import (
+    AdapterOption,
     BaseOption,
     DeviceOption,
     FreshOption,
@@ -37,6 +38,7 @@ def run(
     model: ModelOption = None,
     output: OutputOption = None,
     base: BaseOption = None,
+    adapter: AdapterOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
     fresh: FreshOption = False,
@@ -51,7 +53,7 @@ def run(
     from compress.recipe import load_recipe
 
     load_plugins(plugin)
-    loaded = load_recipe(recipe, set or (), model=model, output=output, base=base)
+    loaded = load_recipe(recipe, set or (), model=model, output=output, base=base, adapter=adapter)
     from compress.report.progress import Reporter
 
     reporter = Reporter(0 if quiet else 2 if verbose else 1)
@@ -74,6 +76,7 @@ def plan(
     model: ModelOption = None,
     output: OutputOption = None,
     base: BaseOption = None,
+    adapter: AdapterOption = None,
     set: SetOption = None,
     plugin: PluginOption = None,
     as_json: JsonOption = False,
@@ -89,7 +92,8 @@ def plan(
 
     def planned(more: Sequence[str] = ()) -> Plan:
         return make_plan(
-            load_recipe(recipe, (*(set or ()), *more), model=model, output=output, base=base), weights=rehearse
+            load_recipe(recipe, (*(set or ()), *more), model=model, output=output, base=base, adapter=adapter),
+            weights=rehearse,
         )
 
     made = planned()

@@ -136,9 +136,11 @@ def deliver(
                 written.append(_written(product, export, staging, reporter))
         compared = checkpoint if plan.base is None else Checkpoint.open(plan.base.place)
         spec = plan.compared.spec
-        whole = continues(compared.folder, compared.weight_files, spec.parameters)
+        whole = None
+        if compared.adapter is None:
+            whole = continues(compared.folder, compared.weight_files, spec.parameters)
         source = StreamedSource(spec, compared.load, "original", placement, generator=whole)
-        original = remembered(source, compared.weight_files, compared.folder)
+        original = remembered(source, compared.deciding, compared.folder)
         for one in written:
             memory = StreamedSource(one.product.plan.spec, one.product.dense, "in-memory compressed model", placement)
             result.artifacts.append(_proved(one, original, memory, result, reporter))

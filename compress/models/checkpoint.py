@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CheckpointError, NoSuchModel, UnsupportedModel
 from compress.files import sha256_each
+from compress.models.adapter import Adapter, open_adapter
 from compress.models.companions import LAYOUT, LEGAL, companions
 from compress.models.gguf.header import is_gguf
 from compress.models.gguf.source import open_source
@@ -56,6 +57,7 @@ class Checkpoint:
     folder: with config.json and the tokenizer; `entries` is empty when it holds a config.json only (enough to plan, not to
     run). place: what `open` opens again, the folder or a GGUF file; notes: what to say of it. quantization: what config.json
     says of how its tensors are stored, which `config` is without; unread: why they cannot be decoded, after the model's name.
+    adapter: what is merged into the tensors.
     """
 
     folder: Path
@@ -65,19 +67,22 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
     unread: str = ""
+    adapter: Adapter | None = None
 
     @classmethod
-    def open(cls, model: str | Path, *, weights: bool = True) -> Checkpoint:
+    def open(cls, model: str | Path, *, weights: bool = True, adapter: str | Path | None = None) -> Checkpoint:
         """Open a local folder, a GGUF file or, when there is neither, a hub id (downloaded into the hub's own cache).
 
-        weights=False reads config.json and, if there, the tensor index; it never downloads weights.
+        weights=False reads config.json and, if there, the tensor index; it never downloads weights. adapter: a LoRA adapter's
+        folder, merged into the tensors when they are read.
         Raises CheckpointError when the model, its config or its shards are missing or damaged, UnsupportedModel for a GGUF
         of another kind than those that are read.
         """
-        folder = Path(model)
+        folder, lora = Path(model), None if adapter is None else open_adapter(Path(adapter))
         if is_gguf(folder):
             source = open_source(folder)
-            return cls(source.folder, read_json(source.folder / "config.json"), source.entries, folder, source.notes)
+            config = read_json(source.folder / "config.json")
+            return cls(source.folder, config, source.entries, folder, source.notes)._adapted(lora)
         if folder.exists() and (why := no_model(folder)) is not None:
             raise NoSuchModel(f"{folder} is {why}")
         if not folder.is_dir():
@@ -103,8 +108,18 @@ class Checkpoint:
             )
             raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
         found = source_of(config, entries)
-        entries = {**found.entries, **_parts(found.config, found.entries)}
-        return cls(folder, found.config, entries, folder, found.notes, found.settings, found.unread)
+        stored = found.entries if lora is None else lora.merged(found.entries)
+        entries = {**stored, **_parts(found.config, stored)}
+        return cls(folder, found.config, entries, folder, found.notes, found.settings, found.unread)._adapted(lora)
+
+    def _adapted(self, adapter: Adapter | None) -> Checkpoint:
+        """The same with an adapter merged into it, as far as it is not yet."""
+        if adapter is None:
+            return self
+        entries = adapter.merged(self.entries) if self.entries else {}
+        if entries:
+            adapter.require(entries)
+        return replace(self, entries=entries, notes=(*self.notes, adapter.note), adapter=adapter)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -113,6 +128,11 @@ class Checkpoint:
     def weight_files(self) -> tuple[Path, ...]:
         """Those that hold tensors, in order."""
         return tuple(sorted({file for entry in self.entries.values() for file, _ in entry.lies}))
+
+    @property
+    def deciding(self) -> tuple[Path, ...]:
+        """All files that decide the tensors: the adapter's, too."""
+        return self.weight_files if self.adapter is None else (*self.weight_files, *self.adapter.files)
 
     def load(self, name: str) -> Tensor:
         """One tensor in its own dtype. Raises CheckpointError if missing, unreadable or not finite."""
@@ -149,10 +169,14 @@ def checksums(checkpoint: Checkpoint) -> dict[str, str]:
     a tokenizer needs), and licence, notices and card, which go along. Of a GGUF file, or the parts of one, its own."""
     folder = checkpoint.folder
     if checkpoint.place.is_file():
-        return {path.name: found for path, found in sha256_each(checkpoint.weight_files).items()}
+        return {path.name: found for path, found in sha256_each(checkpoint.deciding).items()}
     names = ("config.json", *companions(folder, (*LEGAL, *LAYOUT)))
-    paths = dict.fromkeys((*checkpoint.weight_files, *(folder / name for name in names)))
-    return {path.relative_to(folder).as_posix(): found for path, found in sha256_each(paths).items()}
+    paths = dict.fromkeys((*checkpoint.deciding, *(folder / name for name in names)))
+    adapter = () if checkpoint.adapter is None else checkpoint.adapter.files
+    return {
+        path.name if path in adapter else path.relative_to(folder).as_posix(): found
+        for path, found in sha256_each(paths).items()
+    }
 
 
 def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:

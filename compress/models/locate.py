@@ -69,8 +69,8 @@ def no_model(place: Path) -> str | None:
         base = read_json(place / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
         return (
-            f"an adapter (LoRA){of}, not a model: it has no config.json; merge it into its model first "
-            "(peft: model.merge_and_unload().save_pretrained(...)) and give that folder"
+            f"an adapter (LoRA){of}, not a model: it has no config.json; give its model, and this folder with --adapter, which "
+            "merges the two"
         )
     if files := sorted(place.glob("*.gguf")):
         return f"a folder with a GGUF in it and no config.json; give the file: {files[0]}"

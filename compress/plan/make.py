@@ -31,7 +31,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     implies, and no other. spec: the model that a survey has left of it, where a step changes its shape.
     Raises PlanError with all problems, UnsupportedModel, CheckpointError or CalibrationError.
     """
-    checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights)
+    checkpoint = Checkpoint.open(model_location(recipe.model), weights=weights, adapter=recipe.adapter)
     recipe, chosen = choose_text(recipe, checkpoint.folder)
     original = load_spec(checkpoint.config)
     if checkpoint.unread:
@@ -64,7 +64,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     base = None if recipe.score is None else recipe.score.base
     reference = None if base is None else open_reference(base, original, weights=weights)
     warnings += _compared(recipe, checkpoint, reference)
-    files = [(file.name, file.stat()) for file in checkpoint.weight_files]
+    files = [(file.name, file.stat()) for file in checkpoint.deciding]
     plan = Plan(
         recipe=recipe,
         original=original,

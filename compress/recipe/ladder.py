@@ -34,9 +34,10 @@ def load_ladder(
     model: str | None = None,
     output: str | None = None,
     base: str | None = None,
+    adapter: str | None = None,
 ) -> Ladder:
-    """The ladder of a model. types: as `compress run` takes them; overrides: `key=value`, for each of the recipes; base:
-    what scores compare with.
+    """The ladder of a model. types: as `compress run` takes them; overrides: `key=value`, for each of the recipes; base, adapter:
+    as of `load_recipe`.
 
     Raises RecipeError for what is no type, for one that is named twice, and as `load_recipe`.
     """
@@ -49,7 +50,7 @@ def load_ladder(
         if kind in recipes:
             raise RecipeError(f"{kind} is there twice; name each type once")
         own = [f"{INPUTS}=original"] if not isinstance(keys, str) and keys["steps"] else []
-        recipes[kind] = load_recipe(kind, [*own, *overrides], model=model, output=output, base=base)
+        recipes[kind] = load_recipe(kind, [*own, *overrides], model=model, output=output, base=base, adapter=adapter)
     if not recipes:
         raise RecipeError("no type is named; give some, as Q8_0,Q4_K_M,IQ2_M")
     first, *others = recipes.values()

@@ -34,14 +34,19 @@ def load_recipe(
     model: str | None = None,
     output: str | None = None,
     base: str | None = None,
+    adapter: str | None = None,
 ) -> Recipe:
     """Read a recipe file, a bundled recipe by name, what a scheme, codec or container stands for (`named_recipe`), or keys and
     values as a recipe's file has them, with `key=value` overrides applied in order.
 
     Keys are dotted paths with list indices (`steps[0].quantize.solver.damping=0.05`), or their last parts where these name no
-    other (`damping=0.05`); values are YAML. base: what scores compare with. Raises RecipeError with all problems.
+    other (`damping=0.05`); values are YAML. base: what scores compare with;
+    adapter: what is merged into the model. Raises RecipeError with all problems.
     """
-    given = (("model", ("model",), model), ("output", ("output",), output), ("base", ("score", "base"), base))
+    given = (
+        ("model", ("model",), model), ("output", ("output",), output), ("base", ("score", "base"), base),
+        ("adapter", ("adapter",), adapter),
+    )  # fmt: skip
     if isinstance(path_or_name, Recipe) and not overrides and all(value is None for *_, value in given):
         return path_or_name
     document, name = _document(path_or_name)

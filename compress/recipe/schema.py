@@ -347,6 +347,8 @@ class Recipe(Section):
     name: FileName
     model: Location
     output: Location
+    adapter: Location | None = None
+    """A LoRA adapter's folder, merged into the model before anything else."""
     seed: int = Field(0, ge=0, lt=2**63)
     calibration: Calibration = Calibration()
     steps: Annotated[tuple[Step, ...], BeforeValidator(_tuple), Field(max_length=MOST_STEPS)] = ()
@@ -371,12 +373,15 @@ class Recipe(Section):
     def told(self, model: str) -> Recipe:
         """The same as files that ship know it: the model under this name, text files without where they lie. Its digest is
         the same on every machine."""
-        return self.model_copy(update={"model": model, "calibration": self.calibration.told})
+        adapter = None if self.adapter is None else told(self.adapter)
+        return self.model_copy(update={"model": model, "adapter": adapter, "calibration": self.calibration.told})
 
     def portable(self) -> dict[str, Any]:
         """The same for files that ship: no output folder, and of text files their names alone."""
         plain = self.as_dict()
         plain["calibration"] = self.calibration.portable()
+        if self.adapter is not None:
+            plain["adapter"] = told(self.adapter)
         if self.score is not None:
             plain["score"]["suite"] = Path(self.score.suite).name
             if self.score.base is not None:
@@ -386,11 +391,15 @@ class Recipe(Section):
     def digest(self) -> str:
         """sha256 (hex) of all that decides the bytes of the output; not `output`, `score` and `gate`."""
         decisive = self.model_dump(mode="json", exclude={"output", "score", "gate"})
+        if self.adapter is None:
+            del decisive["adapter"]
         for step in decisive["steps"]:  # recipes without one keep the digest they had before there were any
             if step["scaling"] is None:
                 del step["scaling"]
             if (step.get("quantize") or {}).get("inputs") == "compressed":
                 del step["quantize"]["inputs"]
+            if (step.get("quantize") or {}).get("strict") is False:
+                del step["quantize"]["strict"]
         text = {key: value for key, value in decisive["calibration"].items() if value is not None}
         decisive["calibration"] = text if "mix" in text else {"dataset": BASE_TEXT, **text}  # as above
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,6 @@ from compress.export.deliver import Delivery, Product, deliver, require_texts
 from compress.files import checksum, locked
 from compress.machine import look
 from compress.machine.measured import Measured
-from compress.models.checkpoint import Checkpoint
 from compress.plan.causes import count_of
 from compress.plan.duration import runs_like, work
 from compress.plan.make import make_plan
@@ -32,6 +31,7 @@ from compress.run.inspect import INSPECTED, inspect
 from compress.run.ladder import Rung, compress_ladder, ladder_scorecard, leading, write_imatrix
 from compress.run.records import jsonl, tensor_records
 from compress.run.recover import RECOVERED, tunes_end_to_end
+from compress.run.source import open_original
 from compress.run.summary import make_scorecard
 from compress.run.told import Expected, prepare, put, started, told_files
 from compress.run.units import compress_model, load_calibration, read_calibration
@@ -149,7 +149,7 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
     reporter, lead, planned, whole = manner.reporter, plans.lead, plans.lead, not journal.units
     _announce(plans, journal, reporter)
     try:
-        checkpoint = Checkpoint.open(lead.place)
+        checkpoint = open_original(lead)
         if manner.expected is not None:
             with reporter.stage("compare original"):
                 other = manner.expected.require_original(checkpoint)

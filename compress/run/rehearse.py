@@ -30,7 +30,7 @@ from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor
 from compress.recover.block import SolvedBlock, recover_block
 from compress.run.collect import Site, collect, stage_groups
-from compress.run.source import working_model
+from compress.run.source import open_original, working_model
 from compress.run.sublayer import Job, Result, compress_sublayer
 from compress.run.surveys import stand_in
 from compress.scoring.divergence import token_stats
@@ -115,7 +115,7 @@ class _Block:
 def rehearse(plan: Plan, device: str | None = None) -> Rehearsal:
     """Estimate a run by doing a little of it in a temporary folder. Raises what a run raises."""
     placement = Placement.choose(device)
-    checkpoint = Checkpoint.open(plan.place)
+    checkpoint = open_original(plan)
     try:
         with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, torch.inference_mode():
             return _rehearse(plan, checkpoint, Journal.open(Path(folder), plan.digest), placement)

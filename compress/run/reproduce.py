@@ -136,6 +136,10 @@ def recipe_here(made: Reproduction, told: Mapping[str, Any], here: Here, output:
         raise NoSuchModel(
             f"the original is known by its name, {recipe.model}, and checksums only; say where it lies with --model"
         )
+    if recipe.adapter is not None and not Path(recipe.adapter).exists():
+        raise NoSuchModel(
+            f"the adapter is known by its name, {recipe.adapter}, and checksums only; say where it lies with --set adapter=..."
+        )
     if made.calibration is not None:
         try:
             text_set(recipe.calibration.source)

@@ -19,7 +19,7 @@ from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_code
 from compress.models.surplus import surplus
 from compress.plan import make_plan
 from compress.recipe import load_recipe
-from tests.integration.runs import carry_out, command, kept, small, spec_of
+from tests.integration.runs import carry_out, command, kept, sha256, small, spec_of
 from tests.tiny import tiny_model
 
 ENGINES = {"gptq": "gptq-w4-g128", "awq": "awq-w4-g128", "compressed-tensors": "W4A16", "bitsandbytes": "nf4-dq"}
@@ -198,3 +198,43 @@ def test_a_quantized_source_is_an_original_to_score_against(
     card = json.loads(out)
     assert code == 0 and card["artifacts"][0]["scores"]["kld"]["mean"] == pytest.approx(0, abs=1e-6)
     assert any("already quantized" in note for note in card["notes"])
+
+
+def test_a_run_with_an_adapter_is_one_on_the_merged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The same bytes; files that ship know the adapter by its name."""
+    model = tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
+    name, lora = "model.layers.0.self_attn.v_proj", tmp_path / "my-lora"
+    low, high = torch.randn(4, 64) / 8, torch.randn(32, 4) / 8
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    tensors = {f"base_model.model.{name}.lora_A.weight": low, f"base_model.model.{name}.lora_B.weight": high}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    shutil.copytree(model, tmp_path / "merged")
+    weights = load_file(model / "model.safetensors")
+    weights[f"{name}.weight"] = weights[f"{name}.weight"] + high @ low * 2.0
+    save_file(weights, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+
+    def artifact(folder: Path, *more: str) -> Path:
+        given = ("--set", "scheme=W4A16_G32", "--set", "score=false", "--set", "samples=2", "--set", "length=32", *more)
+        code, _, error = command(monkeypatch, capfd, "run", "gptq-w4-g128", "--output", str(folder), "--quiet", *given)
+        assert code == 0, error
+        return next(folder.glob("*/model.safetensors"))
+
+    ours = artifact(tmp_path / "a", "--model", str(model), "--adapter", str(lora))
+    plain = artifact(tmp_path / "b", "--model", str(tmp_path / "merged"))
+    assert sha256(ours) == sha256(plain) != sha256(artifact(tmp_path / "c", "--model", str(model)))
+    recipe = json.loads((tmp_path / "a" / "recipe.json").read_text())
+    assert recipe["adapter"] == "my-lora" and str(tmp_path) not in json.dumps(recipe)
+    made = json.loads((tmp_path / "a" / "reproduce.json").read_text())
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(made["original"]["files"])
+    again = ("reproduce", str(tmp_path / "a"), "--model", str(model), "--output", str(tmp_path / "again"), "--quiet")
+    code, _, error = command(monkeypatch, capfd, *again)
+    assert code == 2 and "with --set adapter=..." in error
+    code, _, error = command(monkeypatch, capfd, *again, "--set", f"adapter={lora}")
+    assert code == 0, error
+    notes = json.loads((tmp_path / "a" / "scorecard.json").read_text())["notes"]
+    assert any("the adapter my-lora is merged into 1 tensors" in note for note in notes)
+    code, _, error = command(monkeypatch, capfd, "plan", "gptq-w4-g128", "--model", str(lora))
+    assert code == 2 and "give its model, and this folder with --adapter" in error
