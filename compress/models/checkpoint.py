@@ -241,7 +241,8 @@ def checkpoint_problems(spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
             )
         if entry.codec is None:
             problems.append(
-                f"{tensor.name} is stored as {shown(entry.dtype)}; give the original checkpoint in F32, F16 or BF16"
+                f"{tensor.name} is stored as {shown(entry.dtype)}, without scales that say what it means; give a checkpoint in F32, "
+                "F16 or BF16, or one whose config.json says how it is quantized"
             )
         if entry.shape != tensor.shape:
             problems.append(

@@ -352,6 +352,13 @@ def test_an_unknown_method_is_left_as_it_is_stored(tmp_path: Path) -> None:
         assert method in checkpoint.unread
 
 
+def test_the_documentation_lists_all_formats() -> None:
+    text = (Path(__file__).resolve().parents[4] / "docs" / "recipes.md").read_text()
+    for form in formats():
+        methods = ", ".join(f"`{method}`" for method in form.methods)
+        assert f"| {form.name} | {methods} | {form.holds} |" in text
+
+
 def test_equal_codes_under_other_scales_are_not_the_same_tensor(tmp_path: Path) -> None:
     values = random(8, 8).to(torch.float8_e4m3fn)
     tensors = {f"{m}.weight": values.clone() for m in "abc"}
