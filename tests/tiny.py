@@ -114,6 +114,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "seed_oss": ("SeedOss", {"head_dim": 32}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16,
+                "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 32}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "num_hidden_layers": 3, "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+        },
+    ),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 32}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {"head_dim": 32, "num_experts": 6, "moe_topk": 3, "intermediate_size": 32}),
 }  # fmt: skip
 
 

@@ -61,6 +61,7 @@ class RopeKeys(Keys):
     rope_theta: Positive | None = None
     partial_rotary_factor: Share | None = None
     factor: Positive | None = None
+    alpha: Positive | None = None
     original_max_position_embeddings: Positions | None = None
     attention_factor: Positive | None = None
     beta_fast: Positive | None = None

@@ -53,10 +53,13 @@ WIDE: dict[str, dict[str, Any]] = {
     "minimax_m2": {"intermediate_size": 256},
     "olmoe": {"intermediate_size": 256},
     "phi3": {"intermediate_size": 256},
+    **{name: {"intermediate_size": 256} for name in ("smollm3", "seed_oss", "ministral3", "ernie4_5")},
+    **{name: {"intermediate_size": 256} for name in ("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_v1_moe")},
 }
 """Widths that blocks of 256 and groups of 128 divide."""
 KINDS: dict[str, dict[str, Any]] = {
     **{family: {"full_attention_interval": 2} for family in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")},
+    "smollm3": {"num_hidden_layers": 4},
     **{family: {"layer_types": ["conv", "full_attention"]} for family in ("lfm2", "lfm2_moe")},
 }
 """One layer of each kind."""

@@ -110,8 +110,9 @@ def _masked_logits(
             if moe.router.correction:  # what chooses beside the logits
                 weights[root + moe.router.correction][..., silenced[kept.layer]] = -torch.inf
     whole = AutoModelForCausalLM.from_pretrained(_saved(dict(spec.config), weights, folder), dtype=torch.float32).eval()
-    # a router is the only module whose weight has a row an expert and is not called through nn.Linear
-    routers = {id(whole.model.layers[n].mlp.gate.weight): gone for n, gone in silenced.items()}
+    # the weight of a router has a row an expert; Hunyuan's lies a module deeper
+    gates = {n: whole.model.layers[n].mlp.gate for n in silenced}
+    routers = {id(getattr(gates[n], "wg", gates[n]).weight): gone for n, gone in silenced.items()}
     linear = F.linear
 
     def silencing(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -61,6 +61,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, window, all of a head": ("phi3", {**_rope("default"), "sliding_window": 8}),
     "glm4_moe, without norms and biases": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
     "olmoe, shared keys and values": ("olmoe", {"num_key_value_heads": 2, "attention_bias": True}),
+    "smollm3, window where there are no positions": ("smollm3", {
+        "use_sliding_window": True, "sliding_window": 8, "attention_bias": True, "mlp_bias": True}),
+    "seed_oss, all biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "ministral3, window, no growth": ("ministral3", {"sliding_window": 8, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 16}}),
+    "ernie4_5_moe, every other layer": ("ernie4_5_moe", {
+        "moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 2, "moe_num_shared_experts": 0}),
+    "hunyuan_v1_dense, alpha": ("hunyuan_v1_dense", {**_rope("dynamic", alpha=50.0, factor=1.0), "attention_bias": True}),
+    "hunyuan_v1_moe, alpha, lists": ("hunyuan_v1_moe", {**_rope("dynamic", alpha=1000.0, factor=1.0), "moe_topk": [2, 2]}),
     "qwen2, yarn": ("qwen2", {"rope_parameters": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
     "qwen3, yarn with its own attention factor": ("qwen3", {"rope_parameters": {

@@ -116,7 +116,7 @@ def test_folds_reach_every_linear_of_a_block_once(models, variant: str) -> None:
         fixed = UNFOLDED.get(variant, {})
         free = (t.name for t in block if t.input and not any(word in t.name for word in fixed.values()))
         assert sorted(readers) == sorted(free)
-        assert all(name.endswith("gate.weight") for fold in found for name in fold.routers)
+        assert all(spec.by_name[name].role == "router" for fold in found for name in fold.routers)
         assert {fold.place for fold in found} == {"attention.in", "attention.out", "ffn.in", "ffn.act"} - fixed.keys()
         attention, feed_forward = spec.branches(layer)
         own = {t.name for t in feed_forward.tensors}
