@@ -68,7 +68,8 @@ def test_declared_tensors_are_the_checkpoints(families: Families, name: str) -> 
         assert t.name in saved or t.declared.stacked
     for whole, found in parts.items():
         numbers, stored = torch.cat([part.flatten() for part in found]), saved.pop(whole).double().flatten()
-        assert torch.equal(numbers.sort().values, stored.sort().values) and len(stored.unique()) == len(stored), whole
+        assert torch.equal(numbers.sort().values, stored.sort().values), whole
+        assert len(stored.unique()) > 0.999 * len(stored)  # so that few are mistaken for each other
     assert {t.name: t.shape for t in declared if not t.declared.stacked} == {
         n: tuple(w.shape) for n, w in saved.items()
     }
