@@ -106,6 +106,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
         },
     ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 3.0},
+    ),
     "olmoe": ("Olmoe", {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32}),
     "phi3": (
         "Phi3",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.codecs.names import codec_info, stored_bytes
@@ -10,6 +10,10 @@ from compress.limits import RUNTIME_BYTES
 
 if TYPE_CHECKING:
     from compress.models.layers.base import Past
+    from compress.models.spec import ModelSpec
+
+_ROOM = 256
+"""llama.cpp keeps room for multiples of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class Host:
     """An engine as memory sees it: what it takes to run an artifact beside the weights.
 
     name: of the engine; cache: codecs that its cache of keys and values may have, what it takes by itself first; slides: drops
-    what lies behind a sliding window; layers: may put some layers, or their experts, on a GPU and compute the others on the CPU;
+    what lies behind a sliding window, None where GGUF's architecture decides; ahead: tokens that it has room for beyond the
+    window; layers: may put some layers, or their experts, on a GPU and compute the others on the CPU;
     gpu: runs on GPUs alone; batch: tokens that it computes at once while it reads a prompt; process: bytes that it takes by
     itself; spare: bytes of a GPU that it leaves free; share: of a GPU's memory that it takes at most. start, context_flag,
     cache_flag: what to type, with `{file}`, `{tokens}` and `{codec}`; "" where there is no such command or choice.
@@ -25,7 +30,8 @@ class Host:
 
     name: str
     cache: tuple[str, ...] = ("f16",)
-    slides: bool = False
+    slides: bool | None = False
+    ahead: int = 0
     layers: bool = False
     gpu: bool = False
     batch: int = 512
@@ -36,10 +42,19 @@ class Host:
     context_flag: str = ""
     cache_flag: str = ""
 
+    def of(self, spec: ModelSpec) -> Host:
+        """As it runs a model."""
+        return replace(self, slides=spec.family.gguf.windows) if self.slides is None else self
+
+    def seen(self, window: int | None, tokens: int) -> int:
+        """How many of so many tokens are kept where a sub-layer looks back at `window`."""
+        if window is None or not self.slides:
+            return tokens
+        return min(tokens, -(-(window + self.ahead) // _ROOM) * _ROOM if self.ahead else window)
+
     def past_bytes(self, past: Past, tokens: int, codec: str) -> int:
         """Bytes of what it keeps of one sub-layer's past after so many tokens. codec: of keys and values."""
-        if past.window is not None and self.slides:
-            tokens = min(tokens, past.window)
+        tokens = self.seen(past.window, tokens)
         return 4 * past.state + (tokens * stored_bytes(codec, (1, past.token)) if past.token else 0)
 
     def keeps(self, past: Past, codec: str) -> bool:
@@ -50,6 +65,8 @@ class Host:
 LLAMA = Host(
     "llama.cpp",
     ("f16", "q8_0"),
+    slides=None,
+    ahead=512,
     layers=True,
     process=64 * 2**20,
     spare=2**30,
@@ -57,7 +74,7 @@ LLAMA = Host(
     context_flag="-c {tokens}",
     cache_flag="-ctk {codec} -ctv {codec} -fa on",
 )
-"""It attends in full where the families here have windows. spare: what its own --fit leaves of a GPU."""
+"""ahead: of a window it keeps a batch more. spare: what its own --fit leaves of a GPU."""
 VLLM = Host(
     "vLLM",
     slides=True,

@@ -99,7 +99,8 @@ def tensor_bytes(planned: PlannedTensor, own: str = "") -> int:
 def caveats(spec: ModelSpec) -> list[str]:
     """Differences that concern long texts only: worth a line in the report, no reason to refuse."""
     lines = []
-    if spec.sliding_window and spec.sliding_window < spec.max_positions:
+    windows = not spec.family.gguf.windows
+    if windows and spec.sliding_window and spec.sliding_window < spec.max_positions:
         lines.append(
             f"llama.cpp ignores this model's sliding window: texts over {spec.sliding_window} tokens are attended in full"
         )

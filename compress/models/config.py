@@ -282,9 +282,12 @@ class Config(Keys):
             raise UnsupportedModel(f"config.json: {dim} channels of a head cannot turn in pairs; is head_dim right?")
         given = self._scaling(kind)
         scaling = "" if given is None else json.dumps(dict(given), sort_keys=True)
-        own = kind if scaling and isinstance((self._given.get("rope_parameters") or {}).get(kind), dict) else ""
-        config = self.text if scaling else ""
+        own, config = (self._rope_kind(kind), self.text) if scaling else ("", "")
         return Rope(dim, self._theta(kind), self.max_position_embeddings, scaling, config, own)
+
+    def _rope_kind(self, kind: str) -> str:
+        """The kind of layers by which transformers looks the parameters up, "" for none."""
+        return kind if isinstance((self._given.get("rope_parameters") or {}).get(kind), dict) else ""
 
 
 class EvenHeads(Config):

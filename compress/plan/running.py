@@ -53,8 +53,10 @@ class Running:
 
     def computing(self, tokens: int) -> int:
         """About the bytes of activations while a batch of a prompt is read, the last of so many tokens: a layer's, and logits
-        or the attention's mask in 16 bits."""
-        return self.host.batch * (max(4 * self.vocabulary, 2 * tokens) + 4 * self.inside)
+        or the attention's masks in 16 bits, one for every kind of window."""
+        windows = {past.window for past, _ in self.pasts if past.token}
+        masks = sum(self.host.seen(window, tokens) for window in windows) if None in windows else tokens
+        return self.host.batch * (max(4 * self.vocabulary, 2 * masks) + 4 * self.inside)
 
     def needed(self, tokens: int, codec: str) -> int:
         """Bytes of all that is held with a context of so many tokens."""
@@ -111,6 +113,7 @@ def running(plan: Plan) -> tuple[Running, ...]:
 
 def runner(spec: ModelSpec, container: Container, host: Host, weights: int) -> Running:
     """A model in an engine. weights: bytes of the artifact's tensors."""
+    host = host.of(spec)
     experts = spec.experts_per_token * spec.moe_intermediate_size + spec.shared_intermediate_size
     inside = (8 + spec.experts_per_token) * spec.hidden_size + 3 * max(spec.intermediate_size, experts)
     return Running(container.name, host, weights, kept(spec), spec.vocab_size, inside, spec.max_positions)

@@ -55,6 +55,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "phi3": {"intermediate_size": 256},
     **{name: {"intermediate_size": 256} for name in ("smollm3", "seed_oss", "ministral3", "ernie4_5")},
     **{name: {"intermediate_size": 256} for name in ("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_v1_moe")},
+    **{family: {"intermediate_size": 256} for family in ("olmo2", "olmo3", "granite")},
 }
 """Widths that blocks of 256 and groups of 128 divide."""
 KINDS: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ the proof: each artifact is decoded tensor by tensor against what was solved, an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_recipe_on_family(name: str, family: str, models: Models, tmp_path: Path
     for artifact in card.artifacts:
         planned = sum(CONTAINERS[artifact.container].tensor_bytes(t, plan.own_codec) for t in plan.tensors)
         assert stored_bytes(tmp_path / "out" / artifact.path) == pytest.approx(planned, rel=0.01)
+
+
+@pytest.mark.parametrize("kinds", [["R1"], ["R2"], ["R1", "R2"]])
+def test_a_stream_with_norms_behind_is_not_rotated(kinds: list[str], models: Models, tmp_path: Path) -> None:
+    """The plan says why; value heads turn all the same."""
+    model = models("olmo2", 2, 128)
+    recipe = small("rotate-w4-g128", model, tmp_path / "out", f"steps[0].rotate.kinds={json.dumps(kinds)}")
+    if "R1" not in kinds:
+        assert make_plan(recipe).rotation is not None
+        return
+    with pytest.raises(PlanError, match=r"rotate: the norm behind the attention half .* set kinds: \[R2\]"):
+        make_plan(recipe)
 
 
 def stored_bytes(artifact: Path) -> int:

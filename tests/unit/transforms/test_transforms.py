@@ -101,9 +101,13 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
     assert _gap(_logits(spec, scaled), _logits(spec, weights)) < 1e-12
 
 
-VALUES, BOTH = {"attention.out": "o_proj"}, {"attention.out": "o_proj", "ffn.act": "down_proj"}
-UNFOLDED = {"deepseek_v2": VALUES, "deepseek_v3": VALUES, "glm4_moe_lite": VALUES, "phi3": BOTH}
-"""Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates."""
+VALUES, BOTH = {"attention.out": ("o_proj",)}, {"attention.out": ("o_proj",), "ffn.act": ("down_proj",)}
+BARE = {"attention.in": ("q_proj", "k_proj", "v_proj"), "ffn.in": ("gate_proj", "up_proj")}
+UNFOLDED = {
+    "deepseek_v2": VALUES, "deepseek_v3": VALUES, "glm4_moe_lite": VALUES, "phi3": BOTH, "olmo2": BARE, "olmo3": BARE,
+}  # fmt: skip
+"""Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates; linears read the
+stream as it is."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,7 +118,8 @@ def test_folds_reach_every_linear_of_a_block_once(models, variant: str) -> None:
         found = _folds(spec, layer)
         readers = [name for fold in found for name in fold.consumers + fold.routers]
         fixed = UNFOLDED.get(variant, {})
-        free = (t.name for t in block if t.input and not any(word in t.name for word in fixed.values()))
+        left = [leaf for leaves in fixed.values() for leaf in leaves]
+        free = (t.name for t in block if t.input and not any(leaf in t.name for leaf in left))
         assert sorted(readers) == sorted(free)
         assert all(spec.by_name[name].role == "router" for fold in found for name in fold.routers)
         assert {fold.place for fold in found} == {"attention.in", "attention.out", "ffn.in", "ffn.act"} - fixed.keys()
@@ -155,7 +160,8 @@ def test_rotations_keep_the_logits(models, variant: str, kinds: tuple) -> None:
         rotated[tensor.name] = rotation.tensor(tensor.name, load).double()
         assert rotated[tensor.name].shape == tensor.shape
         assert tuple(loaded) == rotation.sources(tensor.name)
-    assert _gap(_logits(spec.untied(), rotated), _logits(spec, weights)) < 1e-12
+    gap = _gap(_logits(spec.untied(), rotated), _logits(spec, weights))
+    assert gap > 1e-3 if spec.fixed_stream and "R1" in kinds else gap < 1e-12
 
 
 def test_r1_turns_the_stream_and_nothing_else(models) -> None:
