@@ -107,7 +107,7 @@ class Checkpoint:
                 "; it has pickled .bin weights, convert them to safetensors first" if list(folder.glob("*.bin")) else ""
             )
             raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
-        found = source_of(config, entries)
+        found = source_of(folder, config, entries)
         stored = found.entries if lora is None else lora.merged(found.entries)
         entries = {**stored, **_parts(found.config, stored)}
         return cls(folder, found.config, entries, folder, found.notes, found.settings, found.unread)._adapted(lora)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from compress.models.checkpoint import Checkpoint, same_bytes
+from compress.models.sources.base import stored_bytes
 from compress.models.spec import ModelSpec
 from compress.reading import shown
 
@@ -18,7 +19,7 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[list[str], list[st
     """Why the model cannot be what config.json says, and a line for all that is left out of it.
 
     A tensor under the model's own roots changes what it computes: a bias, a norm, a layer too many, a head of its own
-    beside tied embeddings. Draft layers, further heads and saved buffers stand beside it.
+    beside tied embeddings. Draft layers, further heads, saved buffers and biases of zeros stand beside it.
     """
     planned = {t.name for t in spec.tensors()}
     planned |= {entry.part.name for name, entry in checkpoint.entries.items() if entry.part and name in planned}
@@ -43,6 +44,7 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[list[str], list[st
             or name.startswith(_DRAFT)
             or name.split(".")[0] not in roots
             or (layer is not None and spec.layers <= layer < spec.layers + drafts)
+            or (name.endswith(".bias") and not any(stored_bytes(checkpoint.entries[name])))  # as AutoGPTQ wrote them
         ):
             beside.append(name)
         else:

@@ -10,15 +10,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.engines.open import open_model
+from compress.engines.streamed import StreamedSource
 from compress.errors import PlanError, UnsupportedModel
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_codec
 from compress.models.surplus import surplus
 from compress.plan import make_plan
 from compress.recipe import load_recipe
+from tests.integration.containers import token_ids
 from tests.integration.runs import carry_out, command, kept, sha256, small, spec_of
 from tests.tiny import tiny_model
 
@@ -91,6 +95,19 @@ def test_an_fp8_folder_is_compressed(moe: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / card.artifacts[0].path / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "gptq" and config["dtype"] == "bfloat16"
     assert card.artifacts[0].scores.kld.mean > 0
+
+
+def test_logits_are_those_of_transformers(moe: Path) -> None:
+    """Which reads the folder by itself, and decodes it to floats."""
+    import transformers
+
+    decoded = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32))
+    model = transformers.AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32, quantization_config=decoded)
+    ids, opened = token_ids(), open_model(str(moe))
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids[None])).logits[0].numpy()
+    (found,) = StreamedSource(opened.spec, opened.load, "decoded").logits([ids])
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_dense_results_say_nothing_of_the_source(moe: Path, tmp_path: Path) -> None:
@@ -183,7 +200,7 @@ def test_methods_that_are_not_read_are_refused_by_name(method: str | None, moe: 
     shutil.copytree(moe, tmp_path / "model")
     marked(tmp_path / "model", quantization_config={"quant_method": method} if method else {"bits": 4})
     with pytest.raises(
-        UnsupportedModel, match=f"already quantized \\({method or 'by a method'}.*not read; read are awq"
+        UnsupportedModel, match=f"already quantized \\({method or 'by a method'}.*not read; read are auto-round, awq"
     ):
         make_plan(small("gptq-w4-g128", tmp_path / "model", tmp_path / "out"))
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from compress.models.index import Entry, named_codec
 from compress.models.sources.base import Coded, Format, Stored
-from compress.reading import in_words
+from compress.reading import in_words, read_json
 
 _PLACES = (("quantization_config",), ("text_config", "quantization_config"), ("compression_config",))
 """Where config.json says how a checkpoint is quantized."""
@@ -46,18 +47,19 @@ def formats() -> tuple[Format, ...]:
     return tuple(module.FORMAT for module in modules if hasattr(module, "FORMAT"))
 
 
-def source_of(config: Mapping[str, Any], stored: Stored) -> Source:
-    """A checkpoint by its config.json and the tensors of its files, which may be none.
+def source_of(folder: Path, config: Mapping[str, Any], stored: Stored) -> Source:
+    """A checkpoint by its config.json and the tensors of its files, which may be none. folder: where they lie.
 
     Raises CheckpointError where the parts of a quantized tensor contradict each other, ConfigError for settings that are none.
     """
     bare, settings = _without_settings(config)
+    settings = settings or _beside(folder)
     if settings is None:
-        return Source(config, stored, {})
+        return Source(bare, stored, {})
     method = in_words(settings.get("quant_method", "by a method without a name")).strip("'")
-    form = next((found for found in formats() if method in found.methods), None)
+    form = next((found for found in formats() if method in found.methods and found.claims(settings)), None)
     if form is None:
-        known = ", ".join(sorted(method for found in formats() for method in found.methods))
+        known = ", ".join(sorted({method for found in formats() for method in found.methods}))
         return Source(
             bare, stored, settings, unread=f"is already quantized ({method}), which is not read; read are {known}"
         )
@@ -75,6 +77,14 @@ def source_of(config: Mapping[str, Any], stored: Stored) -> Source:
     if dropped:
         notes.append(f"left out, as weights do without: scales of activations and caches ({len(dropped)} tensors)")
     return Source(bare, entries, settings, tuple(notes))
+
+
+def _beside(folder: Path) -> Mapping[str, Any] | None:
+    """What a file beside config.json says in its place."""
+    for form in formats():
+        if form.beside and (folder / form.beside).is_file():
+            return {"quant_method": form.methods[0], **read_json(folder / form.beside)}
+    return None
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:

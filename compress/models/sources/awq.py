@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.models.sources.arithmetic import unpacked
 from compress.models.sources.base import Coded, Format, Stored, require, unfit
-from compress.models.sources.gptq import FLOATS
+from compress.models.sources.gptq import FLOATS, packing
 from compress.reading import in_words
 
 if TYPE_CHECKING:
@@ -67,8 +67,10 @@ def _columns(words: Tensor) -> Tensor:
 
 FORMAT = Format(
     name="AWQ",
-    methods=("awq",),
-    holds="4 bits, layout gemm",
+    methods=("awq", "auto-round"),
+    holds="4 bits, layout gemm; AutoRound's auto_awq",
     find=find,
+    claims=lambda settings: settings.get("quant_method") != "auto-round" or "awq" in packing(settings),
     problem=problem,
+    beside="quant_config.json",
 )

@@ -101,14 +101,17 @@ class Format:
 
     name: as people call it; methods: the values of quant_method that say so; holds: what it reads, for the table in the
     documentation; find: the coded tensors of a checkpoint by the names that they had as floats, from what config.json says of it.
-    problem: why that is another layout than those that are read, or None.
+    claims: whether that means this format, of several with one quant_method; problem: why it is another layout than those that
+    are read, or None; beside: the file that says it in older folders, where config.json does not.
     """
 
     name: str
     methods: tuple[str, ...]
     holds: str
     find: Callable[[Mapping[str, Any], Stored], Iterator[tuple[str, Coded]]]
+    claims: Callable[[Mapping[str, Any]], bool] = lambda settings: True
     problem: Callable[[Mapping[str, Any]], str | None] = lambda settings: None
+    beside: str = ""
 
 
 Settings = TypeVar("Settings", bound=Keys)

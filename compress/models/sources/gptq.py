@@ -1,4 +1,4 @@
-"""GPTQ folders of AutoGPTQ and gptqmodel: 2, 3, 4 or 8 bits, with or without order by activations, zero points of both versions.
+"""GPTQ folders of AutoGPTQ, gptqmodel and AutoRound: 2, 3, 4 or 8 bits, with or without order by activations, zero points of both versions.
 
 A linear `m` of [out, in] is `m.qweight` int32 [in / 32 * bits, out] (32 codes of a column in `bits` words, lowest bits first),
 `m.qzeros` int32 [groups, out / 32 * bits], `m.scales` [groups, out] and, as a rule, `m.g_idx` int32 [in] (group of every input).
@@ -36,8 +36,15 @@ class GptqKeys(Keys):
     checkpoint_format: Word = "gptq"
 
 
+def packing(settings: Mapping[str, Any]) -> str:
+    """The layout that AutoRound says it has written, one of other programs."""
+    return str(settings.get("packing_format") or "auto_round:auto_gptq")
+
+
 def problem(settings: Mapping[str, Any]) -> str | None:
     """See Format."""
+    if "gptq" not in packing(settings):
+        return f"in the layout {in_words(packing(settings))}; of AutoRound's, auto_gptq and auto_awq are read"
     layout = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format") or "gptq"
     return None if layout in ("gptq", "gptq_v2") else f"in the layout {in_words(layout)}; read are gptq and gptq_v2"
 
@@ -52,13 +59,16 @@ def find(settings: Mapping[str, Any], stored: Stored) -> Iterator[tuple[str, Cod
         parts = {"codes": (words, qweight), "zeros": (module + _ZEROS, qzeros), "scales": (module + _SCALES, scales)}
         if len(qweight.shape) != 2 or len(scales.shape) != 2:
             raise unfit(words, qweight)
-        columns, bits = qweight.shape[0] * 32 // said.bits if said.bits else 0, said.bits
+        groups, rows = scales.shape
         if module + _GROUPS in stored:
             index = require(module + _GROUPS, stored, "I32", "I64")
             parts["groups"] = (module + _GROUPS, index)
             columns = index.shape[0] if len(index.shape) == 1 else 0
-            bits = next((b for b in _BITS if unpacked_words(columns, b) == qweight.shape[0]), None)
-        groups, rows = scales.shape
+        elif said.group_size > 0:
+            columns = groups * said.group_size
+        else:
+            columns = qweight.shape[0] * 32 // (said.bits or 4)
+        bits = next((b for b in _BITS if unpacked_words(columns, b) == qweight.shape[0]), None)
         if bits not in _BITS or unpacked_words(columns, bits) != qweight.shape[0] or qweight.shape[1] != rows:
             raise unfit(words, qweight)
         if qzeros.shape != (groups, unpacked_words(rows, bits)):
@@ -92,8 +102,10 @@ def _decode(parts: Mapping[str, Tensor], name: str, bits: int, offset: int, grou
 
 FORMAT = Format(
     name="GPTQ",
-    methods=("gptq",),
-    holds="2, 3, 4 and 8 bits, zero points of v1 and v2, `desc_act`; not the layouts marlin and bitblas",
+    methods=("gptq", "auto-round"),
+    holds="2, 3, 4 and 8 bits, zero points of v1 and v2, `desc_act`; AutoRound's auto_gptq; not the layouts marlin and bitblas",
     find=find,
+    claims=lambda settings: "awq" not in packing(settings),
     problem=problem,
+    beside="quantize_config.json",
 )

@@ -52,4 +52,5 @@ FORMAT = Format(
     methods=("modelopt", "modelopt_fp4"),
     holds="NVFP4 (`weight_scale`, `weight_scale_2`), static FP8",
     find=find,
+    beside="hf_quant_config.json",
 )

@@ -53,6 +53,13 @@ def test_what_changes_the_model_is_refused_by_name(name: str, tmp_path: Path) ->
     assert len(problems) == 1 and name in problems[0] and not left_out
 
 
+def test_biases_of_zeros_add_nothing(tmp_path: Path) -> None:
+    """AutoGPTQ wrote them for linears that have none."""
+    name = "model.layers.0.self_attn.q_proj.bias"
+    problems, left_out = _found(tiny_model("llama", tmp_path, **SMALL), {name: torch.zeros(48)})
+    assert not problems and len(left_out) == 1 and name in left_out[0]
+
+
 @pytest.mark.parametrize("layer", [2, 11])
 def test_layers_beyond_the_config_are_refused(layer: int, tmp_path: Path) -> None:
     problems, _ = _found(

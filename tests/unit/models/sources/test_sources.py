@@ -151,6 +151,33 @@ def test_gptq_by_its_formula(tmp_path: Path, bits: int, form: str | None, order:
     assert np.array_equal(found.numpy(), expected.T)
 
 
+@pytest.mark.parametrize("said", ["quant_config", "auto-round"])
+def test_gptq_and_awq_under_other_names(tmp_path: Path, said: str) -> None:
+    """What config.json does not say, older folders say beside it; AutoRound says whose layout it has written."""
+    words, zeros = (
+        torch.arange(8 * 32, dtype=torch.int32).reshape(8, 32),
+        torch.full((2, 4), 0x77777777, dtype=torch.int32),
+    )
+    tensors = {"m.qweight": words, "m.qzeros": zeros, "m.scales": torch.ones(2, 32)}
+    plain = read(tmp_path / "plain", {"quant_method": "gptq", "bits": 4, "group_size": 32}, tensors)
+    awq = {"m.qweight": words.reshape(64, 4), "m.qzeros": zeros, "m.scales": torch.ones(2, 32)}
+    interleaved = read(tmp_path / "awq", {"quant_method": "awq"}, awq)
+    if said == "auto-round":
+        settings = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
+        assert torch.equal(read(tmp_path / "a", settings, tensors), plain)
+        assert torch.equal(read(tmp_path / "b", settings | {"packing_format": "auto_round:auto_awq"}, awq), interleaved)
+        other = folder(tmp_path / "c", settings | {"packing_format": "auto_round:llm_compressor"}, tensors)
+        assert "'auto_round:llm_compressor'; of AutoRound's" in Checkpoint.open(other).unread
+        return
+    for name, stored, file, expected in (
+        ("a", tensors, "quantize_config.json", plain), ("b", awq, "quant_config.json", interleaved)
+    ):  # fmt: skip
+        place = folder(tmp_path / name, {}, stored)
+        (place / "config.json").write_text("{}")
+        (place / file).write_text(json.dumps({"bits": 4, "group_size": 32}))
+        assert torch.equal(Checkpoint.open(place).load("m.weight"), expected)
+
+
 # -- AWQ ---------------------------------------------------------------------------------------------------------------
 def test_awq_by_its_formula(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
