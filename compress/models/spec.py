@@ -143,6 +143,8 @@ class Family:
     fixed_channels: str = ""
     experts_key: tuple[str, ...] = ("num_experts", "num_local_experts")
     shared_key: str = "shared_expert_intermediate_size"
+    also: tuple[str, ...] = ()
+    """Model types that are the first of `model_types` under another name, which what ships then says."""
     heads_divide_width: bool = False
     """transformers refuses configurations whose heads do not divide the hidden size."""
 
@@ -384,11 +386,16 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
     """
     model_type = in_words(config.get("model_type")).strip("'")
     known = known_families()
+    aliases = {other: family.model_types[0] for family in known.values() for other in family.also}
+    if model_type in aliases:
+        model_type = aliases[model_type]
+        config = {**config, "model_type": model_type}
     if model_type not in known:
-        near = difflib.get_close_matches(str(model_type), known, 1)
+        names = [*known, *aliases]
+        near = difflib.get_close_matches(str(model_type), names, 1)
         hint = f" (nearest: {near[0]})" if near else ""
         raise UnsupportedModel(
-            f"architecture {model_type!r} is not supported{hint}; supported: {', '.join(sorted(known))}"
+            f"architecture {model_type!r} is not supported{hint}; supported: {', '.join(sorted(names))}"
         )
     family = known[model_type]
     c = family.config.read(config)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1: latent attention, dense first layers, sigmoid routing by groups with a correction, shared experts."""
+"""DeepSeek-V3 and R1, Kimi-K2: latent attention, dense first layers, sigmoid routing by groups with a correction, shared experts."""
 
 from __future__ import annotations
 
@@ -69,4 +69,5 @@ FAMILY = Family(
     fixed_heads=HEADS,
     fixed_channels=CHANNELS,
     experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
+    also=("kimi_k2",),
 )

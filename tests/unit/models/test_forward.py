@@ -28,7 +28,7 @@ from compress.models.forward.moe import route
 from compress.models.forward.rope import rope_tables
 from compress.models.layers.moe import MoE
 from compress.models.spec import ModelSpec
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 LENGTH = 48
 SMALL = {"vocab_size": 160, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2}
@@ -413,6 +413,15 @@ def test_unknown_architecture_lists_what_is_supported() -> None:
         load_spec({"model_type": "qwen33"})
     assert "qwen3" in str(error.value) and all(name in str(error.value) for name in known_families())
     assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_a_model_type_may_be_another_under_its_own_name() -> None:
+    """Kimi-K2 is DeepSeek-V3, by its own account of its architecture; what ships says so."""
+    config = tiny_config("deepseek_v3", n_group=1, topk_group=1)
+    spec, same = load_spec({**config, "model_type": "kimi_k2"}), load_spec(config)
+    assert spec == same and spec.model_type == "deepseek_v3"
+    with pytest.raises(UnsupportedModel, match="kimi_k2"):
+        load_spec({**config, "model_type": "kimi_k1"})
 
 
 def test_options_that_would_change_the_maths_are_refused(folder: Path) -> None:
