@@ -142,6 +142,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 32}),
     "hunyuan_v1_moe": ("HunYuanMoEV1", {"head_dim": 32, "num_experts": 6, "moe_topk": 3, "intermediate_size": 32}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 32, "sliding_window": 11,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 150000.0,
+            },
+        },
+    ),
 }  # fmt: skip
 
 

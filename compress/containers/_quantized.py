@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.codecs.names import codec_info
 from compress.containers._safetensors import FLOATS, Slot, write_checkpoint
 from compress.containers.base import Files, PlannedTensor, WriteRequest, folder_of
 from compress.errors import CheckpointError, OutputError
@@ -43,6 +44,17 @@ def fused_problem(tensors: Sequence[PlannedTensor], form: Callable[[PlannedTenso
             return (
                 f"{other.spec.name} is {_words(other)}, {planned.spec.name} {_words(planned)}: vLLM fuses {together} "
                 "and needs one format for them; give them the same codec"
+            )
+    return None
+
+
+def stacked_problem(container: str, tensors: Sequence[PlannedTensor]) -> str | None:
+    """Why a folder of packed linears cannot hold a plan: a linear that transformers and vLLM have no module of, or None."""
+    for planned in tensors:
+        if planned.spec.declared.stacked and codec_info(planned.codec).kind != "float":
+            return (
+                f"{planned.spec.name}: engines keep this model's routed experts stacked, in a tensor that container {container} "
+                "cannot pack; use container gguf, or keep routed_experts in float"
             )
     return None
 

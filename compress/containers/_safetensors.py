@@ -22,6 +22,8 @@ from compress.models.companions import LAYOUT, LEGAL, PROVENANCE, copy_companion
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.models.spec import TensorSpec
+
 _NOT_CARRIED = ("torch_dtype", "_name_or_path", "auto_map", "transformers_weights")
 """Keys of the original's config.json: what stands elsewhere, where it lay, and names of files that do not go along."""
 _COMPANION_BYTES = 32 << 20  # room for tokenizer and configs when the free space is checked
@@ -50,7 +52,9 @@ def total_bytes(sources: Iterable[tuple[str, Sequence[Slot]]]) -> int:
 
 
 def dense_entry_bytes(planned: PlannedTensor) -> int:
-    """About what a header takes of a tensor that is one of the file."""
+    """About what a header takes of a tensor that is one of the file; of those that are stacked, the first does."""
+    if planned.spec.declared.stacked and planned.spec.expert:
+        return 0
     return len(planned.spec.name) + _ENTRY_BYTES
 
 
@@ -81,6 +85,7 @@ def write_checkpoint(
     disk or a folder that holds something else.
     """
     path, options = Path(request.path), request.options
+    sources, produce = _stacked(request.tensors, sources, produce)
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
         files = write_shards(folder, sources, produce, options.max_shard_size or _SHARD_BYTES)
         config = {key: value for key, value in request.spec.config.items() if key not in _NOT_CARRIED}
@@ -94,6 +99,54 @@ def write_checkpoint(
             write_json(folder / "tokenizer_config.json", request.tokenizer_settings)
         write_json(folder / PROVENANCE, request.provenance)
     return [path / file.name for file in files]
+
+
+def _stacked(
+    tensors: Sequence[PlannedTensor],
+    sources: Sequence[tuple[str, Sequence[Slot]]],
+    produce: Callable[[str], Mapping[str, Tensor]],
+) -> tuple[list[tuple[str, Sequence[Slot]]], Callable[[str], Mapping[str, Tensor]]]:
+    """The same with one source for what transformers reads out of one tensor only, as sub-layers declare it (`Weight.stacked`):
+    the floats of a layer's experts, of which then all are in memory together."""
+    plain = {source for source, slots in sources if [slot.name for slot in slots] == [source]}
+    home = {
+        t.spec.name: t.spec.name.removesuffix(t.spec.declared.name) + t.spec.declared.slices[0].name
+        for t in tensors
+        if t.spec.declared.stacked and t.spec.name in plain
+    }
+    members: dict[str, list[TensorSpec]] = {}
+    for t in tensors:
+        if t.spec.name in home:
+            members.setdefault(home[t.spec.name], []).append(t.spec)
+    merged = {home.get(source, source): slots for source, slots in reversed(sources)}
+    for whole, parts in members.items():
+        merged[whole] = [Slot(whole, merged[whole][0].dtype, _whole(parts))]
+
+    def produced(source: str) -> Mapping[str, Tensor]:
+        if source not in members:
+            return produce(source)
+        import torch
+
+        out = torch.empty(0)
+        for part in members[source]:
+            where, values = part.declared.slices[0], produce(part.name)[part.name]
+            if not out.numel():
+                out = torch.empty(merged[source][0].shape, dtype=values.dtype)
+            room = out if where.index is None else out[where.index]
+            room = room.mT if where.transposed else room
+            room[where.start : where.stop : where.step] = values
+        return {source: out}
+
+    order = dict.fromkeys(home.get(source, source) for source, _ in sources)
+    return [(source, merged[source]) for source in order], produced
+
+
+def _whole(parts: Sequence[TensorSpec]) -> tuple[int, ...]:
+    """The shape of the tensor that all of these are slices of."""
+    entries, first = {part.declared.slices[0].index for part in parts}, parts[0].declared.slices[0]
+    rows = sum(part.shape[0] for part in parts) // len(entries)
+    inside = (rows, *parts[0].shape[1:])
+    return (*(() if first.index is None else (len(entries),)), *(inside[::-1] if first.transposed else inside))
 
 
 def write_shards(

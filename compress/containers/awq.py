@@ -23,6 +23,7 @@ from compress.containers._quantized import (
     linears,
     module_of,
     open_decoded,
+    stacked_problem,
     write_folder,
 )
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
@@ -74,7 +75,7 @@ def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     problems = [problem for planned in tensors if (problem := codec_problem(planned))]
     if problems:
         raise OutputError(problems[0])
-    if problem := fused_problem(tensors, lambda planned: _group(planned.codec)):
+    if problem := stacked_problem("awq", tensors) or fused_problem(tensors, lambda planned: _group(planned.codec)):
         raise OutputError(problem)
     quantization_config(tensors)
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from compress.codecs.names import KIND_NAMES, codec_info, packed_bytes
 from compress.containers import _refusal
 from compress.containers._hosts import WHOLE
+from compress.containers._quantized import stacked_problem
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes, write_checkpoint
 from compress.containers._uses import CHAT, OWN
 from compress.containers.base import (
@@ -81,6 +82,8 @@ Rules = dict[str, Setting | None]
 
 def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     """Raise OutputError for a plan the runtime cannot run, before anything is computed."""
+    if problem := stacked_problem("compress", tensors):
+        raise OutputError(problem)
     for planned in tensors:
         tensor, info = planned.spec, codec_info(planned.codec)
         if info.kind == "float":

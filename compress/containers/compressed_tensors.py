@@ -35,6 +35,7 @@ from compress.containers._quantized import (
     linears,
     module_of,
     open_decoded,
+    stacked_problem,
     write_folder,
 )
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
@@ -172,7 +173,8 @@ def _expert_problem(tensors: Sequence[PlannedTensor]) -> str | None:
 def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     """Raise OutputError for a plan the format or its engines cannot hold, before anything is computed."""
     problems = [problem for planned in tensors if (problem := codec_problem(planned))]
-    problem = problems[0] if problems else _expert_problem(tensors) or fused_problem(tensors, _scheme)
+    problem = problems[0] if problems else stacked_problem("compressed-tensors", tensors)
+    problem = problem or _expert_problem(tensors) or fused_problem(tensors, _scheme)
     if problem:
         raise OutputError(problem)
     quantization_config(spec, tensors)

@@ -107,6 +107,11 @@ def caveats(spec: ModelSpec) -> list[str]:
     if any(rope.type == "dynamic" for rope in _ropes(spec)):
         lines.append(f"llama.cpp ignores dynamic rope scaling: texts over {spec.max_positions} tokens differ")
     for rope in _ropes(spec):
+        if rope.type == "yarn" and rope.parameters.get("truncate", True) is False:
+            lines.append(
+                "llama.cpp lets yarn's ramp begin and end at whole channels, this model between them (truncate: false): "
+                "positions far apart turn a little otherwise"
+            )
         if rope.type == "longrope":
             lines.append(
                 f"llama.cpp takes the longer factors of longrope for every text where its context is over {rope.original} "

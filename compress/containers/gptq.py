@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.containers._hosts import VLLM
-from compress.containers._quantized import check_arrival, module_of, open_decoded, write_folder
+from compress.containers._quantized import check_arrival, module_of, open_decoded, stacked_problem, write_folder
 from compress.containers._safetensors import FLOATS, Slot, entry_bytes
 from compress.containers._uses import CHAT, GPTQMODEL, SERVERS
 from compress.containers.base import Container, Files, PlannedTensor, WriteRequest
@@ -70,8 +70,8 @@ def codec_problem(tensor: TensorSpec, codec: str) -> str | None:
 def check_plan(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     """Raise OutputError for a plan the format cannot hold, before anything is computed."""
     problems = [p for p in (codec_problem(planned.spec, planned.codec) for planned in tensors) if p]
-    if problems:
-        raise OutputError(problems[0])
+    if problem := problems[0] if problems else stacked_problem("gptq", tensors):
+        raise OutputError(problem)
     quantization_config(tensors)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from compress.codecs.names import codec_info
 from compress.models import ModelSpec, TensorSpec, load_spec
+from compress.models.checkpoint import Checkpoint
 from compress.weights import Packed
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -31,10 +32,12 @@ def spec_of(folder: Path) -> ModelSpec:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What its files hold, and the parts of what is stacked or fused there."""
     out: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         out.update(load_file(file))
-    return out
+    checkpoint = Checkpoint.open(folder)
+    return out | {name: checkpoint.load(name) for name, entry in checkpoint.entries.items() if entry.part}
 
 
 def plan(spec: ModelSpec, codec: str = "f32") -> list[Planned]:

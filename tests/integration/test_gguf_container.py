@@ -143,6 +143,8 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("olmoe", {"num_key_value_heads": 2}, "every head"),
         ("dots1", {"num_key_value_heads": 2}, "every head"),
         ("qwen2", {"rope_parameters": LLAMA3}, "llama3"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "every second layer"),
+        ("gpt_oss", {"attention_bias": False}, "wants biases"),
         ("lfm2", {"conv_bias": True}, "shortconv.conv.bias"),
         ("lfm2_moe", {"routed_scaling_factor": 2.5}, "scale routing weights"),
         ("lfm2_moe", {"norm_topk_prob": False}, "normalises"),

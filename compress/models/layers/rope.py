@@ -85,12 +85,10 @@ class Rope:
             return [] if llama3 else [f"llama.cpp's {arch} has no llama3 rope scaling"]
         if self.type != "yarn":
             return [f"rope scaling {self.type!r} cannot be expressed in GGUF for {arch}"]
-        unusual = []
         if (self.parameters.get("beta_fast") or 32, self.parameters.get("beta_slow") or 1) != (32, 1):
-            unusual.append("beta_fast and beta_slow other than 32 and 1")  # keys exist, these architectures ignore them
-        if self.parameters.get("truncate", True) is False:
-            unusual.append("truncate: false")
-        return [f"llama.cpp's yarn for {arch} has no {' and no '.join(unusual)}"] if unusual else []
+            # keys exist, these architectures ignore them
+            return [f"llama.cpp's yarn for {arch} has no beta_fast and beta_slow other than 32 and 1"]
+        return []
 
     @property
     def yarn_attention(self) -> float:

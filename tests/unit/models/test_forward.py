@@ -118,7 +118,8 @@ def _load(path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     weights = {tensor.name: checkpoint.load(tensor.name).float() for tensor in spec.tensors()}
     for tensor in spec.tensors():
         assert tuple(weights[tensor.name].shape) == tensor.shape, tensor.name
-    left = set(checkpoint.entries) - set(weights) - {"lm_head.weight"}
+    whole = {entry.part.name for entry in checkpoint.entries.values() if entry.part}
+    left = set(checkpoint.entries) - set(weights) - whole - {"lm_head.weight"}
     assert not left, f"tensors nobody planned: {left}"
     return spec, weights
 
