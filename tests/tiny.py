@@ -76,6 +76,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2": ("Lfm2", {**_CONV, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8}),
     "lfm2_moe": ("Lfm2Moe", {**_CONV, **_EXPERTS, "num_experts": 6, "num_dense_layers": 1, "norm_topk_prob": True}),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            **_EXPERTS, "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention", "moe"],
+            "head_dim": 32, "mamba_num_heads": 6, "mamba_head_dim": 16, "ssm_state_size": 12, "n_groups": 2, "n_routed_experts": 8,
+            "n_group": 2, "topk_group": 1, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
+            "layer_norm_epsilon": 1e-5, "norm_topk_prob": True,
+        },
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {

@@ -51,7 +51,7 @@ def check_representable(spec: ModelSpec) -> list[str]:
     From llama.cpp's src/models/*.cpp and src/llama-model.cpp, as the families declare it. No torch.
     """
     engine, reasons = spec.family.gguf, []
-    arch = engine.arch
+    arch = spec.gguf_arch
     if spec.experts and engine.normalises is not None and engine.normalises != spec.norm_topk:
         always, model = ("always", "does not") if engine.normalises else ("never", "does")
         reasons.append(f"llama.cpp's {arch} {always} normalises the chosen experts' weights; this model {model}")
@@ -271,7 +271,7 @@ def write(request: WriteRequest) -> list[Path]:
     total = sum(_bytes(entry) for entry in entries)
     split = options.max_shard_size if options.max_shard_size and total > options.max_shard_size else 0
     with atomic_files(path, total + _METADATA_BYTES) as folder:
-        writer = gguf.GGUFWriter(folder / path.name, spec.family.gguf.arch, split_max_size=split)
+        writer = gguf.GGUFWriter(folder / path.name, spec.gguf_arch, split_max_size=split)
         try:
             add_general(writer, request)
             _add_architecture(writer, spec)
@@ -301,7 +301,7 @@ def write(request: WriteRequest) -> list[Path]:
 
 def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     for name, value in architecture_keys(spec).items():
-        key = f"{spec.family.gguf.arch}.{name}"
+        key = f"{spec.gguf_arch}.{name}"
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
@@ -324,7 +324,7 @@ def write_vocabulary(path: Path, source: Path, spec: ModelSpec) -> None:
     """A file of the tokenizer alone, which llama.cpp reads as it will read the one of the finished file."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, spec.family.gguf.arch)
+    writer = gguf.GGUFWriter(path, spec.gguf_arch)
     try:
         writer.add_type(gguf.GGUFType.MODEL)
         _add_architecture(writer, spec)
@@ -370,7 +370,7 @@ def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
 def _heads_stay(spec: ModelSpec) -> str | None:
     if not heads_fill_width(spec):
         return None
-    return f"llama.cpp's {spec.family.gguf.arch} takes no fewer heads than fill the hidden size"
+    return f"llama.cpp's {spec.gguf_arch} takes no fewer heads than fill the hidden size"
 
 
 def _require_vocabulary(source: Path, spec: ModelSpec) -> None:

@@ -175,6 +175,10 @@ class Config(Keys):
         config._given = given
         return config
 
+    def having(self, **values: Any) -> Self:
+        """The same with other values of some keys, where config.json says them in other words. They are not checked."""
+        return self.model_copy(update=values)
+
     def contradictions(self) -> Iterator[str]:
         """What keys say against each other."""
         if self.heads % self.kv_heads:

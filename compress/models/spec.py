@@ -17,6 +17,10 @@ from math import prod
 from typing import Any
 
 from compress.errors import ConfigError, UnsupportedModel
+from compress.models.around import USUAL
+from compress.models.around import Ends as Ends
+from compress.models.around import Gguf as Gguf
+from compress.models.around import Names as Names
 from compress.models.config import Config, Routed, Windows
 from compress.models.layers.base import Input, Sublayer, Weight, shifted
 from compress.models.layers.moe import MoE
@@ -67,61 +71,6 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """llama.cpp's architecture of a family, and what it computes whatever the config says.
-
-    normalises: whether chosen experts' weights are divided by their sum: True, False, or None where the metadata says;
-    dense_layers: layers without experts may stand beside those with; heads_fill_width: heads x head_dim must be the hidden
-    size; tied: the head may be the embeddings; windows: it attends through sliding windows; activation: what feed-forwards
-    compute, by `Activation.name`; biases: of which tensors, None for any; llama3, longrope: reads these rope scalings;
-    expert_width: experts' width has a key of its own; keys: more metadata, from the config; problems: what else of a config
-    it cannot say. The other way round, with the metadata of a file (`compress.models.gguf.keys`): claims: whether it is this
-    family's, of those of one architecture; read: keys of config.json beyond those that the schema has tables for.
-    """
-
-    arch: str
-    normalises: bool | None = None
-    dense_layers: bool = True
-    heads_fill_width: bool = False
-    tied: bool = True
-    activation: str = "silu"
-    windows: bool = False
-    biases: tuple[str, ...] | None = ()
-    llama3: bool = False
-    longrope: bool = False
-    expert_width: bool = True
-    keys: Callable[[Any], Mapping[str, Any]] = lambda config: {}
-    problems: Callable[[Any], list[str]] = lambda config: []
-    claims: Callable[[Any], bool] = lambda metadata: True
-    read: Callable[[Any], Mapping[str, Any]] = lambda metadata: {}
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a checkpoint calls the tensors outside of its blocks, without ".weight", and what those of block {n} begin with;
-    norm_gguf: what GGUF calls the last norm."""
-
-    embeddings: str = "model.embed_tokens"
-    norm: str = "model.norm"
-    head: str = "lm_head"
-    block: str = "model.layers.{n}."
-    norm_gguf: str = "output_norm"
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What a model computes in front of its blocks and behind them, beside a lookup, a norm and a product.
-
-    scale: what embeddings are multiplied by; divisor: what logits are divided by; softcap: the c of c tanh(x / c) that then
-    bounds them, None for none.
-    """
-
-    scale: float = 1.0
-    divisor: float = 1.0
-    softcap: float | None = None
-
-
-@dataclass(frozen=True)
 class Family:
     """One architecture family: what its blocks are composed of.
 
@@ -136,7 +85,7 @@ class Family:
     gguf: Gguf
     block: Callable[[Any, int], Block]
     config: type[Config] = Config
-    names: Names = Names()
+    names: Names = USUAL
     ends: Callable[[Any], Ends] = lambda config: Ends()
     final_shift: float = 0.0
     fixed_heads: str = ""
@@ -195,6 +144,12 @@ class ModelSpec:
         return self.family.config.read(self.config)
 
     @cached_property
+    def gguf_arch(self) -> str:
+        """llama.cpp's architecture for it."""
+        gguf = self.family.gguf
+        return next((name for name, fits in gguf.variants if fits(self.read)), gguf.arch)
+
+    @cached_property
     def ends(self) -> Ends:
         """What is computed in front of the blocks and behind them."""
         return self.family.ends(self.read)
@@ -241,17 +196,7 @@ class ModelSpec:
         norm, gguf = f"{names.norm}.weight", f"{names.norm_gguf}.weight"
         found = (
             one(Weight(f"{names.embeddings}.weight", vocabulary, "embeddings", "token_embd.weight")),
-            one(
-                Weight(
-                    norm,
-                    width,
-                    "norms",
-                    gguf,
-                    stream_norm=True,
-                    shift=shift,
-                    pieces=shifted(gguf, shift),
-                )
-            ),
+            one(Weight(norm, width, "norms", gguf, stream_norm=True, shift=shift, pieces=shifted(gguf, shift))),
             one(Weight(f"{names.head}.weight", vocabulary, "lm_head", "output.weight", "lm_head", reads=norm)),
         )
         return found[:2] if self.tied else found

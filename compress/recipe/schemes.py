@@ -250,7 +250,7 @@ def _value_type(scheme: str, usual: str, model: ModelSpec, layer: int) -> str:
     elif scheme == "Q4_K_S" and layer < 4:
         chosen = "q5_k"
     # What llama.cpp calls a 70B: attn_v is an eighth of attn_q there, so more bits cost nothing.
-    arch = model.family.gguf.arch
+    arch = model.gguf_arch
     is_70b = model.layers == 80 and (arch == "qwen2" or (arch == "llama" and model.heads != model.kv_heads))
     return "q5_k" if is_70b and chosen in ("q3_k", "q4_k") else chosen
 

@@ -203,7 +203,7 @@ def _narrowed(
 def widths_of(spec: ModelSpec) -> dict[str, int]:
     """The widths of the model's feed-forwards, by the fields of Reduction."""
     widths = {}
-    if len(spec.sparse_layers) < spec.layers or not _has_own_expert_width(spec):
+    if spec.intermediate_size and (len(spec.sparse_layers) < spec.layers or not _has_own_expert_width(spec)):
         widths["intermediate"] = spec.intermediate_size
     if spec.sparse_layers or not _has_own_expert_width(spec):
         widths["moe_intermediate"] = spec.moe_intermediate_size

@@ -91,6 +91,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("qwen3_moe", tmp_path_factory.mktemp("moe"))
 
 
+NEMOTRON_DENSE = ["linear_attention", "mlp", "full_attention", "mlp"]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
     (
@@ -106,6 +107,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("qwen3_moe", {"hidden_size": 72, "tie_word_embeddings": True}),
+    ("nemotron_h", {"layers_block_type": NEMOTRON_DENSE, "mlp_bias": True}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen2_moe", {"qkv_bias": False}),
     ("mixtral", {"head_dim": 32, "num_key_value_heads": 4}),
@@ -145,6 +147,8 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("qwen2", {"rope_parameters": LLAMA3}, "llama3"),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "every second layer"),
         ("gpt_oss", {"attention_bias": False}, "wants biases"),
+        ("nemotron_h", {"time_step_min": 0.5}, "limits of time steps"),
+        ("nemotron_h", {"layers_block_type": [*NEMOTRON_DENSE, "moe"]}, "experts in every feed-forward"),
         ("lfm2", {"conv_bias": True}, "shortconv.conv.bias"),
         ("lfm2_moe", {"routed_scaling_factor": 2.5}, "scale routing weights"),
         ("lfm2_moe", {"norm_topk_prob": False}, "normalises"),
@@ -198,7 +202,7 @@ def test_read_back_is_what_was_written(family: str, codec: str, tmp_path: Path) 
     seen = {name: (kind, shape) for name, kind, shape, values in tensors if values.shape == shape}
     assert seen == container.inventory(files[0])
     assert {kind for kind, _ in seen.values()} == {"f32", codec}
-    assert fields["general.architecture"] == spec.family.gguf.arch
+    assert fields["general.architecture"] == spec.gguf_arch
     assert fields["compress.recipe"] == "test"
     assert not [key for key in fields if "imatrix" in key]
 

@@ -43,6 +43,12 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"intermediate_size": 384, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0},
     "lfm2_moe": {"num_dense_layers": 0},
+    "nemotron_h": {
+        "mamba_num_heads": 32,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 16,
+        "moe_shared_expert_intermediate_size": 256,
+    },
     "glm4_moe_lite": {
         "kv_lora_rank": 128,
         "q_lora_rank": 128,
@@ -65,6 +71,7 @@ KINDS: dict[str, dict[str, Any]] = {
     **{family: {"full_attention_interval": 2} for family in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")},
     "smollm3": {"num_hidden_layers": 4},
     **{family: {"layer_types": ["conv", "full_attention"]} for family in ("lfm2", "lfm2_moe")},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
 }
 """One layer of each kind."""
 

@@ -67,7 +67,7 @@ def rows_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def write_f16(path, spec: ModelSpec) -> None:
-    arch = spec.family.gguf.arch
+    arch = spec.gguf_arch
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(spec.layers)
     writer.add_context_length(64)

@@ -22,6 +22,8 @@ from compress.containers import gguf
 from compress.containers.base import Options, WriteRequest
 from compress.engines.streamed import StreamedSource
 from compress.models import load_spec
+from compress.models.layers.mlp import Mlp
+from compress.models.layers.moe import MoE
 from compress.streaming.activations import Activations
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 from compress.structured.restructure import Restructured, restructure
@@ -92,16 +94,18 @@ def _masked_logits(
     spec, weights = result.original, weights_of(model)
     silenced = {}
     for kept in result.kept:
-        root, moe = f"model.layers.{kept.layer}.", spec.blocks[kept.layer][1]
+        root, block = spec.branches(kept.layer)[0].root, spec.blocks[kept.layer]
+        moe = next((sublayer for sublayer in block if isinstance(sublayer, MoE)), None)
         if heads := [g for g in range(spec.kv_heads) if g not in kept.kv_heads]:
             weights[f"{root}self_attn.o_proj.weight"].unflatten(1, (spec.kv_heads, -1))[:, heads] = 0.0
         for name, index in kept.channels.items():
             if name == "mlp":
-                down = f"{root}mlp.down_proj.weight"
+                dense = next(sublayer for sublayer in block if isinstance(sublayer, Mlp))
+                down = f"{root}{dense.prefix}{dense.leaves[-1]}.weight"
             elif name == "shared":
-                down = f"{root}{moe.shared.prefix}down_proj.weight"
+                down = f"{root}{moe.shared.prefix}{moe.shared.leaves[-1]}.weight"
             else:
-                down = f"{root}{moe.expert.format(e=name.split('.')[1])}{moe.leaves[2]}.weight"
+                down = f"{root}{moe.expert.format(e=name.split('.')[1])}{moe.leaves[-1]}.weight"
             gone = sorted(set(range(weights[down].shape[1])) - set(index.tolist()))
             assert gone
             weights[down][:, gone] = 0.0
@@ -110,9 +114,7 @@ def _masked_logits(
             if moe.router.correction:  # what chooses beside the logits
                 weights[root + moe.router.correction][..., silenced[kept.layer]] = -torch.inf
     whole = AutoModelForCausalLM.from_pretrained(_saved(dict(spec.config), weights, folder), dtype=torch.float32).eval()
-    # the weight of a router has a row an expert; Hunyuan's lies a module deeper
-    gates = {n: whole.model.layers[n].mlp.gate for n in silenced}
-    routers = {id(getattr(gates[n], "wg", gates[n]).weight): gone for n, gone in silenced.items()}
+    routers = {id(_router(whole.model.layers[n], spec.experts)): gone for n, gone in silenced.items()}
     linear = F.linear
 
     def silencing(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -126,6 +128,13 @@ def _masked_logits(
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(F, "linear", silencing)
         return whole(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+
+
+def _router(layer: torch.nn.Module, experts: int) -> Tensor:
+    """Its weight has a row an expert."""
+    gates = ("gate.weight", "gate.wg.weight")
+    (found,) = (w for name, w in layer.named_parameters() if name.endswith(gates) and len(w) == experts)
+    return found
 
 
 @pytest.mark.parametrize(("family", "config", "steps"), CASES)

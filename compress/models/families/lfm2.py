@@ -45,10 +45,6 @@ class ConvConfig(EvenHeads):
         config = super().read(given)
         return config if config.tie_embedding is None else config.having(tie_word_embeddings=config.tie_embedding)
 
-    def having(self, **values: Any) -> Self:
-        """The same with other values of some keys, where others than their own say them."""
-        return self.model_copy(update=values)
-
     @property
     def eps(self) -> float:
         return self.norm_eps

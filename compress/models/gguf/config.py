@@ -27,8 +27,8 @@ def config_of(header: Header) -> tuple[dict[str, Any], ModelSpec, list[str]]:
     path = header.files[0]
     arch = header.fields.get("general.architecture")
     families = list({id(f): f for f in known_families().values()}.values())
-    if not any(family.gguf.arch == arch for family in families):
-        known = ", ".join(sorted({family.gguf.arch for family in families}))
+    if not any(arch in family.gguf.archs for family in families):
+        known = ", ".join(sorted({name for family in families for name in family.gguf.archs}))
         raise UnsupportedModel(
             f"{path} is a GGUF of the architecture {in_words(arch)}; those that are read as a model: {known}"
         )
@@ -36,7 +36,7 @@ def config_of(header: Header) -> tuple[dict[str, Any], ModelSpec, list[str]]:
     if table is None or len(table.shape) != 2:
         raise CheckpointError(f"{path} holds no table of embeddings (token_embd.weight): it is no whole model")
     metadata = Metadata(str(path), str(arch), header.fields, frozenset(header.tensors), table.shape[0])
-    family = next((f for f in families if f.gguf.arch == arch and f.gguf.claims(metadata)), None)
+    family = next((f for f in families if arch in f.gguf.archs and f.gguf.claims(metadata)), None)
     if family is None:
         raise UnsupportedModel(f"{path}: no model of the architecture {arch} that is read here is like this one")
     try:

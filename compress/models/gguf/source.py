@@ -83,7 +83,7 @@ def _beside(spec: ModelSpec, header: Header) -> dict[str, Decoded]:
     """What drafts further tokens, behind the model's blocks. Raises CheckpointError for all else that is no part of the model:
     it would compute something else."""
     found = {}
-    drafts = header.fields.get(f"{spec.family.gguf.arch}.nextn_predict_layers", 0)
+    drafts = header.fields.get(f"{spec.gguf_arch}.nextn_predict_layers", 0)
     behind = range(spec.layers, spec.layers + drafts) if isinstance(drafts, int) else ()
     for name, file in unclaimed(spec, header).items():
         block = re.match(r"blk\.(\d{1,9})\.", name)

@@ -104,9 +104,11 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
 VALUES, BOTH = {"attention.out": ("o_proj",)}, {"attention.out": ("o_proj",), "ffn.act": ("down_proj",)}
 BARE = {"attention.in": ("q_proj", "k_proj", "v_proj"), "ffn.in": ("gate_proj", "up_proj")}
 UNFOLDED = {
-    "deepseek_v2": VALUES, "deepseek_v3": VALUES, "glm4_moe_lite": VALUES, "phi3": BOTH, "olmo2": BARE, "olmo3": BARE,
+    "deepseek_v2": VALUES, "deepseek_v3": VALUES, "glm4_moe_lite": VALUES, "phi3": BOTH,
+    "nemotron_h": {"ffn.act": ("down_proj",)}, "olmo2": BARE, "olmo3": BARE,
 }  # fmt: skip
-"""Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates; linears read the
+"""Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates, or are
+squared; linears read the
 stream as it is."""
 
 
@@ -122,12 +124,17 @@ def test_folds_reach_every_linear_of_a_block_once(models, variant: str) -> None:
         free = (t.name for t in block if t.input and not any(leaf in t.name for leaf in left))
         assert sorted(readers) == sorted(free)
         assert all(spec.by_name[name].role == "router" for fold in found for name in fold.routers)
-        assert {fold.place for fold in found} == {"attention.in", "attention.out", "ffn.in", "ffn.act"} - fixed.keys()
-        attention, feed_forward = spec.branches(layer)
-        own = {t.name for t in feed_forward.tensors}
-        assert folds(feed_forward) == tuple(f for f in found if f.place.startswith("ffn"))
-        assert all(own.issuperset(f.names) for f in folds(feed_forward))
-        assert all(own.isdisjoint(f.names) for f in folds(attention))
+        halves = {branch.sublayer.half: branch for branch in spec.branches(layer)}
+        places = {place for place in ("attention.in", "attention.out", "ffn.in", "ffn.act") if _half(place) in halves}
+        assert {fold.place for fold in found} == places - fixed.keys()
+        for half, branch in halves.items():
+            own = {t.name for t in branch.tensors}
+            assert folds(branch) == tuple(f for f in found if _half(f.place) == half)
+            assert all(own.issuperset(f.names) for f in folds(branch))
+
+
+def _half(place: str) -> str:
+    return place.split(".")[0]
 
 
 @pytest.mark.parametrize("variant", ["mistral", "qwen2", "qwen2_moe", "mixtral", "qwen3-one-kv-head"])
