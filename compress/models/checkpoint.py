@@ -147,6 +147,10 @@ class Checkpoint:
                 tensor = entry.read(name, file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {self.entries[name].file}: {error}") from None
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise CheckpointError(
+                f"{name} in {entry.file.name} is stored as {entry.dtype}, without scales that say what it means"
+            )
         if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(

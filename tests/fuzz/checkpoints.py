@@ -223,6 +223,109 @@ def _copy(rng: random.Random, folder: Path, *, sharded: bool) -> Path:
     return shutil.copytree(source, folder / "model")
 
 
+@cache
+def _coded() -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
+    """A matrix in every quantized format: what config.json says, and its tensors."""
+    import torch
+
+    words, small = torch.zeros(8, 32, dtype=torch.int32), torch.zeros(32, 32, dtype=torch.uint8)
+    state = torch.tensor(
+        list(json.dumps({"blocksize": 64, "shape": [32, 64], "nested_blocksize": 256, "nested_offset": 0.5}).encode())
+    )
+    named = {"m.weight_scale": torch.ones(32, 2), "m.weight_shape": torch.tensor([32, 64])}
+    return (
+        ({"quant_method": "fp8", "weight_block_size": [16, 16]},
+         {"m.weight": torch.zeros(32, 64).to(torch.float8_e4m3fn), "m.weight_scale_inv": torch.ones(2, 4)}),
+        ({"quant_method": "mxfp4"},
+         {"m_blocks": torch.zeros(2, 32, 2, 16, dtype=torch.uint8), "m_scales": torch.zeros(2, 32, 2, dtype=torch.uint8)}),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
+         {"m.qweight": words, "m.qzeros": words[:2, :4], "m.scales": torch.ones(2, 32), "m.g_idx": torch.arange(64) // 32}),
+        ({"quant_method": "awq", "version": "gemm"},
+         {"m.qweight": words.reshape(64, 4), "m.qzeros": words[:2, :4], "m.scales": torch.ones(2, 32)}),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"format": None}}},
+         {"m.weight_packed": words.reshape(32, 8), "m.weight_zero_point": words[:4, :2], **named}),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+         {"m.weight_packed": small, "m.weight_scale": torch.ones(32, 4).to(torch.float8_e4m3fn), "m.weight_global_scale": torch.ones(1)}),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True},
+         {"m.weight": small.reshape(-1, 1), "m.weight.absmax": torch.zeros(32, dtype=torch.uint8), "m.weight.quant_map": torch.ones(16),
+          "m.weight.nested_absmax": torch.ones(1), "m.weight.nested_quant_map": torch.ones(256),
+          "m.weight.quant_state.bitsandbytes__nf4": state.to(torch.uint8)}),
+        ({"quant_method": "bitsandbytes"}, {"m.weight": torch.zeros(32, 64, dtype=torch.int8), "m.SCB": torch.ones(32)}),
+        ({"quant_method": "modelopt"},
+         {"m.weight": small, "m.weight_scale": torch.ones(32, 4).to(torch.float8_e4m3fn), "m.weight_scale_2": torch.ones(())}),
+    )  # fmt: skip
+
+
+def quantized(rng: random.Random, folder: Path) -> None:
+    """What config.json says of a quantized matrix changed, or one of its parts: gone, of another type or shape, other bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    settings, tensors = rng.choice(_coded())
+    found = dict(tensors)
+    if rng.random() < 0.4:
+        settings = mutated(rng, json.loads(json.dumps(settings)), tuple(settings))
+    else:
+        name = rng.choice(sorted(found))
+        part, do = found[name], rng.randrange(6)
+        kinds = (torch.int32, torch.uint8, torch.float32, torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool)
+        if do == 0:
+            del found[name]
+        elif do == 1:
+            found[name] = part.float().to(rng.choice(kinds))
+        elif do == 2:
+            found[name] = part.reshape(rng.choice(((-1,), (1, *part.shape), (*part.shape, 1), (-1, 1))))
+        elif do == 3:
+            found[name] = part[: rng.randrange(len(part))] if part.dim() else part[None]
+        elif do == 4:
+            found[name] = torch.cat((part, part)) if part.dim() else part.repeat(3)
+        else:
+            bytes_of = part.contiguous().reshape(-1).view(torch.uint8).numel()
+            found[name] = torch.frombuffer(bytearray(rng.randbytes(bytes_of)), dtype=part.dtype).reshape(part.shape)
+    save_file({name: part.contiguous().clone() for name, part in found.items()}, folder / SINGLE)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    checkpoint = Checkpoint.open(folder)
+    for name in checkpoint.entries:
+        checkpoint.load(name)
+
+
+@cache
+def _lora() -> tuple[dict[str, Any], dict[str, Any]]:
+    import torch
+
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    settings = {"peft_type": "LORA", "lora_alpha": 16, "r": 2, "use_rslora": False, "alpha_pattern": {"q_proj": 2}}
+    return settings, {f"{name}A.weight": torch.ones(2, 32), f"{name}B.weight": torch.ones(32, 2)}
+
+
+def adapter(rng: random.Random, folder: Path) -> None:
+    """What adapter_config.json says changed, or names and shapes of its tensors."""
+    from safetensors.torch import save_file
+
+    settings, tensors = _lora()
+    if rng.random() < 0.6:
+        settings = mutated(
+            rng,
+            json.loads(json.dumps(settings)),
+            (*settings, "use_dora", "init_lora_weights", "base_model_name_or_path"),
+        )
+    else:
+        name = rng.choice(sorted(tensors))
+        part = tensors[name]
+        other = rng.choice(
+            (name, name.replace("lora_", ""), name.replace("layers.0", "layers.9"), name.replace("_A", "_C"), "x")
+        )
+        tensors = {
+            **{n: t for n, t in tensors.items() if n != name},
+            other: rng.choice((part, part.T, part[:0], part.half(), part.int())),
+        }
+    save_file({name: part.contiguous().clone() for name, part in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    checkpoint = Checkpoint.open(_weights("llama", False), adapter=folder)
+    for name in checkpoint.entries:
+        checkpoint.load(name)
+
+
 def run(rng: random.Random, folder: Path) -> None:
     """A whole run without steps on a model whose config.json, index or header is changed where a plan may not look."""
     from compress.run import run as run_recipe
@@ -243,10 +346,10 @@ def prepare() -> None:
 
     for family in FAMILIES:
         _config(family)
-    _gguf("llama"), _gguf("qwen3_moe")
+    _gguf("llama"), _gguf("qwen3_moe"), _coded(), _lora()
     for family in WEIGHTED:
         _weights(family, True), _weights(family, False)
     _whole()
 
 
-KINDS: dict[str, Case] = {f.__name__: f for f in (config, keys, text, index, header, files, gguf)}
+KINDS: dict[str, Case] = {f.__name__: f for f in (config, keys, text, index, header, files, gguf, quantized, adapter)}

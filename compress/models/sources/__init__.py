@@ -119,7 +119,7 @@ def counted(entries: Mapping[str, Entry]) -> Counter[str]:
 
 def shares(weights: Counter[str], quantized: int) -> str:
     """Types with their shares of all weights, the largest first, and how many tensors are quantized."""
-    total = weights.total()
+    total = max(1, weights.total())
     told = [f"{kind} {count / total:.1%}" for kind, count in weights.most_common() if count >= 0.0005 * total]
     return f"{', '.join(told)} of the weights; {quantized} tensors"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -135,6 +136,14 @@ def require(name: str, stored: Stored, *dtypes: str) -> Entry:
         raise CheckpointError(
             f"{shown(name)} in {entry.file.name} is stored as {shown(entry.dtype)}, not as {' or '.join(dtypes)}"
         )
+    return entry
+
+
+def require_one(name: str, stored: Stored, *dtypes: str) -> Entry:
+    """The same of a tensor that holds one number. CheckpointError where it holds others."""
+    entry = require(name, stored, *dtypes)
+    if prod(entry.shape) != 1:
+        raise unfit(name, entry)
     return entry
 
 

@@ -98,13 +98,13 @@ def _state(key: str, entry: Entry) -> State:
 def _decode_four(parts: Mapping[str, Tensor], state: State) -> Tensor:
     import torch
 
-    octets = parts["codes"].contiguous().reshape(-1).view(torch.uint8)
-    absmax, count = parts["absmax"].reshape(-1), math.prod(state.shape)
+    count, flat = math.prod(state.shape), {name: part.reshape(-1) for name, part in parts.items()}
+    octets, absmax = flat["codes"].contiguous().view(torch.uint8), flat["absmax"]
     if state.nested_offset is not None:
-        over = parts["nested_absmax"].repeat_interleave(state.nested_blocksize or 256)[: len(absmax)]
-        absmax = parts["nested_quant_map"][absmax.long()] * over + torch.tensor(state.nested_offset)
+        over = flat["nested_absmax"].repeat_interleave(state.nested_blocksize or 256)[: len(absmax)]
+        absmax = flat["nested_quant_map"][absmax.int()] * over + torch.tensor(state.nested_offset)
     codes = torch.stack((octets >> 4, octets & 15), dim=1).reshape(-1)[:count]
-    levels = parts["quant_map"][codes.int()]
+    levels = flat["quant_map"][codes.int()]
     return (levels * absmax.repeat_interleave(state.blocksize)[:count]).reshape(state.shape)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CheckpointError
 from compress.models.index import Entry
 from compress.models.sources.arithmetic import e2m1, grid, scaled, spread, unpacked, unpacked_words
-from compress.models.sources.base import Coded, Format, Stored, require, runs_of, stored_bytes, unfit
+from compress.models.sources.base import Coded, Format, Stored, require, require_one, runs_of, stored_bytes, unfit
 from compress.models.sources.fp8 import FLOAT8, SCALES, float8
 from compress.reading import in_words, shown
 
@@ -121,7 +121,7 @@ def _floats(module: str, stored: Stored) -> Coded:
     scale = require(module + _SCALE, stored, *(("F8_E4M3",) if nested else ("U8", "F8_E8M0")))
     parts["scale"] = (module + _SCALE, scale)
     if nested:
-        parts["over"] = (module + _GLOBAL, require(module + _GLOBAL, stored, "F32"))
+        parts["over"] = (module + _GLOBAL, require_one(module + _GLOBAL, stored, "F32"))
     *stacked, rows, half = values.shape
     stack = stacked[0] if stacked else 0
     runs = runs_of(module + _SCALE, scale, (rows, 2 * half), None, stack)
@@ -173,7 +173,7 @@ def _integers(parts: Mapping[str, Tensor], runs: tuple[int, int]) -> Tensor:
 def _small_floats(parts: Mapping[str, Tensor], runs: tuple[int, int]) -> Tensor:
     scale = parts["scale"]
     if "over" in parts:
-        scale = scale.float() / parts["over"].reshape(-1)[0]
+        scale = scale.float() / parts["over"].reshape(())
     return scaled(e2m1(parts["values"]), scale, runs)
 
 

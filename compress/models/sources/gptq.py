@@ -1,4 +1,4 @@
-"""GPTQ folders of AutoGPTQ, gptqmodel and AutoRound: 2, 3, 4 or 8 bits, with or without order by activations, zero points of both versions.
+"""GPTQ folders of AutoGPTQ, gptqmodel and AutoRound: 2, 3, 4 or 8 bits, groups in any order, zero points of two versions.
 
 A linear `m` of [out, in] is `m.qweight` int32 [in / 32 * bits, out] (32 codes of a column in `bits` words, lowest bits first),
 `m.qzeros` int32 [groups, out / 32 * bits], `m.scales` [groups, out] and, as a rule, `m.g_idx` int32 [in] (group of every input).

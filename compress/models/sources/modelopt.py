@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.models.index import Entry
 from compress.models.sources.arithmetic import e2m1, scaled
-from compress.models.sources.base import Coded, Format, Stored, require, runs_of, unfit
+from compress.models.sources.base import Coded, Format, Stored, require, require_one, runs_of, unfit
 from compress.models.sources.fp8 import FLOAT8, float8
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _nvfp4(name: str, entry: Entry, stored: Stored) -> Coded:
         raise unfit(name, entry)
     (rows, half), scale = entry.shape, require(name + _SCALE, stored, "F8_E4M3")
     parts = {"values": (name, entry), "scale": (name + _SCALE, scale)}
-    parts["over"] = (name + _OVER, require(name + _OVER, stored, "F32"))
+    parts["over"] = (name + _OVER, require_one(name + _OVER, stored, "F32"))
     runs = runs_of(name + _SCALE, scale, (rows, 2 * half))
     return Coded(
         entry.file, "NVFP4", (rows, 2 * half), span=entry.span, parts=parts, decode=partial(_decode, runs=runs)
@@ -44,7 +44,7 @@ def _nvfp4(name: str, entry: Entry, stored: Stored) -> Coded:
 
 
 def _decode(parts: Mapping[str, Tensor], runs: tuple[int, int]) -> Tensor:
-    return scaled(e2m1(parts["values"]), parts["scale"].float() * parts["over"].reshape(-1)[0], runs)
+    return scaled(e2m1(parts["values"]), parts["scale"].float() * parts["over"].reshape(()), runs)
 
 
 FORMAT = Format(
