@@ -185,6 +185,18 @@ def test_sliding_window_is_a_caveat(tmp_path: Path) -> None:
     assert difference[:16].max() < TOLERANCE * expected.std() < difference[16]
 
 
+def test_the_ends_of_yarns_ramp_are_a_caveat(tmp_path: Path) -> None:
+    """gpt-oss lets it end between channels: the first tokens are alike, later ones less and less."""
+    rope = {**YARN, "factor": 32.0, "truncate": False}
+    model = tiny_model("gpt_oss", tmp_path / "model", rope_parameters=rope)
+    spec = spec_of(model)
+    assert container.check_representable(spec) == [] and "truncate: false" in container.caveats(spec)[0]
+    ids = token_ids()
+    expected = reference_logits(model, ids)
+    difference = np.abs(llama_logits(write(model, tmp_path / "m.gguf")[0], ids) - expected).max(axis=1)
+    assert difference[0] < TOLERANCE * expected.std() < difference[20:].max()
+
+
 @pytest.mark.parametrize(
     ("family", "codec"), [("qwen3_moe", "bf16"), ("llama", "f16"), ("mixtral", "f16"), ("qwen2_moe", "f32")]
 )
