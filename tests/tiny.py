@@ -116,6 +116,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", {}),
+    "gemma3_text": (
+        "Gemma3",
+        {
+            "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "olmo3": ("Olmo3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}),
     "granite": (
         "Granite",

@@ -58,6 +58,11 @@ LONGROPE = {
 }
 
 
+def _either(full: dict[str, Any], base: float) -> dict[str, Any]:
+    """Positions of full layers, and those of sliding ones."""
+    return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": base}}
+
+
 PLAIN = Options(tokenizer=False)
 
 
@@ -119,6 +124,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "norm_topk_prob": False}),
     ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.5}}),
     ("llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
+    (
+        "gemma3_text",
+        {
+            "rope_parameters": _either({"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, 5e3),
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    ("olmo3", {"rope_parameters": _either(YARN, 10000.0), "layer_types": None, "num_hidden_layers": 4}),
+    ("granite", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 32}),
 ]
 
 
@@ -149,6 +164,9 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("gpt_oss", {"attention_bias": False}, "wants biases"),
         ("nemotron_h", {"time_step_min": 0.5}, "limits of time steps"),
         ("nemotron_h", {"layers_block_type": [*NEMOTRON_DENSE, "moe"]}, "experts in every feed-forward"),
+        ("gemma3_text", {"query_pre_attn_scalar": 1}, "divides scores by the root of 24"),
+        ("gemma3_text", {"attention_bias": True}, "attn_q.bias"),
+        ("olmo3", {"rope_parameters": _either(YARN, 100.0)}, "one rope_theta"),
         ("lfm2", {"conv_bias": True}, "shortconv.conv.bias"),
         ("lfm2_moe", {"routed_scaling_factor": 2.5}, "scale routing weights"),
         ("lfm2_moe", {"norm_topk_prob": False}, "normalises"),

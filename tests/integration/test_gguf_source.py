@@ -45,6 +45,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     *(case for case in CASES if len(case[1]) > 4 or "rope_parameters" in case[1]),
     ("mistral", {"sliding_window": 128}),
     ("nemotron_h", {"layers_block_type": NEMOTRON_DENSE, "mlp_bias": True}),
+    ("gemma3_text", {"layer_types": None, "num_hidden_layers": 6}),
 ]
 UINT, FLOAT, WORD = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING
 KINDS = {bool: gguf.GGUFValueType.BOOL, int: UINT, float: FLOAT, str: WORD}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from compress.models.config import Channels, Eps, EvenHeads, Positive
+from compress.models.config import Eps, EvenHeads, Positive, Width
 from compress.models.families.olmo2 import feed_forward, mixer
 from compress.models.gguf.keys import Metadata
 from compress.models.layers.attention import NORMED_TOGETHER
@@ -19,7 +19,7 @@ class Olmo3Config(Interleaved, EvenHeads):
 
     rms_norm_eps: Eps = 1e-5
     rope_theta: Positive = 500000.0
-    sliding_window: Channels | None = 4096
+    sliding_window: Width = 4096
     attention_bias: bool = False
 
 

@@ -176,6 +176,22 @@ def test_configs_as_most_checkpoints_have_them(name: str, folder: Path, tmp_path
     assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+def test_gemma3_as_published_configs_have_it(folder: Path, tmp_path: Path) -> None:
+    """Without layer_types, positions of either kind at the top level, scaled for full layers alone."""
+    source = tiny_model("gemma3_text", tmp_path / "source", num_hidden_layers=4, layer_types=None)
+    config = json.loads((source / "config.json").read_text())
+    for key in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        config.pop(key, None)
+    config |= {"rope_theta": 5e5, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config |= {"sliding_window_pattern": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    with torch.no_grad():
+        expected = _reference(tmp_path)(_ids()).logits
+        ours = _logits(*_load(tmp_path), _ids())
+    assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
 def test_llama_has_no_window(folder: Path, tmp_path: Path) -> None:
     """Some Llama configs carry a stray sliding_window; transformers' Llama attends to everything."""
     source = _case("llama", folder)
