@@ -175,6 +175,16 @@ OTHER_MIXERS = tuple(family for family in FAMILIES if family not in EVERY_RECIPE
 """Families that take two recipes: other token mixers, and what differs from those in a table alone. Every recipe on each would
 take too long."""
 
+_VISION = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "num_position_embeddings": 16,
+}  # fmt: skip
+WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_5": ("Qwen3_5", "qwen3_5_text", {"vision_config": _VISION}),
+    "qwen3_5_moe": ("Qwen3_5Moe", "qwen3_5_moe_text", {"vision_config": _VISION}),
+}
+"""Multimodal models: of transformers' class, around which family, with which keys of config.json."""
+
 
 def demo_model() -> Path:
     """The trained demo model that ships in models/ (its tokenizer is the tiny models' tokenizer)."""
@@ -210,14 +220,39 @@ def tiny_model(
     num_key_value_heads=4, attention_bias=True, ... Weights are scaled up so that logits spread like a trained
     model's, biases and norms are random too.
     """
+    config = _config(family, overrides)
+    return _saved(f"{FAMILIES[family][0]}ForCausalLM", config, folder, seed, dtype, tokenizer, max_shard_size)
+
+
+def tiny_wrapped(wrapper: str, folder: Path, *, dtype: str = "float32", **overrides: Any) -> Path:
+    """The same of a multimodal model. overrides: keys of the language model's config."""
+    import transformers
+
+    prefix, family, around = WRAPPED[wrapper]
+    text = {**_COMMON, **FAMILIES[family][1], **overrides}
+    around = {**around, "vision_config": {**around["vision_config"], "out_hidden_size": text["hidden_size"]}}
+    config = getattr(transformers, f"{prefix}Config")(text_config={**text, "model_type": family}, **around)
+    return _saved(f"{prefix}ForConditionalGeneration", config, folder, 0, dtype, True, "50GB")
+
+
+def with_tensors(folder: Path, extra: dict[str, Any]) -> Path:
+    """A model folder of one file with more tensors in it."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **extra}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _saved(kind: str, config: Any, folder: Path, seed: int, dtype: str, tokenizer: bool, max_shard_size: str) -> Path:
     import torch
     import transformers
 
-    prefix, config = FAMILIES[family][0], _config(family, overrides)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+        model = getattr(transformers, kind)(config)
+    tied = config.get_text_config().tie_word_embeddings
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
@@ -230,9 +265,7 @@ def tiny_model(
                 parameter.copy_(1.0 + 0.2 * torch.randn(parameter.shape, generator=generator))
             else:
                 fan_in = parameter.shape[-1]
-                scale = (
-                    1.0 if "embed" in name and not config.tie_word_embeddings else 2.0 / fan_in**0.5
-                )  # tied: the head
+                scale = 1.0 if "embed" in name and not tied else 2.0 / fan_in**0.5  # tied: the head
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if name.endswith(("correction_bias", "expert_bias")):

@@ -241,7 +241,7 @@ class _Option:
                 container=container.name,
                 engine=one.host.name,
                 bytes=self.plan.artifact_bytes[container.name],
-                bits=8.0 * self.plan.file_bytes[container.name] / self.plan.original_parameters,
+                bits=8.0 * self.plan.file_bytes[container.name] / self.plan.weights_in(container),
                 context=tokens,
                 codec=codec,
                 needed=one.needed(tokens, codec),

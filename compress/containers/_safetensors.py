@@ -88,7 +88,7 @@ def write_checkpoint(
     sources, produce = _stacked(request.tensors, sources, produce)
     with atomic_folder(path, total_bytes(sources) + _COMPANION_BYTES, replace=options.replace) as folder:
         files = write_shards(folder, sources, produce, options.max_shard_size or _SHARD_BYTES)
-        config = {key: value for key, value in request.spec.config.items() if key not in _NOT_CARRIED}
+        config = {key: value for key, value in request.spec.config_json.items() if key not in _NOT_CARRIED}
         for name, value in {"config.json": {**config, **settings}, **(beside or {})}.items():
             if isinstance(value, str):
                 (folder / name).write_text(value, encoding="utf-8")

@@ -137,6 +137,10 @@ def _no_complaint(spec: ModelSpec, tensors: Sequence[PlannedTensor]) -> None:
     return None
 
 
+def _a_place(tensor: TensorSpec) -> str | None:
+    return None
+
+
 def _no_entry(planned: PlannedTensor) -> int:
     return 0
 
@@ -197,6 +201,8 @@ class Container:
     one_group: bool = False
     """Whether all that share scales in a file do so in groups of one length."""
 
+    no_place: Callable[[TensorSpec], str | None] = _a_place
+    """Why it has no place for a tensor that is no part of the decoder (`TensorSpec.beside`), or None."""
     pieces: bool = False
     """Whether it takes tensors apart and orders them as sub-layers declare, see `models.layers.views.Piece`."""
 
@@ -257,6 +263,10 @@ class Container:
         info = codec_info(codec)
         return info.kind in self.kinds and self.holds(info)
 
+    def has_place(self, tensor: TensorSpec) -> bool:
+        """Whether a tensor ships in it: all of the decoder, and of what stands beside that what it has a place for."""
+        return not tensor.beside or self.no_place(tensor) is None
+
     def file_name(self, recipe: str, name: str | None = None, mixture: str | None = None) -> str:
         """Of an artifact's file or folder. name: the one that the recipe's export gives it; mixture: model and scheme, as
         single files are called where a scheme says all about them."""
@@ -266,7 +276,7 @@ class Container:
 
     def bytes_of(self, tensors: Counted, own: str) -> int:
         """Bytes of tensors in the file. own: the checkpoint's float codec."""
-        return sum(count * self.tensor_bytes(t, own) for t, count in tensors)
+        return sum(count * self.tensor_bytes(t, own) for t, count in tensors if self.has_place(t.spec))
 
     def file_bytes(self, tensors: Counted, own: str, source: Path) -> int:
         """About the bytes of the weight files. own: the checkpoint's float codec; source: the model folder."""
@@ -274,4 +284,5 @@ class Container:
 
     def beside_bytes(self, tensors: Counted, source: Path) -> int:
         """About what the weight files hold beside tensors: their names, and what is copied of the model folder."""
-        return sum(count * self.entry_bytes(t) for t, count in tensors) + self.copied_bytes(source)
+        named = sum(count * self.entry_bytes(t) for t, count in tensors if self.has_place(t.spec))
+        return named + self.copied_bytes(source)

@@ -358,10 +358,19 @@ def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:
     return lambda name: entries[name].read(name).float()
 
 
+def _no_place(tensor: TensorSpec) -> str | None:
+    """Why a tensor beside the decoder is not in the file, or None."""
+    if tensor.gguf:
+        return None
+    if tensor.carried:
+        return "it holds the language model alone; llama.cpp reads other parts from a file of their own (mmproj)"
+    return "llama.cpp has no names for it in this architecture"
+
+
 def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:
     """All tensors of `open_dense` at once."""
     load = open_dense(path, spec)
-    return {tensor.name: load(tensor.name) for tensor in spec.tensors()}
+    return {tensor.name: load(tensor.name) for tensor in spec.tensors() if tensor.gguf}
 
 
 # --- what is said about it --------------------------------------------------------------------------------------------
@@ -395,7 +404,7 @@ def _copied_bytes(source: Path) -> int:
 
 def _codecs(files: Sequence[Path], spec: ModelSpec) -> dict[str, str]:
     stored = inventory(files[0])
-    return {tensor.name: stored[tensor.pieces[0].name][0] for tensor in spec.tensors()}
+    return {tensor.name: stored[tensor.pieces[0].name][0] for tensor in spec.tensors() if tensor.gguf}
 
 
 CONTAINER = Container(
@@ -405,6 +414,7 @@ CONTAINER = Container(
     engines="llama.cpp and what is built on it",
     kinds=frozenset({"float", "ggml"}),
     precise_float="f32",
+    no_place=_no_place,
     pieces=True,
     masks="GGUF has no sparse types: zeros take as many bits as other weights",
     suffix=".gguf",

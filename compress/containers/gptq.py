@@ -161,9 +161,10 @@ def quantization_config(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
             dynamic[f"-:{pattern}"] = {}
         elif form != base:
             dynamic[f"+:{pattern}"] = {"bits": form.bits, "group_size": form.group}
-    head = formats.get("lm_head")
+    name = next((module_of(p.spec) for p in tensors if p.spec.role == "lm_head" and not p.spec.beside), "lm_head")
+    head = formats.get(name)
     if head is not None and head != base:
-        dynamic[r"+:^lm_head$"] = {"bits": head.bits, "group_size": head.group}
+        dynamic[f"+:^{re.escape(name)}$"] = {"bits": head.bits, "group_size": head.group}
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": base.bits,

@@ -27,27 +27,32 @@ if TYPE_CHECKING:
 
 def tensor_bytes(planned: PlannedTensor, own: str) -> int:
     """Bytes of one tensor in the file: those of its values in the checkpoint's own float type."""
-    return stored_bytes(own, planned.spec.shape)
+    return stored_bytes(_codec(planned, own), planned.spec.shape)
+
+
+def _codec(planned: PlannedTensor, own: str) -> str:
+    return planned.codec if planned.spec.carried else own
 
 
 def write(request: WriteRequest) -> list[Path]:
     """Write the folder (weights, config.json, tokenizer, compress.json) and return its weight files in order.
 
-    Every tensor is decoded by its codec and rounded to `options.dtype`. `fetch` is called once per tensor. OutputError
+    Every tensor is decoded by its codec and rounded to `options.dtype`, but for those that go along as they are. `fetch` is called once per tensor. OutputError
     for a full disk or a folder that holds something else.
     """
     import torch
 
     from compress.decode import decode
 
-    kind, name = FLOATS[request.options.dtype]
-    dtype = getattr(torch, name)
+    codecs = {planned.spec.name: _codec(planned, request.options.dtype) for planned in request.tensors}
 
     def produce(tensor: str) -> dict[str, Tensor]:
-        return {tensor: decode(request.fetch(tensor)).to(dtype)}
+        return {tensor: decode(request.fetch(tensor)).to(getattr(torch, FLOATS[codecs[tensor]][1]))}
 
-    sources = [(planned.spec.name, [Slot(planned.spec.name, kind, planned.spec.shape)]) for planned in request.tensors]
-    return write_checkpoint(request, sources, produce, {"dtype": name})
+    sources = [
+        (p.spec.name, [Slot(p.spec.name, FLOATS[codecs[p.spec.name]][0], p.spec.shape)]) for p in request.tensors
+    ]
+    return write_checkpoint(request, sources, produce, {"dtype": FLOATS[request.options.dtype][1]})
 
 
 def open_dense(path: Files, spec: ModelSpec) -> Callable[[str], Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from compress.engines.sampling import Choose, likeliest, until
 from compress.errors import CalibrationError, CheckpointError, MissingExtra
+from compress.models.wrappers import wrapper_of
 
 # Sequences of one length share a forward pass while their float32 logits stay below this many bytes.
 BATCH_LOGIT_BYTES = 128 * 2**20
@@ -137,7 +138,12 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
     transformers.logging.disable_progress_bar()
     try:
         # with output_loading_info a pair, of which its annotations know nothing
-        answer: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
+        whole = (
+            wrapper_of({"model_type": config.model_type}) is not None
+        )  # with all parts, under the names of its files
+        kind = transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
+        answer: Any = kind.from_pretrained(
             location, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
         )
     except MemoryError:

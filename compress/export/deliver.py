@@ -231,7 +231,7 @@ def described(written: _Written) -> Artifact:
         container=written.export.container,
         path=written.roots[0].name,
         bytes=shipped,
-        bits_per_weight=round(8 * weight_bytes / plan.original_parameters, 4),
+        bits_per_weight=round(8 * weight_bytes / plan.weights_in(CONTAINERS[written.export.container]), 4),
         variant=written.product.variant,
         ratio=shipped / plan.compared.bytes,
         sha256=combined(written.sha256),

@@ -19,12 +19,13 @@ def write(
 ) -> list[Path]:
     """Write one container into `folder`. packed: what was solved, by name. Returns its weight files."""
     container = CONTAINERS[export.container]
+    tensors = [t for t in plan.tensors if container.has_place(t.spec)]
     done = 0
 
     def fetch(name: str) -> Packed:
         nonlocal done
         done += 1
-        progress(done / len(plan.tensors))
+        progress(done / len(tensors))
         return packed(name)
 
     path = folder / plan.artifact_name(container, export.name)
@@ -32,7 +33,7 @@ def write(
     # where the tokenizer's own files lie beside the weights, transformers goes by their settings
     settings = None if container.suffix or reads_no_text(plan) else shipped(plan_tokenizer(plan)).settings
     request = WriteRequest(
-        path, plan.spec, plan.tensors, fetch, plan.source, options, provenance(plan), plan.identity, settings
+        path, plan.spec, tensors, fetch, plan.source, options, provenance(plan), plan.identity, settings
     )
     return container.write(request)
 

@@ -16,9 +16,11 @@ from compress.models.gguf.header import is_gguf
 from compress.models.gguf.source import open_source
 from compress.models.identity import hub_id
 from compress.models.index import INDEX, SINGLE, Entry, named_codec, read_header, read_index
+from compress.models.layers.base import Slice
 from compress.models.locate import no_model
 from compress.models.sources import source_of
 from compress.models.spec import load_spec
+from compress.models.wrappers import wrapper_of
 from compress.reading import read_json, shown
 
 if TYPE_CHECKING:
@@ -108,7 +110,8 @@ class Checkpoint:
             )
             raise CheckpointError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
         found = source_of(folder, config, entries)
-        stored = found.entries if lora is None else lora.merged(found.entries)
+        entries = {**found.entries, **_renamed(config, found.entries)}
+        stored = entries if lora is None else lora.merged(entries)
         entries = {**stored, **_parts(found.config, stored)}
         return cls(folder, found.config, entries, folder, found.notes, found.settings, found.unread)._adapted(lora)
 
@@ -198,9 +201,20 @@ def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str,
                 name = branch.root + weight.name
                 for part in weight.slices if name not in entries else ():
                     if (whole := branch.root + part.name) in entries:
-                        shape = entries[whole].shape if part.whole else weight.shape
-                        found[name] = replace(entries[whole], shape=shape, part=replace(part, name=whole))
+                        entry = entries[whole]
+                        shape = entry.shape if part.whole else weight.shape
+                        stored = entry.part.name if entry.part else whole
+                        found[name] = replace(entry, shape=shape, part=replace(part, name=stored))
     return found
+
+
+def _renamed(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Tensors that other versions of a multimodal model's checkpoints call otherwise, under the names that they have here."""
+    wrapper = wrapper_of(config)
+    if wrapper is None:
+        return {}
+    here = ((wrapper.here(name), name) for name in entries)
+    return {ours: replace(entries[name], part=Slice(name)) for ours, name in here if ours not in entries}
 
 
 def _download(model: str, weights: bool) -> Path:

@@ -39,7 +39,9 @@ FLOAT_CODEC = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "F32": "f
 
 def named_codec(config: Mapping[str, Any]) -> str | None:
     """The float codec of the type that config.json names, None where it names none of them."""
-    return FLOAT_CODEC.get(str(config.get("dtype") or config.get("torch_dtype")))
+    keys = (k for k in (config, config.get("text_config")) if isinstance(k, Mapping))
+    said = (k.get(name) for k in keys for name in ("dtype", "torch_dtype"))
+    return FLOAT_CODEC.get(str(next(filter(None, said), None)))
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Entry:
 
     def read(self, name: str, opened: Any) -> Tensor:
         """The tensor, whose name this is. Raises SafetensorError, OSError or CheckpointError."""
-        return opened.get_tensor(name) if self.part is None else part_of(opened, self.part)
+        if self.part is None or self.part.whole:
+            return opened.get_tensor(name if self.part is None else self.part.name)
+        return part_of(opened, self.part)
 
     def matrices(self, name: str, opened: Any) -> Iterator[Tensor]:
         """The stored tensor of this name, or the matrices of a stack, one in memory at a time."""

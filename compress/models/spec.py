@@ -25,10 +25,15 @@ from compress.models.config import Config, Routed, Windows
 from compress.models.layers.base import Input, Sublayer, Weight, shifted
 from compress.models.layers.moe import MoE
 from compress.models.layers.views import Order, Piece
+from compress.models.wrappers import Wrapper, text_config, wrapper_of
 from compress.reading import in_words
 
 Block = tuple[Sublayer, ...]
 PLAIN = Weight("", (), "", "")
+MTP = "MTP"
+"""Heads that predict further tokens (multi-token prediction), as what a tensor belongs to."""
+CARRIED = "carried"
+"""The role of tensors that ship as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +56,17 @@ class TensorSpec:
     declared: Weight = PLAIN
     signs: str = ""
     """Tensors of a layer with the same word share the random signs of their inputs' Hadamard transform."""
+    beside: str = ""
+    """What it belongs to where that is no part of the decoder: MTP, or a part of a multimodal model by its name."""
 
     @property
     def parameters(self) -> int:
         return prod(self.shape)
+
+    @property
+    def carried(self) -> bool:
+        """Whether it ships as it is, whatever a recipe says."""
+        return self.role == CARRIED
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -108,8 +120,9 @@ class Family:
 class ModelSpec:
     """A parsed config.json.
 
-    blocks: the sub-layers of every block. The counts are those of config.json, which pruning changes; a model without a kind
-    of part has none of it.
+    config: the language model's own; blocks: the sub-layers of every block. The counts are those of config.json, which
+    pruning changes; a model without a kind of part has none of it. wrapper, wrapping: the multimodal model around it, and its
+    config.json; beside: tensors of the checkpoint that are no part of the decoder and go along with it.
     """
 
     family: Family
@@ -133,6 +146,9 @@ class ModelSpec:
     max_positions: int
     sliding_window: int | None
     sparse_layers: frozenset[int]
+    wrapper: Wrapper | None = None
+    wrapping: Mapping[str, Any] = field(default_factory=dict)
+    beside: tuple[TensorSpec, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -173,6 +189,28 @@ class ModelSpec:
         said = dict.fromkeys(("tie_word_embeddings", *({"tie_embedding"} & self.config.keys())), False)
         return replace(self, tied=False, config={**self.config, **said})
 
+    def like(self, config: Mapping[str, Any]) -> ModelSpec:
+        """A model of another shape in the same wrapper. config: the language model's own."""
+        inside = load_spec(config)
+        return replace(inside, wrapper=self.wrapper, wrapping=self.wrapping, beside=self.beside)
+
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """The whole config.json, with what a wrapper has around the language model's."""
+        if self.wrapper is None:
+            return self.config
+        return {**self.wrapping, "tie_word_embeddings": self.tied, "text_config": dict(self.config)}
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that loads the checkpoint."""
+        return self.family.hf_architecture if self.wrapper is None else self.wrapper.architecture
+
+    @cached_property
+    def names(self) -> Names:
+        """What tensors outside the sub-layers are called, and blocks."""
+        return self.family.names if self.wrapper is None else self.wrapper.around(self.family.names)
+
     def branches(self, layer: int) -> tuple[Branch, ...]:
         """The sub-layers of a block, at their places."""
         return self._branches[layer]
@@ -192,7 +230,7 @@ class ModelSpec:
             given = (declared.name, declared.shape, declared.role, None, None, declared.gguf, declared.input)
             return TensorSpec(*given, declared=declared, signs=declared.input or "")
 
-        shift, names = self.family.final_shift, self.family.names
+        shift, names = self.family.final_shift, self.names
         norm, gguf = f"{names.norm}.weight", f"{names.norm_gguf}.weight"
         found = (
             one(Weight(f"{names.embeddings}.weight", vocabulary, "embeddings", "token_embd.weight")),
@@ -219,17 +257,17 @@ class ModelSpec:
     @cached_property
     def _tensors(self) -> tuple[TensorSpec, ...]:
         inside = (tensor for layer in range(self.layers) for tensor in self.block_tensors(layer))
-        return (self.outer[0], *inside, *self.outer[1:])
+        return (self.outer[0], *inside, *self.outer[1:], *self.beside)
 
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """Every tensor in execution order: embeddings, blocks, final norm, head (absent when tied)."""
+        """Every tensor in execution order: embeddings, blocks, final norm, head (absent when tied), what stands beside."""
         return self._tensors
 
     @cached_property
     def parameters(self) -> int:
         """Of all tensors."""
         inside = sum(sublayer.parameters for block in self.blocks for sublayer in block)
-        return inside + sum(t.parameters for t in self.outer)
+        return inside + sum(t.parameters for t in (*self.outer, *self.beside))
 
     def block_tensors(self, layer: int) -> tuple[TensorSpec, ...]:
         """Tensors of one decoder block."""
@@ -260,7 +298,7 @@ class Branch:
     @property
     def root(self) -> str:
         """What its tensors' names begin with."""
-        return self.spec.family.names.block.format(n=self.layer)
+        return self.spec.names.block.format(n=self.layer)
 
     @property
     def last(self) -> bool:
@@ -324,11 +362,14 @@ def known_families() -> Mapping[str, Family]:
 
 
 def load_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Parse a raw config.json.
+    """Parse a raw config.json, of a language model or of a multimodal one around it.
 
     Raises UnsupportedModel for an unknown `model_type` (listing the supported ones) or an unsupported option, ConfigError for
     one that is incomplete, of wrong kinds, or contradicts itself.
     """
+    wrapper = wrapper_of(config)
+    if wrapper is not None:
+        return replace(load_spec(text_config(config)), wrapper=wrapper, wrapping=dict(config))
     model_type = in_words(config.get("model_type")).strip("'")
     known = known_families()
     aliases = {other: family.model_types[0] for family in known.values() for other in family.also}

@@ -46,7 +46,8 @@ def work(plan: Plan) -> Mapping[str, float]:
     """What a run does, by what its parts grow with: weights that are read and stored; for solvers, which go over a row's columns
     again and again, weights times columns; for text, tokens times the weights that each passes through."""
     share = plan.spec.experts_per_token / max(plan.spec.experts, 1)
-    active = sum(n * t.spec.parameters * (1.0 if t.spec.expert is None else share) for t, n in plan.counted)
+    decoder = ((t, n) for t, n in plan.counted if not t.spec.beside)
+    active = sum(n * t.spec.parameters * (1.0 if t.spec.expert is None else share) for t, n in decoder)
     solved = sum(n * t.spec.parameters * t.spec.shape[-1] for t, n in plan.counted if t.method is not None)
     text = plan.recipe.calibration.samples * plan.recipe.calibration.length if plan.needs_calibration else 0
     found = {"weights": plan.parameters, "solving": solved, "text": text * active, "passes": active}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from compress.codecs.names import codec_info
@@ -11,7 +12,8 @@ from compress.models.companions import left_behind
 from compress.models.identity import identify
 from compress.models.locate import model_location
 from compress.models.spec import ModelSpec, load_spec
-from compress.models.surplus import surplus
+from compress.models.surplus import Surplus, surplus
+from compress.plan.beside import Along, going_along
 from compress.plan.checks import container_problems, narrow_calibration, step_problems, stream_problems, text_problems
 from compress.plan.outline import Outline
 from compress.plan.plan import Plan
@@ -36,23 +38,20 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     original = load_spec(checkpoint.config)
     if checkpoint.unread:
         raise UnsupportedModel(f"{recipe.model} {checkpoint.unread}")
-    turned = original.untied() if recipe.step("rotate") else original
-    problems = step_problems(recipe) + text_problems(recipe, original) + stream_problems(recipe, original)
+    own = own_codec(original, checkpoint)
+    original, found, along = _beside(recipe, original, checkpoint)
+    turned = replace(original.untied() if recipe.step("rotate") else original, beside=along.kept)
+    problems = [*_problems(recipe, original), *along.problems]
     steps = cuts(recipe, turned).values()
     problems += reduction_problems(turned, *steps) if any(steps) else container_problems(recipe, turned)
     if problems:
         raise PlanError(problems)
-    own = own_codec(original, checkpoint)
-    shapes: tuple[Reduction, ...] = ()
     planner = Planner(recipe, checkpoint, own)
-    if spec is None:
-        spec, shapes = _shape(planner, turned)
-    decided = planner.decide(spec)
+    spec, shapes = _shape(planner, turned) if spec is None else (spec, ())
+    decided = planner.decide(replace(spec, beside=along.kept))
     outline, problems = decided.outline, list(decided.problems)
-    doubts: list[str] = []
     if checkpoint.entries:
-        found, doubts = surplus(original, checkpoint)
-        problems += found + checkpoint_problems(original, checkpoint)
+        problems += found.problems + checkpoint_problems(original, checkpoint)
     problems += _storage_problems(recipe, outline)
     if problems := list(dict.fromkeys(problems)):
         raise PlanError(shortened(problems))
@@ -60,7 +59,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
     savings += shrinking(outline, recipe.containers, own)
     warnings = [f"rule matches no tensor of this model: {rule}" for rule in decided.unused]
     warnings += _warnings(recipe, original, outline, own) + [str(line) for line in savings if line.nothing]
-    warnings += narrow_calibration(recipe) + doubts + [*checkpoint.notes, *_folder_notes(checkpoint, own)]
+    warnings += [*along.lines, *narrow_calibration(recipe), *found.lines, *_folder_notes(checkpoint, own)]
     base = None if recipe.score is None else recipe.score.base
     reference = None if base is None else open_reference(base, original, weights=weights)
     warnings += _compared(recipe, checkpoint, reference)
@@ -76,7 +75,7 @@ def make_plan(recipe: Recipe, *, weights: bool = False, spec: ModelSpec | None =
         source_bytes=sum(stat.st_size for _, stat in files) or 2 * original.parameters,
         own_codec=own,
         stamp=tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)),
-        doubts=tuple(doubts),
+        doubts=tuple(found.lines),
         savings=savings,
         shapes=shapes,
         base=reference,
@@ -94,9 +93,22 @@ def _compared(recipe: Recipe, checkpoint: Checkpoint, reference: Reference | Non
     return ["scores compare with the decoded weights; --base MODEL compares with the model before it was quantized"]
 
 
+def _problems(recipe: Recipe, spec: ModelSpec) -> list[str]:
+    """What is wrong with a recipe for a model, whatever its weights."""
+    return step_problems(recipe) + text_problems(recipe, spec) + stream_problems(recipe, spec)
+
+
+def _beside(recipe: Recipe, spec: ModelSpec, checkpoint: Checkpoint) -> tuple[ModelSpec, Surplus, Along]:
+    """The model with what its checkpoint holds beside the decoder, and what becomes of that."""
+    found = surplus(spec, checkpoint) if checkpoint.entries else Surplus()
+    spec = replace(spec, beside=found.beside)
+    return spec, found, going_along(recipe, spec, bool(checkpoint.entries))
+
+
 def _folder_notes(checkpoint: Checkpoint, own: str) -> list[str]:
-    """Lines where config.json names another float type than the tensors have, and where files go into no artifact."""
-    notes = []
+    """What reading it told; lines where config.json names another float type than the tensors have, and where files go into
+    no artifact."""
+    notes = [*checkpoint.notes]
     if (named := named_codec(checkpoint.config) or own) != own:
         notes.append(f"config.json says {named}, the tensors are {own}: floats are stored as {own}")
     if names := left_behind(checkpoint.folder):
@@ -128,7 +140,7 @@ def _storage_problems(recipe: Recipe, outline: Outline) -> list[str]:
     tensors = [t for t, _ in outline.counted]
     for container in sorted(recipe.containers, key=lambda c: c.name):
         try:
-            container.check_plan(outline.spec, tensors)
+            container.check_plan(outline.spec, [t for t in tensors if container.has_place(t.spec)])
         except OutputError as error:
             problems.append(f"{container.name}: {error}")
     return problems

@@ -145,12 +145,18 @@ class Plan:
     @cached_property
     def bytes(self) -> int:
         """Bytes of all tensors in the first container that stores codes, which adds its header and tokenizer."""
-        return sum(count * t.bytes for t, count in self.counted)
+        container = codes_container(self.recipe.containers)
+        return sum(count * t.bytes for t, count in self.counted if container.has_place(t.spec))
 
     @property
     def bits_per_weight(self) -> float:
         """Bits stored for every weight of the original, in the weight files of the container that `bytes` counts."""
-        return 8.0 * (self.bytes + self.beside_tensors) / self.original_parameters
+        return 8.0 * (self.bytes + self.beside_tensors) / self.weights_in(codes_container(self.recipe.containers))
+
+    def weights_in(self, container: Container) -> int:
+        """Weights of the original that a file stands for: all but those beside the decoder that it has no place for."""
+        kept = {t.name for t in self.outline.beside if container.has_place(t.spec)}
+        return self.original_parameters - sum(t.parameters for t in self.original.beside if t.name not in kept)
 
     @cached_property
     def beside_tensors(self) -> int:

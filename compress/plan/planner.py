@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -85,11 +85,11 @@ class Decisions:
             # names as long: what a file's list of tensors takes is the same, too
             kind_of.append(kinds.setdefault((block, alike, len(str(layer))), len(kinds)))
         firsts = [kind_of.index(kind) for kind in kinds.values()]
-        outer, *inside = (
+        outer, beside, *inside = (
             tuple(replace(self._decided(t), spec=t) for t in tensors)
-            for tensors in (self.spec.outer, *map(self.spec.block_tensors, firsts))
+            for tensors in (self.spec.outer, self.spec.beside, *map(self.spec.block_tensors, firsts))
         )
-        return Outline(self.spec, outer, tuple(inside), tuple(kind_of))
+        return Outline(self.spec, outer, tuple(inside), tuple(kind_of), beside)
 
     def _samples(self, layer: int) -> Iterator[TensorSpec]:
         """Tensors of a block, those of one expert for all of them where no rule tells them apart."""
@@ -103,16 +103,23 @@ class Decisions:
             alike = (tensor.layer, tensor.role, tensor.declared.gguf)
             if alike in self._experts:
                 return self._experts[alike]
-        rules = {kind: rule for kind, m in self._matchers.items() if (rule := m.match(tensor)) is not None}
+        matchers = self._matchers_of(tensor)
+        rules = {kind: rule for kind, m in matchers.items() if (rule := m.match(tensor)) is not None}
         codec = rules["quantize"].codec if "quantize" in rules else self._unmatched(tensor)
         ids = tuple(id(rules.get(kind)) for kind in MATCHING)
-        key = (ids, codec, tensor.role, tensor.shape, tensor.declared.gguf, tensor.input is None)
+        key = (ids, codec, tensor.role, tensor.shape, tensor.declared.gguf, tensor.input is None, tensor.beside)
         planned = self._made.get(key)
         if planned is None:
             planned = self._made[key] = self._decide(tensor, codec, rules)
         if alike is not None:
             self._experts[alike] = planned
         return planned
+
+    def _matchers_of(self, tensor: TensorSpec) -> Mapping[str, RuleMatcher]:
+        """The steps whose rules reach a tensor: what has no inputs to be weighed by is rounded at most."""
+        if tensor.carried:
+            return {}
+        return {kind: m for kind, m in self._matchers.items() if kind == "quantize" or not tensor.beside}
 
     def _decide(self, tensor: TensorSpec, codec: str, rules: dict[str, Any]) -> PlannedTensor:
         containers, own = self.planner.containers, self.planner.own

@@ -137,7 +137,7 @@ def planned_tensor(
 ) -> PlannedTensor:
     """What becomes of one tensor, its bytes still to be counted. codec: of its numbers; beside: columns of the tensors whose
     groups have to be as long as its own."""
-    if len(tensor.shape) == 1:
+    if len(tensor.shape) == 1 and not tensor.carried:
         codec = precise_float(containers) or codec
     wanted = None
     lenient = rules.quantize is not None and not rules.quantize[0].strict
@@ -189,6 +189,8 @@ def codes_container(containers: Sequence[Container]) -> Container:
 def packed_bytes(planned: PlannedTensor, containers: Sequence[Container], own: str) -> int:
     """Bytes of one tensor in the first container that stores codes, with everything needed to read it back."""
     container = codes_container(containers)
+    if not container.has_place(planned.spec):
+        container = next((c for c in containers if c.has_place(planned.spec)), container)
     if not container.takes(planned.codec):  # its `check_plan` will say why
         return 0
     return container.tensor_bytes(planned, own)
@@ -243,7 +245,9 @@ def surveys_head(spec: ModelSpec, tensor: TensorSpec, codec: str) -> bool:
 
     Not worth the pass from 8 bits up.
     """
-    return spec.tied and tensor.role == "embeddings" and 8 * stored_bytes(codec, tensor.shape) < 8 * tensor.parameters
+    return (
+        spec.tied and tensor.name == spec.embeddings and 8 * stored_bytes(codec, tensor.shape) < 8 * tensor.parameters
+    )
 
 
 def moments_bytes(spec: ModelSpec, planned: PlannedTensor) -> int:

@@ -44,8 +44,9 @@ ROLES: tuple[str, ...] = (
     "norms",
     "biases",
     "small",
+    "mtp",
 )
-"""Every role a tensor can have."""
+"""Every role that a rule can name."""
 
 GROUPS: tuple[str, ...] = ("attention", "mlp", "routed_experts", "shared_experts")
 """Targets that stand for all roles below them."""
@@ -303,7 +304,7 @@ class RuleMatcher:
 
     def match(self, tensor: TensorSpec) -> Any:
         """The rule that decides about `tensor`, of the kind that was given, or None."""
-        flat = len(tensor.shape) < 2
+        flat = len(tensor.shape) != 2
         key = (tensor.role, tensor.layer, flat)
         candidates = self._cache.get(key)
         if candidates is None:

@@ -27,7 +27,7 @@ def _row(kind: str, plan: Plan) -> dict[str, Any]:
         "type": kind,
         "file": plan.artifact_name(container, plan.recipe.export[0].name),
         "bytes": plan.artifact_bytes[container.name],
-        "bits_per_weight": 8 * plan.file_bytes[container.name] / plan.original_parameters,
+        "bits_per_weight": 8 * plan.file_bytes[container.name] / plan.weights_in(container),
         "share_in_other_codecs": replaced / plan.parameters,
     }
 

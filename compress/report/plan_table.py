@@ -46,7 +46,7 @@ def _header(plan: Plan) -> tuple[RenderableType, ...]:
         if len(spec.sparse_layers) < spec.layers:
             facts.append(f"in {len(spec.sparse_layers)} layers")
     title = Text.assemble((plan.recipe.model, "bold"), "  ·  recipe ", (plan.recipe.name, "bold"))
-    return Prose(title), Prose(f"{spec.family.hf_architecture} ({spec.model_type}), {', '.join(facts)}")
+    return Prose(title), Prose(f"{spec.architecture} ({spec.model_type}), {', '.join(facts)}")
 
 
 def _exchange_lines(plan: Plan) -> Iterator[RenderableType]:
@@ -146,7 +146,7 @@ def _artifact(plan: Plan, container: Container) -> Text:
     size = plan.artifact_bytes[container.name]
     share = size / plan.original_bytes
     figures = (
-        f"{human_bytes(size)}, {bits(8 * plan.file_bytes[container.name] / plan.original_parameters)} bits per weight, "
+        f"{human_bytes(size)}, {bits(8 * plan.file_bytes[container.name] / plan.weights_in(container))} bits per weight, "
         f"{percent(share)} of the original (1/{1 / share:.1f})"
     )
     return Text.assemble(f"{container.name}, ", (figures, "bold"), f"; runs in {container.engines}")

@@ -28,7 +28,7 @@ from compress.run.records import tensor_line, tensor_records
 from compress.run.source import working_model
 from compress.run.sublayer import compress_variants
 from compress.run.summary import make_scorecard
-from compress.run.units import Run, head_seen, solve_embeddings, solve_head, surveyed_head
+from compress.run.units import Run, beside_units, head_seen, solve_beside, solve_embeddings, solve_head, surveyed_head
 from compress.scoring.results import Fallback
 from compress.solve.tensor import Solved
 from compress.statistics import Statistics
@@ -123,6 +123,9 @@ def compress_ladder(
     with reporter.stage("head"):
         if "head" not in journal:
             _head(run, rungs)
+    for unit, names in beside_units([rung.plan for rung in rungs]):
+        if unit not in journal:
+            _finish(run, rungs, unit, [solve_beside(replace(run, plan=rung.plan), names) for rung in rungs])
 
 
 def _after(before: int, total: int, progress: Callable[[float], None]) -> Callable[[float], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +16,7 @@ from compress.export.deliver import Delivery, Product, deliver, require_texts
 from compress.files import checksum, locked
 from compress.machine import look
 from compress.machine.measured import Measured
+from compress.models.checkpoint import Checkpoint
 from compress.plan.causes import count_of
 from compress.plan.duration import runs_like, work
 from compress.plan.make import make_plan
@@ -34,9 +35,10 @@ from compress.run.recover import RECOVERED, tunes_end_to_end
 from compress.run.source import open_original
 from compress.run.summary import make_scorecard
 from compress.run.told import Expected, prepare, put, started, told_files
-from compress.run.units import compress_model, load_calibration, read_calibration
+from compress.run.units import compress_model, load_calibration, read_calibration, with_beside
 from compress.streaming.journal import LOCK, Journal, discard
 from compress.streaming.placement import Placement
+from compress.weights import Packed
 
 
 @dataclass(frozen=True)
@@ -175,10 +177,10 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
         with torch.inference_mode():
             if rungs:
                 compress_ladder(rungs, checkpoint, journal, reporter, placement, ids)
-                products = [Product(rung.plan, rung.fetch, rung.name) for rung in rungs]
+                products = [_product(rung.plan, checkpoint, rung.fetch, rung.name) for rung in rungs]
             else:
                 solved = compress_model(plans.lead, checkpoint, journal, reporter, placement, ids)
-                products = [Product(solved, journal.fetch)]
+                products = [_product(solved, checkpoint, journal.fetch)]
             results = deliver(products, checkpoint, output, reporter, placement, result)
     except CompressError:
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
@@ -203,6 +205,10 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
     if whole and not rungs:
         _remember(planned, card, placement)
     return card
+
+
+def _product(plan: Plan, checkpoint: Checkpoint, fetch: Callable[[str], Packed], variant: str | None = None) -> Product:
+    return Product(plan, with_beside(plan, checkpoint, fetch), variant)
 
 
 def _require_passed(card: Scorecard, output: Path) -> None:

@@ -3,7 +3,7 @@ in the journal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+BESIDE_PARAMETERS = 1 << 26  # of what stands beside the decoder, in a unit at most, but for single tensors
 SENSITIVITY = "sensitivity"  # the unit that holds what `recover` weighs errors by
 # A tied table is looked up row by row (every column counts the same) and multiplied as the head (columns count as the
 # final hidden states say): the head's gram with this much of its mean on the diagonal stands for both.
@@ -86,6 +87,9 @@ def compress_model(
     with reporter.stage("head"):
         if "head" not in journal:
             _head(run)
+    for unit, names in beside_units([plan]):
+        if unit not in journal:
+            journal.finish(unit, *solve_beside(run, names))
     if tunes_end_to_end(plan) and ids is not None:
         with reporter.stage("recover") as progress:
             if RECOVERED not in journal:
@@ -282,6 +286,45 @@ def _head(run: Run) -> None:
     if streams is not None:  # the original's final states are what the last stage tunes for
         run.journal.release(*([streams.compressed.path] if tunes_end_to_end(run.plan) else streams.paths))
     run.journal.finish("head", packed, report)
+
+
+def beside_units(plans: Sequence[Plan]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Units of the tensors beside the decoder that any plan rounds, each with their names. plans: of one model."""
+    rounded = {t.name for plan in plans for t in plan.outline.beside if t.method is not None}
+    names: list[str] = []
+    size = number = 0
+    for tensor in plans[0].spec.beside:
+        if tensor.name not in rounded:
+            continue
+        if names and size + tensor.parameters > BESIDE_PARAMETERS:
+            yield f"beside-{number:05d}", tuple(names)
+            names, size, number = [], 0, number + 1
+        names.append(tensor.name)
+        size += tensor.parameters
+    if names:
+        yield f"beside-{number:05d}", tuple(names)
+
+
+def solve_beside(run: Run, names: Sequence[str]) -> tuple[dict[str, Packed], dict[str, Any]]:
+    """Those of some tensors beside the decoder that the plan rounds, to nearest: no activations reach them. Packed by name, and
+    the report."""
+    packed: dict[str, Packed] = {}
+    report: dict[str, Any] = {"solved": []}
+    for planned in (run.plan.by_name[name] for name in names):
+        if planned.method is not None:
+            packed[planned.name], told = _alone(run, planned)
+            report["solved"] += told["solved"]
+    return packed, report
+
+
+def with_beside(plan: Plan, checkpoint: Checkpoint, fetch: Callable[[str], Packed]) -> Callable[[str], Packed]:
+    """A function that gives all that ships by name: what `fetch` has of the decoder, and what goes along as the checkpoint has it."""
+    as_it_is = {t.name: t for t in plan.outline.beside if t.method is None}
+
+    def found(name: str) -> Packed:
+        return as_stored(as_it_is[name], checkpoint.load(name)) if name in as_it_is else fetch(name)
+
+    return found
 
 
 def head_seen(run: Run, streams: Streams, norm: Packed) -> Statistics:

@@ -30,6 +30,7 @@ from compress.errors import CheckpointError, OutputError
 from compress.models.checkpoint import Entry, read_header
 from compress.models.layers.moe import MoE
 from compress.models.spec import load_spec
+from compress.models.wrappers import WRAPPERS
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,11 @@ class CompressQuantizer(HfQuantizer):
         entries: dict[str, Entry] = {}
         for file in checkpoint_files:
             entries.update(read_header(Path(file)))
-        replace_modules(model, read_rules(self.quantization_config.to_dict()), self.quantization_config.parts, entries)
+        rules = read_rules(self.quantization_config.to_dict())
+        if (body := language_body(model, rules)) is not None:
+            rules = {alone(name, body): setting for name, setting in rules.items()}
+            entries = {alone(name, body): entry for name, entry in entries.items()}
+        replace_modules(model, rules, self.quantization_config.parts, entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from compress.runtime.experts import PackedExperts
@@ -152,6 +157,20 @@ def register() -> None:
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(CompressConfig)
         auto.register_quantizer(METHOD)(CompressQuantizer)
+
+
+def language_body(model: PreTrainedModel, rules: Rules) -> str | None:
+    """What names begin with in the folder of a multimodal model that a class of the language model alone loads, None for all
+    else."""
+    bodies = {wrapper.body for wrapper in WRAPPERS.values()}
+    found = next((body for body in bodies if any(name.startswith(body) for name in rules)), None)
+    alone_loaded = found is not None and not any(f"{name}." == found for name, _ in model.named_modules())
+    return found if alone_loaded else None
+
+
+def alone(name: str, body: str) -> str:
+    """A tensor's or module's name as the language model alone has it. body: what it begins with in the folder."""
+    return "model." + name.removeprefix(body) if name.startswith(body) else name
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------

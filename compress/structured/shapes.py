@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from compress.models.layers.moe import MoE
-from compress.models.spec import ModelSpec, load_spec
+from compress.models.spec import ModelSpec
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
 
 MULTIPLE_AT_MOST = 256  # no format here has longer blocks
@@ -131,7 +131,7 @@ def reduced(spec: ModelSpec, reduction: Reduction) -> ModelSpec:
         config["moe_intermediate_size"] = reduction.moe_intermediate
     if reduction.shared_intermediate != spec.shared_intermediate_size:
         config[spec.family.shared_key] = reduction.shared_intermediate
-    return load_spec(config)
+    return spec.like(config)
 
 
 def reduction_problems(

@@ -26,7 +26,7 @@ from compress.models.gguf.header import read_header
 from compress.models.gguf.source import model_name
 from compress.models.gguf.tokenizer import tokenizer_files
 from compress.models.locate import PACKAGED, Packaged, model_location
-from compress.models.surplus import surplus
+from compress.models.surplus import Surplus, surplus
 from compress.plan import make_plan
 from compress.recipe.schema import Recipe
 from compress.report.progress import Reporter
@@ -107,7 +107,7 @@ def test_the_model_comes_back(family: str, config: dict[str, Any], tmp_path: Pat
     assert spec.model_type == (KIN.get(family, family) if not config.get("sliding_window") else family)
     assert as_computed(spec) == as_computed(wanted) and ropes(spec) == ropes(wanted)
     assert found.config["architectures"] == [spec.family.hf_architecture] and own_codec(spec, found) == kind
-    assert checkpoint_problems(spec, found) == [] and surplus(spec, found) == ([], []) and found.notes == ()
+    assert checkpoint_problems(spec, found) == [] and surplus(spec, found) == Surplus() and found.notes == ()
     for tensor in wanted.tensors():
         theirs, ours = original.load(tensor.name), found.load(tensor.name)
         if ours.dtype == torch.float16:

@@ -144,12 +144,13 @@ def entries_of(spec: ModelSpec, header: Header) -> dict[str, Decoded]:
     Raises CheckpointError for the first that is missing or of another shape than the model has it.
     """
     first, found = header.files[0], {}
-    for tensor in spec.tensors():
+    stored_here = [tensor for tensor in spec.tensors() if tensor.gguf]
+    for tensor in stored_here:
         parts = []
         for piece in tensor.pieces:
             stored = header.tensors.get(piece.name)
             if stored is None:
-                missing = {p.name for t in spec.tensors() for p in t.pieces} - set(header.tensors)
+                missing = {p.name for t in stored_here for p in t.pieces} - set(header.tensors)
                 raise CheckpointError(f"{first} lacks {piece.name} (and {len(missing) - 1} more tensors)")
             parts.append(_part(spec, tensor, piece, stored))
         types = [part.stored.type for part in parts]
@@ -181,7 +182,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def unclaimed(spec: ModelSpec, header: Header) -> Mapping[str, Path]:
     """Tensors that are no part of the model, and their files. llama.cpp reads frequencies of rotary positions from one."""
-    claimed = {piece.name for tensor in spec.tensors() for piece in tensor.pieces}
+    claimed = {piece.name for tensor in spec.tensors() if tensor.gguf for piece in tensor.pieces}
     return {name: t.file for name, t in header.tensors.items() if name not in claimed and name not in ROPE_FACTORS}
 
 

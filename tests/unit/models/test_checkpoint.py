@@ -233,12 +233,12 @@ def test_tensors_under_other_names(single: Path, monkeypatch: pytest.MonkeyPatch
     checkpoint = Checkpoint.open(single)
     assert torch.equal(checkpoint.load(up), weights[theirs])
     model = spec.load_spec(checkpoint.config)
-    assert checkpoint_problems(model, checkpoint) == [] == surplus(model, checkpoint)[0]
+    assert checkpoint_problems(model, checkpoint) == [] == surplus(model, checkpoint).problems
     save_file({**weights, theirs: weights[theirs][1:].clone()}, single / SINGLE)
     (problem,) = checkpoint_problems(model, Checkpoint.open(single))
     assert problem == f"{up} is [95, 48] in the checkpoint, config.json implies [96, 48]"
     save_file({**weights, up: weights[theirs].clone()}, single / SINGLE)
-    assert any(theirs in line for line in surplus(model, Checkpoint.open(single))[0])
+    assert any(theirs in line for line in surplus(model, Checkpoint.open(single)).problems)
 
 
 def test_absent_tensor(single: Path) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from compress.models import load_spec
 from compress.models.checkpoint import SINGLE, Checkpoint
-from compress.models.surplus import surplus
-from tests.tiny import tiny_model
+from compress.models.surplus import Surplus, surplus
+from tests.tiny import tiny_model, with_tensors
 
 SMALL = {"vocab_size": 300, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "tokenizer": False}
 ONES = torch.ones(48)
@@ -25,14 +25,16 @@ def _found(folder: Path, extra: dict[str, torch.Tensor], **config: Any) -> tuple
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     checkpoint = Checkpoint.open(folder)
-    return surplus(load_spec(checkpoint.config), checkpoint)
+    found = surplus(load_spec(checkpoint.config), checkpoint)
+    assert not found.beside
+    return found.problems, found.lines
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next", "deepseek_v3"])
 def test_a_stock_checkpoint_holds_nothing_unasked(family: str, tmp_path: Path) -> None:
     folder = tiny_model(family, tmp_path, tokenizer=False)
     checkpoint = Checkpoint.open(folder)
-    assert surplus(load_spec(checkpoint.config), checkpoint) == ([], [])
+    assert surplus(load_spec(checkpoint.config), checkpoint) == Surplus()
 
 
 @pytest.mark.parametrize(
@@ -73,15 +75,38 @@ def test_layers_beyond_the_config_are_refused(layer: int, tmp_path: Path) -> Non
     [
         ("score.weight", {}),
         ("v_head.summary.weight", {}),
-        ("mtp.layers.0.mlp.gate_proj.weight", {}),
+        ("mtp.blk.2.attn_q.weight", {}),
         ("visual.blocks.0.attn.qkv.weight", {}),
-        ("model.layers.2.eh_proj.weight", {"num_nextn_predict_layers": 1}),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", {}),
     ],
 )
 def test_what_stands_beside_the_model_is_named(name: str, config: dict[str, int], tmp_path: Path) -> None:
     problems, left_out = _found(tiny_model("llama", tmp_path, **SMALL), {name: ONES}, **config)
     assert not problems and len(left_out) == 1 and name in left_out[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "role", "config"),
+    [
+        ("mtp.layers.0.mlp.gate_proj.weight", (8, 48), "mtp", {}),
+        ("mtp.layers.0.mlp.gate.weight", (4, 48), "router", {}),
+        ("mtp.layers.0.mlp.shared_expert_gate.weight", (1, 48), "router", {}),
+        ("mtp.layers.0.mlp.experts.gate_up_proj", (2, 8, 48), "mtp", {}),
+        ("mtp.pre_fc_norm_hidden.weight", (48,), "norms", {}),
+        ("model.layers.2.eh_proj.weight", (48, 96), "mtp", {"num_nextn_predict_layers": 1}),
+        ("model.layers.2.embed_tokens.weight", (300, 48), "embeddings", {"num_nextn_predict_layers": 1}),
+        ("model.layers.2.shared_head.head.weight", (300, 48), "lm_head", {"num_nextn_predict_layers": 1}),
+        ("model.layers.2.mlp.gate.e_score_correction_bias", (4,), "biases", {"num_nextn_predict_layers": 1}),
+    ],
+)
+def test_draft_layers_go_along(
+    name: str, shape: tuple[int, ...], role: str, config: dict[str, int], tmp_path: Path
+) -> None:
+    folder = with_tensors(tiny_model("llama", tmp_path, **SMALL), {name: torch.ones(shape)})
+    checkpoint = Checkpoint.open(folder)
+    found = surplus(load_spec({**checkpoint.config, **config}), checkpoint)
+    assert not found.problems and not found.lines
+    assert [(t.name, t.shape, t.role, t.beside) for t in found.beside] == [(name, shape, role, "MTP")]
 
 
 def test_tied_embeddings_and_a_head(tmp_path: Path) -> None:
