@@ -58,6 +58,11 @@ class OpenedModel:
         return sum(file.stat().st_size for file in self.files)
 
     @property
+    def stays_quantized(self) -> bool:
+        """Whether it is a folder that transformers would compute with as it is stored."""
+        return _quantized(self.folder)
+
+    @property
     def bytes(self) -> int:
         """Of all files that are needed to run it: the weights and, in a folder, what lies beside them."""
         return self.weight_bytes + (companion_bytes(self.folder) if self.files[0].parent == self.folder else 0)
@@ -187,12 +192,16 @@ def remembered(source: StreamedSource, weights: Sequence[Path], folder: Path) ->
     return Remembered(source, f"{fingerprint(deciding_files(weights, folder))} {source.placement.device}")
 
 
+def _quantized(folder: Path) -> bool:
+    return is_quantized(read_json(folder / "config.json"))
+
+
 def continues(folder: Path, files: Sequence[Path], parameters: int) -> Callable[[], Generates] | None:
     """What continues text for a dense model: the engine of the file that it lies in, transformers for a folder. None where
     that is not installed, the model is too large to be held whole, or transformers would leave it quantized."""
     container = file_container(str(files[0]))
     if container is None or container.engine is None:
-        return None if is_quantized(read_json(folder / "config.json")) else whole_model(folder, parameters)
+        return None if _quantized(folder) else whole_model(folder, parameters)
     engine = container.engine
     if why_not(engine, parameters) is not None:
         return None

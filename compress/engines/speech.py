@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -139,7 +139,12 @@ def open_speaker(target: str, context: int) -> Iterator[Speaker]:
     if whole is not None:
         yield _folder(opened, tokenizer, cast(Speaks, whole()))
         return
-    with artifact_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks) as source:
+    if opened.container.original and opened.stays_quantized:
+        decoded = StreamedSource(opened.spec, opened.load, "decoded weights")
+        running: AbstractContextManager[LogitSource] = nullcontext(decoded)
+    else:
+        running = artifact_source(opened.container, opened.files, opened.spec, opened.parameters, fallbacks)
+    with running as source:
         notes = [f"{line.wanted} -> {line.used} ({line.reason})" for line in fallbacks]
         if isinstance(source, StreamedSource):
             ends = frozenset(i for i in (tokenizer.eos_token_id, *_ends(opened.folder)) if i is not None)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.engines.open import open_model
+from compress.engines.speech import open_speaker
 from compress.engines.streamed import StreamedSource
 from compress.errors import PlanError, UnsupportedModel
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_codec
@@ -123,6 +124,11 @@ def test_dense_results_say_nothing_of_the_source(moe: Path, tmp_path: Path) -> N
     for name, values in found.items():
         assert values.dtype == torch.bfloat16 and torch.equal(values, original.load(name).bfloat16()), name
     assert not any(name.endswith("_scale_inv") for name in found)
+
+
+def test_a_model_that_only_decodes_is_talked_to_by_its_decoded_weights(moe: Path) -> None:
+    with open_speaker(str(moe), 64) as speaker:
+        assert any("decoded weights, no cache" in note for note in speaker.notes)
 
 
 def test_experts_that_are_stacked_are_read_one_by_one(tmp_path: Path) -> None:

@@ -116,6 +116,17 @@ def test_mxfp4_as_transformers_decodes_it(tmp_path: Path) -> None:
     assert len(each) == 3 and torch.equal(torch.stack(each), found)
 
 
+def test_mxfp4_is_stored_as_mxfp4_without_loss() -> None:
+    """In another file format: what was four bits stays these four bits."""
+    from compress.codecs import block_codec
+    from compress.models.sources.mxfp4 import _decode
+
+    values = _decode({"values": octets(64, 4, 16), "scales": powers(64, 4)}).T.contiguous()
+    codec = block_codec("mxfp4", 128)
+    grid, target = codec.rounding(values, torch.ones(128))
+    assert torch.equal(codec.decode(codec.round(target), grid), values)
+
+
 # -- GPTQ --------------------------------------------------------------------------------------------------------------
 def packed(codes: np.ndarray, bits: int) -> Tensor:
     """Codes [n, m] as the bits of one long number a column, lowest first, cut into words: int32 [ceil(n * bits / 32), m]."""
