@@ -158,6 +158,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 32}),
     "hunyuan_v1_moe": ("HunYuanMoEV1", {"head_dim": 32, "num_experts": 6, "moe_topk": 3, "intermediate_size": 32}),
+    "llama4_text": (
+        "Llama4",
+        {
+            "num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size": 32,
+            "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2, "attention_chunk_size": 11, "floor_scale": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {
@@ -170,6 +178,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+FOR_LLAMA_CPP: dict[str, dict[str, Any]] = {"llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192}}
+"""What llama.cpp's architectures have fixed, where the tiny models have something shorter."""
 EVERY_RECIPE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral")
 OTHER_MIXERS = tuple(family for family in FAMILIES if family not in EVERY_RECIPE)
 """Families that take two recipes: other token mixers, and what differs from those in a table alone. Every recipe on each would

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from compress.containers import CONTAINERS, Options, WriteRequest
 from compress.models import ModelSpec, TensorSpec, load_spec
 from compress.streaming.activations import Activations
 from compress.structured import options as declared
@@ -26,6 +26,7 @@ from compress.structured.options import StructureOptions
 from compress.structured.restructure import Restructured, restructure
 from compress.structured.shapes import Cuts, multiple_for, reduction_problems, widths_of
 from tests.contract.blocks import NAMES, SMALL, Families, Weights, logits
+from tests.integration.containers import fetcher, plan
 from tests.tiny import tiny_config
 
 STEPS = {
@@ -89,7 +90,7 @@ def test_what_is_left_is_a_model(families: Families, step: str, family: str, tmp
     """transformers finds every tensor in its place and computes our logits; two runs agree; the ratio is met to a step."""
     from transformers import AutoModelForCausalLM
 
-    spec, wide, _ = families(family)
+    spec, wide, folder = families(family)
     weights = {name: w.float() for name, w in wide.items()}
     result, again = (_carried_out(spec, weights, step, tmp_path / name) for name in ("first", "again"))
     left, view = result.spec, result.view
@@ -99,9 +100,10 @@ def test_what_is_left_is_a_model(families: Families, step: str, family: str, tmp
         assert torch.equal(w, again.view.load(name, weights.__getitem__)), name
 
     small = tmp_path / "small"
-    small.mkdir()
-    (small / "config.json").write_text(json.dumps(dict(left.config)))
-    save_file(tensors, small / "model.safetensors", {"format": "pt"})
+    lines = plan(left)
+    CONTAINERS["safetensors"].write(
+        WriteRequest(small, left, lines, fetcher(tensors, lines), folder, Options(dtype="f32"))
+    )
     assert load_spec(json.loads((small / "config.json").read_text())).tensors() == left.tensors()
     model, found = AutoModelForCausalLM.from_pretrained(
         small, dtype=torch.float32, attn_implementation="eager", output_loading_info=True

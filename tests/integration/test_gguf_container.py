@@ -35,7 +35,7 @@ from tests.integration.containers import (
     token_ids,
     weights_of,
 )
-from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
+from tests.tiny import FAMILIES, FOR_LLAMA_CPP, demo_model, tiny_config, tiny_model
 
 TOLERANCE = 1e-3
 """Largest logit difference, in standard deviations of the logits."""
@@ -98,7 +98,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 NEMOTRON_DENSE = ["linear_attention", "mlp", "full_attention", "mlp"]
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in FAMILIES),
+    *((family, FOR_LLAMA_CPP.get(family, {})) for family in FAMILIES),
     (
         "llama",  # one odd model: no multiple of 32, grouped heads, tied, biases everywhere
         {
@@ -161,6 +161,8 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("dots1", {"num_key_value_heads": 2}, "every head"),
         ("qwen2", {"rope_parameters": LLAMA3}, "llama3"),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "every second layer"),
+        ("llama4_text", {"attention_chunk_size": 8192, "attn_scale": 2.0, "floor_scale": 2}, "8192 tokens by 0.1"),
+        ("llama4_text", {**FOR_LLAMA_CPP["llama4_text"], "use_qk_norm": False}, "norms queries"),
         ("gpt_oss", {"attention_bias": False}, "wants biases"),
         ("nemotron_h", {"time_step_min": 0.5}, "limits of time steps"),
         ("nemotron_h", {"layers_block_type": [*NEMOTRON_DENSE, "moe"]}, "experts in every feed-forward"),

@@ -36,12 +36,12 @@ from compress.text.agreement import problem_of
 from compress.text.probes import TEXTS, probes, prove
 from tests.integration.containers import read_gguf, reference_logits, token_ids
 from tests.integration.test_gguf_container import CASES, NEMOTRON_DENSE, TEXT, _sentencepiece, write
-from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
+from tests.tiny import FAMILIES, FOR_LLAMA_CPP, demo_model, tiny_config, tiny_model
 
 KIN = {"mistral": "llama", "glm4_moe_lite": "deepseek_v3"}
 """What llama.cpp does not tell apart."""
 MODELS: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in FAMILIES),
+    *((family, FOR_LLAMA_CPP.get(family, {})) for family in FAMILIES),
     *(case for case in CASES if len(case[1]) > 4 or "rope_parameters" in case[1]),
     ("mistral", {"sliding_window": 128}),
     ("nemotron_h", {"layers_block_type": NEMOTRON_DENSE, "mlp_bias": True}),

@@ -23,7 +23,7 @@ from compress.solve.tensor import solve_tensor
 from compress.statistics import Moments, blend
 from tests.integration.containers import spec_of
 from tests.integration.runs import SMALL, carry_out, cheap, small
-from tests.tiny import FAMILIES, OTHER_MIXERS, tiny_model
+from tests.tiny import FAMILIES, FOR_LLAMA_CPP, OTHER_MIXERS, tiny_model
 
 WIDE: dict[str, dict[str, Any]] = {
     "qwen3_next": {"linear_value_head_dim": 32, "linear_key_head_dim": 32, "shared_expert_intermediate_size": 256},
@@ -61,6 +61,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "minimax_m2": {"intermediate_size": 256},
     "olmoe": {"intermediate_size": 256},
     "gpt_oss": {"intermediate_size": 256},
+    "llama4_text": {"intermediate_size": 256, "intermediate_size_mlp": 256, **FOR_LLAMA_CPP["llama4_text"]},
     "phi3": {"intermediate_size": 256},
     **{name: {"intermediate_size": 256} for name in ("smollm3", "seed_oss", "ministral3", "ernie4_5")},
     **{name: {"intermediate_size": 256} for name in ("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_v1_moe")},
@@ -70,7 +71,7 @@ WIDE: dict[str, dict[str, Any]] = {
 """Widths that blocks of 256 and groups of 128 divide."""
 KINDS: dict[str, dict[str, Any]] = {
     **{family: {"full_attention_interval": 2} for family in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")},
-    "smollm3": {"num_hidden_layers": 4},
+    **{family: {"num_hidden_layers": 4} for family in ("smollm3", "llama4_text")},
     **{family: {"layer_types": ["conv", "full_attention"]} for family in ("lfm2", "lfm2_moe")},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
 }

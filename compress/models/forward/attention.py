@@ -32,17 +32,20 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
 
     def heads(x: Tensor, leaf: str) -> Tensor:
         def normed(x: Tensor) -> Tensor:
+            if layer.qk_norm == "bare":
+                return rms_norm(x, x.new_ones(()), layer.eps)
             return rms_norm(x, weights.shifted(f"{layer.prefix}{leaf}.weight", layer.norm_shift), layer.eps)
 
         if layer.qk_norm == "heads":
             x = normed(x)
         x = x.view(*x.shape[:2], -1, layer.head_dim)
-        if layer.qk_norm == "head" and not layer.norm_after_rope:
+        each = layer.qk_norm in ("head", "bare")
+        if each and not layer.norm_after_rope:
             x = normed(x)
         x = x.transpose(1, 2)
         if turn is not None:
             x = rotate(x, *turn, interleaved=layer.interleaved)
-        return normed(x) if layer.qk_norm == "head" and layer.norm_after_rope else x
+        return normed(x) if each and layer.norm_after_rope else x
 
     q, k = (heads(part, leaf) for part, leaf in zip((q, k), layer.norms, strict=True))
     if layer.temperature is not None:

@@ -10,7 +10,7 @@ from compress.models.layers.base import Axis, GgufValue, Input, Past, Sublayer, 
 from compress.models.layers.rope import Rope
 from compress.models.layers.views import PairedHalves, Piece
 
-QkNorm = Literal["", "head", "heads"]
+QkNorm = Literal["", "head", "heads", "bare"]
 NORMED_TOGETHER = "queries and keys are normed over all heads at once"
 """Why heads of a family with norms on all of them cannot be pruned: what stays would be divided by something else."""
 
@@ -28,7 +28,8 @@ class Temperature:
 class Attention(Sublayer):
     """Grouped-query attention, causal, with rotary positions.
 
-    rope: None for none. qk_norm: RMSNorm on queries and keys, on each "head" with the same weights or on all "heads" at once;
+    rope: None for none. qk_norm: RMSNorm on queries and keys, on each "head" with the same weights, on each without ("bare") or on all "heads"
+    at once;
     norm_after_rope: it comes behind the positions; bias: on q, k and v; output_bias: on o; gate: q_proj gives
     [query | gate] a head, and o_proj reads the heads times sigmoid(gate); window: tokens that a token sees, None for all;
     chunk: a token sees the tokens of its own run of so many, None for all; scale: of the scores, None for 1 / sqrt(head_dim);
@@ -95,7 +96,7 @@ class Attention(Sublayer):
             self.prefix + self.leaves[3], h, self.heads * hd, "attention.o", "attn_output", "attention.out", self.output_bias,
             writes=True, alone=True, axes=(None, axis), values=-1 if turned else None,
         )  # fmt: skip
-        if self.qk_norm:
+        if self.qk_norm in ("head", "heads"):
             over = {"head": (1, 1), "heads": (self.heads, self.kv_heads)}[self.qk_norm]
             for leaf, name, count in zip("qk", self.norms, over, strict=True):
                 gguf, shift = f"attn_{leaf}_norm.weight", self.norm_shift
@@ -129,7 +130,8 @@ class Attention(Sublayer):
         )  # fmt: skip
 
     def past(self) -> Past:
-        return Past(token=2 * self.kv_heads * self.head_dim, row=self.head_dim, window=self.window)
+        seen = min((size for size in (self.window, self.chunk) if size is not None), default=None)
+        return Past(token=2 * self.kv_heads * self.head_dim, row=self.head_dim, window=seen)
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:
         return {
