@@ -175,6 +175,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "deepseek_v32": (
+        "DeepseekV32",
+        {
+            **_LATENT, **_EXPERTS, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "index_topk": 64, "index_head_dim": 64,
+            "index_n_heads": 3,
+        },
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsa",
+        {**_LATENT, **_EXPERTS, "q_lora_rank": 24, "index_topk": 64, "index_head_dim": 64, "index_n_heads": 3},
+    ),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class Host:
 
     name: of the engine; cache: codecs that its cache of keys and values may have, what it takes by itself first; slides: drops
     what lies behind a sliding window, None where GGUF's architecture decides; ahead: tokens that it has room for beyond the
-    window; layers: may put some layers, or their experts, on a GPU and compute the others on the CPU;
+    window; expands: keeps keys and values where it could keep a latent, if it knows no better; layers: may put some layers, or their experts, on a GPU and compute the others on the CPU;
     gpu: runs on GPUs alone; batch: tokens that it computes at once while it reads a prompt; process: bytes that it takes by
     itself; spare: bytes of a GPU that it leaves free; share: of a GPU's memory that it takes at most. start, context_flag,
     cache_flag: what to type, with `{file}`, `{tokens}` and `{codec}`; "" where there is no such command or choice.
@@ -32,6 +32,7 @@ class Host:
     cache: tuple[str, ...] = ("f16",)
     slides: bool | None = False
     ahead: int = 0
+    expands: bool = False
     layers: bool = False
     gpu: bool = False
     batch: int = 512
@@ -55,7 +56,8 @@ class Host:
     def past_bytes(self, past: Past, tokens: int, codec: str) -> int:
         """Bytes of what it keeps of one sub-layer's past after so many tokens. codec: of keys and values."""
         tokens = self.seen(past.window, tokens)
-        return 4 * past.state + (tokens * stored_bytes(codec, (1, past.token)) if past.token else 0)
+        values = past.expanded if self.expands and past.expanded else past.token
+        return 4 * past.state + (tokens * stored_bytes(codec, (1, values)) if values else 0)
 
     def keeps(self, past: Past, codec: str) -> bool:
         """Whether its cache of a sub-layer can have a codec: its blocks divide what lies together."""
@@ -85,6 +87,6 @@ VLLM = Host(
     context_flag="--max-model-len {tokens}",
 )
 """It takes 0.9 of a GPU by itself (--gpu-memory-utilization) and reads 2,048 tokens at once (--max-num-batched-tokens)."""
-WHOLE = Host("transformers", slides=True)
+WHOLE = Host("transformers", slides=True, expands=True)
 """It keeps keys and values as the model computes them, in 16-bit floats; a prompt, which it reads at once, is counted as one of
 512 tokens."""

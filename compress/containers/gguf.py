@@ -24,6 +24,7 @@ from compress.models.gguf.header import read_set, shards
 from compress.models.gguf.keys import architecture_keys
 from compress.models.gguf.tensors import entries_of, piece_shape, unclaimed
 from compress.models.layers.rope import Rope
+from compress.models.layers.sparse_latent_attention import SparseLatentAttention
 from compress.models.layers.views import Piece
 from compress.models.spec import ModelSpec, TensorSpec
 from compress.reading import shown
@@ -106,6 +107,11 @@ def caveats(spec: ModelSpec) -> list[str]:
         )
     if any(rope.type == "dynamic" for rope in _ropes(spec)):
         lines.append(f"llama.cpp ignores dynamic rope scaling: texts over {spec.max_positions} tokens differ")
+    if tops := {s.top for block in spec.blocks for s in block if isinstance(s, SparseLatentAttention)}:
+        lines.append(
+            f"llama.cpp keeps an indexer's keys in half precision: in texts over {min(tops)} tokens, near ties choose other "
+            "tokens than the original"
+        )
     for rope in _ropes(spec):
         if rope.type == "yarn" and rope.parameters.get("truncate", True) is False:
             lines.append(

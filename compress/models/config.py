@@ -432,9 +432,23 @@ class Grouped(Routed):
             yield f"num_experts_per_tok: the {self.topk_group} groups of topk_group have {within} experts, not {self.num_experts_per_tok}"
 
 
-def one_a_layer(kinds: list[Any] | None, layers: int) -> Iterator[str]:
+class Listed(Grouped):
+    """A list may say which layers have experts, in place of first_k_dense_replace."""
+
+    mlp_layer_types: list[Literal["dense", "sparse"]] | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        kinds = self.mlp_layer_types
+        return bool(self.experts) and kinds[layer] == "sparse" if kinds else super().is_sparse(layer)
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        yield from one_a_layer(self.mlp_layer_types or None, self.layers, "mlp_layer_types")
+
+
+def one_a_layer(kinds: list[Any] | None, layers: int, key: str = "layer_types") -> Iterator[str]:
     if kinds is not None and len(kinds) != layers:
-        yield f"layer_types: a list of {len(kinds)} for the {layers} layers of num_hidden_layers"
+        yield f"{key}: a list of {len(kinds)} for the {layers} layers of num_hidden_layers"
 
 
 @cache

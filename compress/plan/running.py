@@ -53,10 +53,12 @@ class Running:
 
     def computing(self, tokens: int) -> int:
         """About the bytes of activations while a batch of a prompt is read, the last of so many tokens: a layer's, and logits
-        or the attention's masks in 16 bits, one for every kind of window."""
+        or the attention's masks in 16 bits, one for every kind of window; where tokens are scored first, a float of each and
+        another mask."""
         windows = {past.window for past, _ in self.pasts if past.token}
         masks = sum(self.host.seen(window, tokens) for window in windows) if None in windows else tokens
-        return self.host.batch * (max(4 * self.vocabulary, 2 * masks) + 4 * self.inside)
+        scores = 6 * tokens if any(past.scored for past, _ in self.pasts) else 0
+        return self.host.batch * (max(4 * self.vocabulary, 2 * masks + scores) + 4 * self.inside)
 
     def needed(self, tokens: int, codec: str) -> int:
         """Bytes of all that is held with a context of so many tokens."""

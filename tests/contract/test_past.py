@@ -86,7 +86,7 @@ def test_llama_cpp_allocates_what_was_counted(families: Families, said: Any, tmp
 def values(cache: Any) -> tuple[int, int]:
     """Numbers in the tensors of a cache: keys and values, and states."""
     found = [(name, held) for layer in cache.layers for name, held in vars(layer).items()]
-    tokens = sum(held.numel() for name, held in found if name in ("keys", "values"))
+    tokens = sum(held.numel() for name, held in found if name in ("keys", "values", "indexer_keys"))
     states = [held for name, held in found if name in ("conv_states", "recurrent_states")]
     return tokens, sum(state.numel() for held in states for state in held.values() if state is not None)
 

@@ -56,6 +56,8 @@ WIDE: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 32,
         "intermediate_size": 256,
     },
+    "deepseek_v32": {"kv_lora_rank": 128, "q_lora_rank": 128, "v_head_dim": 32, "qk_rope_head_dim": 32},
+    "glm_moe_dsa": {"kv_lora_rank": 128, "q_lora_rank": 128, "v_head_dim": 32, "qk_rope_head_dim": 32},
     "glm4_moe": {"intermediate_size": 256},
     "dots1": {"head_dim": 32, "intermediate_size": 256},
     "minimax_m2": {"intermediate_size": 256},

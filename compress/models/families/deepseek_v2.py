@@ -52,9 +52,9 @@ class DeepseekV2Config(LatentConfig):
         return self.topk_method == "group_limited_greedy"
 
 
-def mixer(c: LatentConfig, module: str) -> Sublayer:
-    """Latent attention; module: the dotted class, its last word left open."""
-    return LatentAttention(
+def mixer(c: LatentConfig, module: str, kind: type[LatentAttention] = LatentAttention, **options: Any) -> Sublayer:
+    """Latent attention; module: the dotted class, its last word left open; options: more fields of `kind`."""
+    return kind(
         c.hidden,
         *MIXER,
         config=c.text,
@@ -70,6 +70,7 @@ def mixer(c: LatentConfig, module: str) -> Sublayer:
         eps=c.eps,
         rope=c.rope(c.qk_rope_head_dim),
         bias=c.attention_bias,
+        **options,
     )
 
 
@@ -144,6 +145,8 @@ def gguf_problems(c: LatentConfig) -> list[str]:
         problems.append("llama.cpp ranks groups of experts by their two best, this model by its best one")
     if c.q_lora_rank and c.layers in UNREAD_Q_RANK:
         problems.append(f"llama.cpp takes models of {c.layers} layers for DeepSeek-V2-Lite, without latent queries")
+    if not all(map(c.is_sparse, range(c.leading, c.layers))):
+        problems.append("llama.cpp's deepseek2 wants all dense layers in front of those with experts")
     if not c.n_shared_experts:
         problems.append("llama.cpp's deepseek2 wants shared experts")
     if not c.rope_interleave:

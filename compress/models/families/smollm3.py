@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from compress.limits import LAYERS
-from compress.models.config import EvenHeads, Positive, Windows
+from compress.models.config import EvenHeads, Positive, Windows, one_a_layer
 from compress.models.gguf.keys import Metadata
 from compress.models.layers.compose import attention, mlp
 from compress.models.spec import Block, Family, Gguf
@@ -43,10 +43,7 @@ class SmolLM3Config(Windows, EvenHeads):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.layers:
-            yield (
-                f"no_rope_layers: a list of {len(self.no_rope_layers)} for the {self.layers} layers of num_hidden_layers"
-            )
+        yield from one_a_layer(self.no_rope_layers, self.layers, "no_rope_layers")
 
 
 def block(c: SmolLM3Config, layer: int) -> Block:

@@ -34,9 +34,10 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     kwargs: dict[str, Any] = {}
     if layer.rotary:
         positions = torch.arange(x.shape[1], device=x.device)[None]
+        seen = positions <= positions.T if layer.masked else None
         kwargs = {
             "position_embeddings": _rotary(layer.rotary, layer.config, x.device)(x, positions),
-            "attention_mask": None,
+            "attention_mask": None if seen is None else seen[None, None].expand(len(x), 1, -1, -1),
         }
     try:
         with ExitStack() as hooks:

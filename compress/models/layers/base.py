@@ -117,13 +117,16 @@ class Past:
 
     token: values of every token: keys and values of all heads, or the latent that they are made of; row: channels that lie
     together, which the blocks of a quantized cache must divide; window: tokens that are looked back at, None for all; state:
-    float32 values that stand for all tokens, whatever their number.
+    float32 values that stand for all tokens, whatever their number; expanded: values of every token where keys and values are
+    kept that others make anew of a latent, 0 where nobody does; scored: every token is scored before any are read.
     """
 
     token: int = 0
     row: int = 0
     window: int | None = None
     state: int = 0
+    expanded: int = 0
+    scored: bool = False
 
 
 GgufValue = int | float | bool | str | tuple[int, ...] | tuple[bool, ...]

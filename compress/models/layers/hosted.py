@@ -14,13 +14,15 @@ class Hosted(Sublayer):
     """A sub-layer that is a table beside a module of transformers.
 
     config: config.json as JSON, from which the module is built; module: its class, dotted; prefix: of its tensors in the
-    block; rotary: the class that gives it positions, "" for none. `linears` names the inputs of its submodules.
+    block; rotary: the class that gives it positions, "" for none; masked: it wants to be told which tokens see which. `linears`
+    names the inputs of its submodules.
     """
 
     config: str
     module: str
     prefix: str
     rotary: str = ""
+    masked: bool = False
     half: ClassVar[str] = "attention"
     forward: ClassVar[str] = "hosted"
 

@@ -70,6 +70,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 2, "moe_num_shared_experts": 0}),
     "hunyuan_v1_dense, alpha": ("hunyuan_v1_dense", {**_rope("dynamic", alpha=50.0, factor=1.0), "attention_bias": True}),
     "hunyuan_v1_moe, alpha, lists": ("hunyuan_v1_moe", {**_rope("dynamic", alpha=1000.0, factor=1.0), "moe_topk": [2, 2]}),
+    "deepseek_v32, few tokens chosen": ("deepseek_v32", {"index_topk": 8, "rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4, "mscale": 1.0,
+        "mscale_all_dim": 1.0}}),
+    "glm_moe_dsa, few tokens chosen": ("glm_moe_dsa", {"index_topk": 8, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
     "qwen2, yarn": ("qwen2", {"rope_parameters": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
     "qwen3, yarn with its own attention factor": ("qwen3", {"rope_parameters": {
@@ -431,6 +435,13 @@ def test_unknown_architecture_lists_what_is_supported() -> None:
         load_spec({"model_type": "qwen33"})
     assert "qwen3" in str(error.value) and all(name in str(error.value) for name in known_families())
     assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_layers_that_share_what_an_indexer_chose_are_refused() -> None:
+    config = tiny_config("glm_moe_dsa")
+    for said in ({"indexer_types": ["full", "shared", "full"]}, {"indexer_types": None, "index_topk_freq": 4}):
+        with pytest.raises(UnsupportedModel, match="indexer_types"):
+            load_spec({**config, **said})
 
 
 def test_a_model_type_may_be_another_under_its_own_name() -> None:

@@ -104,7 +104,8 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
 VALUES, BOTH = {"attention.out": ("o_proj",)}, {"attention.out": ("o_proj",), "ffn.act": ("down_proj",)}
 BARE = {"attention.in": ("q_proj", "k_proj", "v_proj"), "ffn.in": ("gate_proj", "up_proj")}
 UNFOLDED = {
-    "deepseek_v2": VALUES, "deepseek_v3": VALUES, "glm4_moe_lite": VALUES, "phi3": BOTH,
+    "deepseek_v2": VALUES, "deepseek_v3": VALUES, "deepseek_v32": VALUES, "glm4_moe_lite": VALUES,
+    "glm_moe_dsa": VALUES, "phi3": BOTH,
     "nemotron_h": {"ffn.act": ("down_proj",)}, "olmo2": BARE, "olmo3": BARE,
 }  # fmt: skip
 """Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates, or are
