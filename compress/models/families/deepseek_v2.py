@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from compress.models.config import Experts, Grouped, Shared, Width
+from compress.models.config import Experts, Shared, Width
 from compress.models.gguf.keys import Metadata
+from compress.models.grouped import Grouped
 from compress.models.layers.base import Sublayer
 from compress.models.layers.compose import FEED_FORWARD, MIXER, mlp, moe
 from compress.models.layers.latent_attention import LatentAttention, latent_scaling_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.models.config import Chosen, Experts, Grouped, Groups, Layers, Positive, Shared, Width
+from compress.models.config import Chosen, Experts, Layers, Positive, Shared, Width
 from compress.models.families.deepseek_v2 import (
     CHANNELS,
     HEADS,
@@ -14,6 +14,7 @@ from compress.models.families.deepseek_v2 import (
     mixer,
     read_gguf,
 )
+from compress.models.grouped import Grouped, Groups
 from compress.models.layers.moe import Router
 from compress.models.spec import Block, Family, Gguf
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
-from compress.models.config import Heads, Listed, Positions, Width
+from compress.models.config import Heads, Positions, Width
 from compress.models.families.deepseek_v2 import CHANNELS, HEADS, LatentConfig, feed_forward, gguf_problems, mixer
 from compress.models.families.deepseek_v3 import GGUF, DeepseekV3Config, router
+from compress.models.grouped import Listed
 from compress.models.layers.base import Sublayer
 from compress.models.layers.sparse_latent_attention import SparseLatentAttention
 from compress.models.spec import Block, Family

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from compress.models.config import Channels, EvenHeads, Experts, Grouped, Shared, Width, Windows
+from compress.models.config import Channels, EvenHeads, Experts, Shared, Width, Windows
 from compress.models.families.deepseek_v2 import CHANNELS, feed_forward, gguf_keys, read_groups
 from compress.models.families.deepseek_v3 import router
 from compress.models.gguf.keys import Metadata
+from compress.models.grouped import Grouped
 from compress.models.layers.compose import attention
 from compress.models.spec import Block, Family, Gguf
 

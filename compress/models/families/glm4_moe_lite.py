@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compress.models.config import Chosen, Eps, Experts, Layers, Listed, Positive, Shared, Width
+from compress.models.config import Chosen, Eps, Experts, Layers, Positive, Shared, Width
 from compress.models.families.deepseek_v2 import CHANNELS, HEADS, LatentConfig, feed_forward, mixer
 from compress.models.families.deepseek_v3 import GGUF, MODULE, router
+from compress.models.grouped import Listed
 from compress.models.spec import Block, Family
 
 
