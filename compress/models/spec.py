@@ -88,8 +88,9 @@ class Family:
 
     config: the schema of its config.json, with the values of absent keys as transformers fills them in. block(config, layer):
     the sub-layers of one block. names, ends(config): see `Names` and `Ends`; final_shift: what the model adds to the stored
-    weights of the last norm. experts_key, shared_key: the config's names for the number of experts and the width of the shared one. fixed_heads, fixed_channels:
-    why these cannot be pruned, "" where they can.
+    weights of the last norm. experts_key, shared_key: the config's names for the number of experts and the width of the shared
+    one. fixed_heads, fixed_channels: why these cannot be pruned, "" where they can. example: keys of config.json that have no
+    defaults, with which a model of it can be composed that stands for all.
     """
 
     model_types: tuple[str, ...]
@@ -106,6 +107,7 @@ class Family:
     shared_key: str = "shared_expert_intermediate_size"
     also: tuple[str, ...] = ()
     """Model types that are the first of `model_types` under another name, which what ships then says."""
+    example: Mapping[str, Any] = field(default_factory=dict)
     heads_divide_width: bool = False
     """transformers refuses configurations whose heads do not divide the hidden size."""
 
@@ -415,6 +417,16 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
         sliding_window=c.widest() if isinstance(c, Windows) else None,
         sparse_layers=frozenset(mixtures),
     )
+
+
+_EXAMPLE = {
+    "hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 12, "num_attention_heads": 32, "vocab_size": 32768,
+}  # fmt: skip
+
+
+def example_of(family: Family) -> ModelSpec:
+    """A model of a family that stands for all of it where none is at hand: what config.json leaves out has its default."""
+    return load_spec({**_EXAMPLE, **family.example, "model_type": family.model_types[0]})
 
 
 def _foreign(family: Family, c: Config) -> Iterator[str]:

@@ -18,12 +18,13 @@ from compress.reading import in_words
 class Wrapper:
     """One kind of multimodal model, whose config.json has the language model's own in `text_config`.
 
-    architecture: its class; body: what the names of the language model's tensors begin with, instead of "model."; head: in
+    architecture: its class; families: the language models that it may have, by model_type; body: what the names of the language model's tensors begin with, instead of "model."; head: in
     front of "lm_head"; renamed: beginnings of names in other checkpoints, and here; tied: what config.json means that does not
     say whether the head is the embeddings, None where that stands in text_config alone.
     """
 
     architecture: str
+    families: tuple[str, ...]
     body: str = "model.language_model."
     head: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -52,12 +53,12 @@ _LLAVA = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
 )
 WRAPPERS: Mapping[str, Wrapper] = {
-    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", tied=False),
-    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", tied=False),
-    "gemma3": Wrapper("Gemma3ForConditionalGeneration", renamed=_LLAVA, tied=True),
-    "gemma4": Wrapper("Gemma4ForConditionalGeneration", tied=True),
-    "mistral3": Wrapper("Mistral3ForConditionalGeneration", renamed=_LLAVA, tied=True),
-    "llama4": Wrapper("Llama4ForConditionalGeneration", "language_model.model.", "language_model."),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), tied=False),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", ("qwen3_5_moe_text",), tied=False),
+    "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), renamed=_LLAVA, tied=True),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), tied=True),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), renamed=_LLAVA, tied=True),
+    "llama4": Wrapper("Llama4ForConditionalGeneration", ("llama4_text",), "language_model.model.", "language_model."),
 }
 """By model_type."""
 

@@ -54,5 +54,36 @@ def methods_table() -> RenderableType:
     return Group(*parts, Grid(heads, codecs), "", _table("containers", engines, "engines"), "", schemes)
 
 
+def families_table() -> RenderableType:
+    """Families of models with what works on each, then what each of the others is refused for; for any width."""
+    found = methods.families()
+    lines = [
+        Line((line.name, ", ".join(line.model_types), ", ".join(line.archs) or "–", _working(line)), section=True)
+        for line in found
+    ]
+    heads = (
+        Head("family", right=False, folds=16),
+        Head("model_type", right=False, folds=16),
+        Head("llama.cpp", right=False, folds=9),
+        Head("steps that change the model", right=False, folds=20),
+    )
+    folders = [name for name, container in CONTAINERS.items() if not container.suffix]
+    told = (
+        "Calibration, quantize, prune, factorize, awq, smooth and recover work on all of them, and so do the containers "
+        f"{', '.join(folders)} and gguf, but for what is told here. The reasons: compress methods --families --json"
+    )
+    limits = [
+        Prose(f"{line.name}: {container}: {why}", indent=2)
+        for line in found
+        for container, why in line.containers.items()
+        if why
+    ]
+    return Group(Grid(heads, lines), "", Prose(told), *limits)
+
+
+def _working(line: methods.FamilyLine) -> str:
+    return ", ".join(step for step, why in line.steps.items() if not why) or "–"
+
+
 def _table(title: str, rows: Iterable[tuple[str, str]], what: str = "what it does") -> Grid:
     return Grid((Head(title, right=False), Head(what, right=False, folds=20)), [Line(row) for row in rows])

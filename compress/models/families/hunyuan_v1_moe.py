@@ -51,4 +51,5 @@ FAMILY = Family(
     gguf=Gguf("hunyuan-moe", normalises=True, dense_layers=False),
     block=block,
     fixed_channels="the shared expert is as wide as the routed ones",
+    example={"num_experts": 64, "moe_topk": 8},
 )

@@ -96,4 +96,5 @@ FAMILY = Family(
     ),
     block=block,
     fixed_heads=HEADS,
+    example={"layer_types": ["conv", "conv", "full_attention"] * 4},
 )

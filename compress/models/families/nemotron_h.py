@@ -255,4 +255,5 @@ FAMILY = Family(
     fixed_heads="states of Mamba-2 have heads of their own, and those of attention stay with them",
     experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
     shared_key="moe_shared_expert_intermediate_size",
+    example={"layers_block_type": ["mamba", "moe", "mamba", "attention"] * 3},
 )

@@ -32,4 +32,5 @@ FAMILY = Family(
     config=Qwen3MoeConfig,
     gguf=Gguf("qwen3moe", normalises=True, dense_layers=False),
     block=block,
+    example={"norm_topk_prob": True},
 )
