@@ -157,13 +157,18 @@ class _Group:
 
 def same_original(a: Scorecard, b: Scorecard) -> bool:
     """Whether two cards hold variants of one model: name and size say so, and its perplexity where both know it."""
-    if (model_name(a.model), _weights(a), a.base.parameters) != (model_name(b.model), _weights(b), b.base.parameters):
+    if (_compared(a), _weights(a), a.base.parameters) != (_compared(b), _weights(b), b.base.parameters):
         return False
     one, other = _first(a), _first(b)
     if one is None or other is None or one.text_digest != other.text_digest:
         return True
     before, after = one.base_perplexity, other.base_perplexity
     return before is None or after is None or math.isclose(before.value, after.value, rel_tol=SAME)
+
+
+def _compared(card: Scorecard) -> str:
+    """Of the original that scores compare with."""
+    return model_name(card.base.model or card.model)
 
 
 def _weights(card: Scorecard) -> int | None:
@@ -197,7 +202,7 @@ def _warning(mark: str, group: _Group, main: _Group) -> str:
     if group.card.base.bytes is None:
         what = "of a model that was scored on its own, on another text"
     elif main.card.base.bytes is not None and not same_original(group.card, main.card):
-        what = f"of another original ({model_name(group.card.model)}, {group.card.base.bytes:,} bytes)"
+        what = f"of another original ({_compared(group.card)}, {group.card.base.bytes:,} bytes)"
     else:
         what = "scored on another text"
         if mine is not None and other is not None:
@@ -249,7 +254,7 @@ def _original(group: _Group, several: bool) -> Row | None:
     scores = [base.scores for base in bases if base.scores is not None]
     scores += [found.of_reference() for card in cards if (found := _first(card)) and found.base_perplexity]
     return Row(
-        name=f"original {model_name(cards[0].model)}" if several else "original",
+        name=f"original {_compared(cards[0])}" if several else "original",
         container="",
         bytes=bases[0].bytes or 0,
         share=1.0,

@@ -39,6 +39,10 @@ def marked(model: Path, **settings: Any) -> Path:
         ({"quant_method": "awq", "version": "gemv"}, "'gemv' layout"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format 'marlin-24'"),
         (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "masks in the format 'sparse-24-bitmask'",
+        ),
+        (
             {
                 "quant_method": "compressed-tensors",
                 "format": "mixed-precision",

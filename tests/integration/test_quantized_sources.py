@@ -23,6 +23,7 @@ from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_code
 from compress.models.surplus import surplus
 from compress.plan import make_plan
 from compress.recipe import load_recipe
+from compress.report.compare import same_original
 from tests.integration.containers import token_ids
 from tests.integration.runs import carry_out, command, kept, sha256, small, spec_of
 from tests.tiny import tiny_model
@@ -174,9 +175,11 @@ def test_scores_compare_with_the_original_where_there_is_one(
     code, out, _ = command(monkeypatch, capfd, "score", str(folder), *given)
     apart = json.loads(out)["artifacts"][0]["scores"]["kld"]["mean"]
     assert code == 0 and card.artifacts[0].scores.kld.mean == pytest.approx(apart, rel=1e-6) and apart > 1e-3
+    direct = card.model_copy(update={"model": "model", "base": card.base.model_copy(update={"model": None})})
+    assert same_original(card, direct)  # one that was made of the original itself
     again = carry_out(recipe.model_copy(update={"score": recipe.score.model_copy(update={"base": None})}))
     assert again.artifacts[0].scores.kld.mean < apart / 10 and again.base.model is None
-    assert any("--base MODEL" in note for note in again.notes)
+    assert any("--base MODEL" in note for note in again.notes) and not same_original(card, again)
 
 
 def test_a_base_that_cannot_be_compared_is_refused_before_the_work(

@@ -41,6 +41,9 @@ _BITS = range(1, 9)
 
 def problem(settings: Mapping[str, Any]) -> str | None:
     """See Format."""
+    sparsity = settings.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
+        return f"with masks in the format {in_words(sparsity['format'])}, which is not read"
     groups = settings.get("config_groups")
     said = (
         [group.get("format") for group in groups.values() if isinstance(group, dict)]
