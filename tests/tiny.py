@@ -76,6 +76,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2": ("Lfm2", {**_CONV, "block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8}),
     "lfm2_moe": ("Lfm2Moe", {**_CONV, **_EXPERTS, "num_experts": 6, "num_dense_layers": 1, "norm_topk_prob": True}),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32, "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "mamba_n_heads": 8,
+            "mamba_d_state": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48,
+            "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+        },
+    ),
     "nemotron_h": (
         "NemotronH",
         {

@@ -46,6 +46,27 @@ def of(branch: Branch, weights: Mapping[str, Tensor]) -> Weights:
     return {t.name: weights[t.name] for t in branch.tensors}
 
 
+def as_stored(spec: ModelSpec, weights: Mapping[str, Tensor]) -> Weights:
+    """The tensors that transformers reads: stacks of those that it knows stacked only."""
+    out, stacks = {}, {}  # type: ignore[var-annotated]
+    for t in spec.tensors():
+        if t.declared.stacked:
+            where = t.declared.slices[0]
+            whole = stacks.setdefault(t.name.removesuffix(t.declared.name) + where.name, {})
+            whole.setdefault(where.index, []).append((where, weights[t.name]))
+        else:
+            out[t.name] = weights[t.name]
+    for name, entries in stacks.items():
+        whole = []
+        for _, parts in sorted(entries.items()):
+            rows = torch.empty(sum(len(w) for _, w in parts), *parts[0][1].shape[1:], dtype=parts[0][1].dtype)
+            for where, w in parts:
+                rows[where.start : where.stop : where.step] = w
+            whole.append(rows.T.contiguous() if parts[0][0].transposed else rows)
+        out[name] = torch.stack(whole)
+    return out
+
+
 def logits(spec: ModelSpec, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     hidden = embedded(spec, weights[spec.embeddings], ids)
     for layer in range(spec.layers):

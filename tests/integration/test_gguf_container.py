@@ -96,6 +96,8 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("qwen3_moe", tmp_path_factory.mktemp("moe"))
 
 
+ATTENTION = ["full_attention"] * 3
+GRANITE_DENSE = {"num_local_experts": 0, "num_experts_per_tok": 0}
 NEMOTRON_DENSE = ["linear_attention", "mlp", "full_attention", "mlp"]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, FOR_LLAMA_CPP.get(family, {})) for family in FAMILIES),
@@ -113,6 +115,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("qwen3_moe", {"hidden_size": 72, "tie_word_embeddings": True}),
     ("nemotron_h", {"layers_block_type": NEMOTRON_DENSE, "mlp_bias": True}),
+    ("granitemoehybrid", {**GRANITE_DENSE, "tie_word_embeddings": True}),
+    ("granitemoehybrid", {**GRANITE_DENSE, "layer_types": ATTENTION}),
+    ("granitemoehybrid", {"layer_types": ATTENTION, "position_embedding_type": "rope"}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen2_moe", {"qkv_bias": False}),
     ("mixtral", {"head_dim": 32, "num_key_value_heads": 4}),
@@ -165,6 +170,8 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("llama4_text", {**FOR_LLAMA_CPP["llama4_text"], "use_qk_norm": False}, "norms queries"),
         ("gpt_oss", {"attention_bias": False}, "wants biases"),
         ("nemotron_h", {"time_step_min": 0.5}, "limits of time steps"),
+        ("granitemoehybrid", {"mamba_n_groups": 2}, "norms each of the 2 groups"),
+        ("granitemoehybrid", {"layer_types": ATTENTION}, "has rotary positions"),
         ("nemotron_h", {"layers_block_type": [*NEMOTRON_DENSE, "moe"]}, "experts in every feed-forward"),
         ("gemma3_text", {"query_pre_attn_scalar": 1}, "divides scores by the root of 24"),
         ("gemma3_text", {"attention_bias": True}, "attn_q.bias"),

@@ -35,7 +35,15 @@ from compress.text import load_tokenizer
 from compress.text.agreement import problem_of
 from compress.text.probes import TEXTS, probes, prove
 from tests.integration.containers import read_gguf, reference_logits, token_ids
-from tests.integration.test_gguf_container import CASES, NEMOTRON_DENSE, TEXT, _sentencepiece, write
+from tests.integration.test_gguf_container import (
+    ATTENTION,
+    CASES,
+    GRANITE_DENSE,
+    NEMOTRON_DENSE,
+    TEXT,
+    _sentencepiece,
+    write,
+)
 from tests.tiny import FAMILIES, FOR_LLAMA_CPP, demo_model, tiny_config, tiny_model
 
 KIN = {"mistral": "llama", "glm4_moe_lite": "deepseek_v3"}
@@ -45,6 +53,8 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     *(case for case in CASES if len(case[1]) > 4 or "rope_parameters" in case[1]),
     ("mistral", {"sliding_window": 128}),
     ("nemotron_h", {"layers_block_type": NEMOTRON_DENSE, "mlp_bias": True}),
+    ("granitemoehybrid", {**GRANITE_DENSE, "position_embedding_type": "rope"}),
+    ("granitemoehybrid", {"layer_types": ATTENTION, "position_embedding_type": "rope"}),
     ("gemma3_text", {"layer_types": None, "num_hidden_layers": 6}),
 ]
 UINT, FLOAT, WORD = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING

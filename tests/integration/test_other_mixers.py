@@ -43,6 +43,13 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"intermediate_size": 384, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0},
     "lfm2_moe": {"num_dense_layers": 0},
+    "granitemoe": {"intermediate_size": 256},
+    "granitemoehybrid": {
+        "mamba_n_heads": 32,
+        "mamba_d_state": 16,
+        "intermediate_size": 256,
+        "shared_intermediate_size": 256,
+    },
     "nemotron_h": {
         "mamba_num_heads": 32,
         "mamba_head_dim": 8,
@@ -75,6 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
     **{family: {"full_attention_interval": 2} for family in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")},
     **{family: {"num_hidden_layers": 4} for family in ("smollm3", "llama4_text")},
     **{family: {"layer_types": ["conv", "full_attention"]} for family in ("lfm2", "lfm2_moe")},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
 }
 """One layer of each kind."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from compress.containers import gguf
 from compress.containers.base import Options, WriteRequest
 from compress.engines.streamed import StreamedSource
-from compress.models import load_spec
+from compress.models import ModelSpec, load_spec
 from compress.models.layers.mlp import Mlp
 from compress.models.layers.moe import MoE
 from compress.streaming.activations import Activations
@@ -30,6 +30,7 @@ from compress.structured.restructure import Restructured, restructure
 from compress.structured.shapes import Cuts, reduction_problems
 from compress.structured.survey import survey
 from compress.text import calibration_windows, load_tokenizer
+from tests.contract.blocks import as_stored
 from tests.integration.containers import fetcher, plan, reference_logits, spec_of, token_ids, weights_of
 from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
 
@@ -74,11 +75,11 @@ def _tensors(result: Restructured, load: Callable[[str], Tensor]) -> dict[str, T
     return {t.name: result.view.load(t.name, load).contiguous() for t in result.spec.tensors()}
 
 
-def _saved(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Path:
+def _saved(spec: ModelSpec, tensors: dict[str, Tensor], folder: Path) -> Path:
     """A checkpoint folder with nothing but weights and config.json."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(spec.config)))
+    save_file(as_stored(spec, tensors), folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -113,7 +114,7 @@ def _masked_logits(
             silenced[kept.layer] = [e for e in range(spec.experts) if e not in kept.experts]
             if moe.router.correction:  # what chooses beside the logits
                 weights[root + moe.router.correction][..., silenced[kept.layer]] = -torch.inf
-    whole = AutoModelForCausalLM.from_pretrained(_saved(dict(spec.config), weights, folder), dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(_saved(spec, weights, folder), dtype=torch.float32).eval()
     routers = {id(_router(whole.model.layers[n], spec.experts)): gone for n, gone in silenced.items()}
     linear = F.linear
 
@@ -132,7 +133,7 @@ def _masked_logits(
 
 def _router(layer: torch.nn.Module, experts: int) -> Tensor:
     """Its weight has a row an expert."""
-    gates = ("gate.weight", "gate.wg.weight")
+    gates = ("gate.weight", "gate.wg.weight", "router.weight")
     (found,) = (w for name, w in layer.named_parameters() if name.endswith(gates) and len(w) == experts)
     return found
 
@@ -146,7 +147,7 @@ def test_cut_is_masked_in_transformers_and_llama_cpp_agrees(
     result = _restructured(model, steps, tmp_path / "scratch", text)
     assert not result.tensors
     tensors = _tensors(result, weights_of(model).__getitem__)
-    small = _saved(dict(result.spec.config), tensors, tmp_path / "small")
+    small = _saved(result.spec, tensors, tmp_path / "small")
     logits = reference_logits(small, ids)
     masked = _masked_logits(model, result, tmp_path / "masked", ids, monkeypatch)
     assert np.abs(logits - masked).max() < SAME * masked.std()
@@ -313,7 +314,7 @@ def test_repaired_tensors_reach_the_checkpoint(texts: tuple[np.ndarray, np.ndarr
     load = weights_of(demo_model()).__getitem__
     steps = (DropLayersOptions(count=1), PruneExpertsOptions(method="merge"), PruneStructuredOptions(ratio=0.2))
     result = _restructured(demo_model(), steps, tmp_path / "scratch", seen[:8])
-    small = _saved(dict(result.spec.config), _tensors(result, load), tmp_path / "small")
+    small = _saved(result.spec, _tensors(result, load), tmp_path / "small")
     logits = reference_logits(small, unseen[0])
     streamed = next(StreamedSource(result.spec, lambda n: result.view.load(n, load), "view").logits([unseen[0]]))
     assert np.abs(logits - streamed).max() < ENGINE * logits.std()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from compress.models.layers.base import Axis, GgufValue, Input, Slice, Sublayer, Weight, linear
+from compress.models.layers.views import Gathered, Piece
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 
@@ -78,7 +79,8 @@ class FeedForward:
     """The matrices of one feed-forward, `width` channels wide, whose inputs are `{key}.in` and `{key}.act`.
 
     prefix, leaves: their names, without a gate where there are two; gguf: with `{}` for gate, up and down; together, alone: as
-    `Weight.fused` and `Weight.alone`; joined: the one tensor of gate and up; fused: where checkpoints hold them.
+    `Weight.fused` and `Weight.alone`; joined: the one tensor of gate and up; parted: which GGUF has as two; fused: where checkpoints
+    hold them.
     """
 
     prefix: str
@@ -94,6 +96,7 @@ class FeedForward:
     joined: str = ""
     fused: Fused | None = None
     index: int | None = None
+    parted: bool = False
 
     @property
     def gated(self) -> bool:
@@ -126,12 +129,22 @@ class FeedForward:
         for part, name, rows in parts:
             yield from linear(
                 name, rows, layer.hidden, f"{self.role}.{part}", self.gguf.format(part), f"{self.key}.in", self.bias,
-                reads=reads, axes=() if self.joined else (channels, None), fused=self.together, **facts,
+                reads=reads, axes=() if self.joined else (channels, None), fused=self.together, pieces=self._pieces, **facts,
             )  # fmt: skip
         yield from linear(
             down, layer.hidden, self.width, f"{self.role}.down", self.gguf.format("down"), f"{self.key}.act", self.bias,
             writes=True, alone=self.alone, axes=(None, None if self.joined else channels), **facts,
         )  # fmt: skip
+
+    @property
+    def _pieces(self) -> tuple[Piece, ...]:
+        if not self.parted:
+            return ()
+        halves = (self.width, self.width)
+        return tuple(
+            Piece(f"{self.gguf.format(part)}.weight", Gathered(1, halves, (n,)))
+            for n, part in enumerate(("gate", "up"))
+        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +152,7 @@ class Mlp(Sublayer):
     """down(f(gate x) * up x), or down(f(up x)), `width` channels.
 
     prefix, leaves: names of gate, up and down, or of up and down alone; joined: the tensor [2 width, hidden] that holds
-    gate and up, which stays one; fused: the tensors of a checkpoint that they are parts of.
+    gate and up, which stays one, parted: but in GGUF; fused: the tensors of a checkpoint that they are parts of.
     """
 
     width: int
@@ -148,6 +161,7 @@ class Mlp(Sublayer):
     leaves: tuple[str, ...] = LEAVES
     activation: Activation = SILU
     joined: str = ""
+    parted: bool = False
     fused: Fused | None = None
     half: ClassVar[str] = "ffn"
     forward: ClassVar[str] = "mlp"
@@ -157,6 +171,7 @@ class Mlp(Sublayer):
         return FeedForward(
             self.prefix, self.width, "mlp", "ffn_{}", "mlp", self.leaves, self.bias,
             "gate and up" if len(self.leaves) == 3 and not self.joined else None, True, self.activation, self.joined, self.fused,
+            parted=self.parted,
         )  # fmt: skip
 
     def inputs(self) -> Iterator[Input]:

@@ -44,14 +44,16 @@ class Router:
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """A feed-forward that every token passes through beside the routed ones. gate: the tensor of its sigmoid gate; leaves: as
-    `FeedForward` has them; fused: the tensors of a checkpoint that its matrices are parts of."""
+    """A feed-forward that every token passes through beside the routed ones. gate: the tensor of its sigmoid gate; leaves,
+    joined, parted: as `FeedForward` has them; fused: the tensors of a checkpoint that its matrices are parts of."""
 
     prefix: str
     width: int
     gate: str | None = None
     leaves: tuple[str, ...] = LEAVES
     fused: Fused | None = None
+    joined: str = ""
+    parted: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ class MoE(Sublayer):
         """The shared expert."""
         return FeedForward(
             shared.prefix, shared.width, "shared_experts", "ffn_{}_shexp", "shared", shared.leaves,
-            together="the shared expert's gate and up", activation=self.activation, fused=shared.fused,
+            together=None if shared.joined else "the shared expert's gate and up", activation=self.activation,
+            fused=shared.fused, joined=shared.joined, parted=shared.parted,
         )  # fmt: skip
 
     def gguf_keys(self) -> Mapping[str, GgufValue]:

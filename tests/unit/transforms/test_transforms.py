@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.codecs import block_codec
+from compress.models.checkpoint import Checkpoint
 from compress.models.forward import Routing, moe
 from compress.models.layers.moe import Router
 from compress.models.spec import ModelSpec, load_spec
@@ -49,7 +49,8 @@ def models(tmp_path_factory: pytest.TempPathFactory):
             family, folder, tokenizer=False, **{"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2} | overrides
         )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return load_spec(config), {n: w.double() for n, w in load_file(folder / "model.safetensors").items()}
+        spec, checkpoint = load_spec(config), Checkpoint.open(folder)
+        return spec, {t.name: checkpoint.load(t.name).double() for t in spec.tensors()}
 
     return model
 
@@ -103,14 +104,15 @@ def test_random_scales_on_every_fold_keep_the_logits(models, variant: str) -> No
 
 VALUES, BOTH = {"attention.out": ("o_proj",)}, {"attention.out": ("o_proj",), "ffn.act": ("down_proj",)}
 BARE = {"attention.in": ("q_proj", "k_proj", "v_proj"), "ffn.in": ("gate_proj", "up_proj")}
+BESIDE = {"of the shared expert alone": ("shared_mlp.output_linear",)}
 UNFOLDED = {
     "deepseek_v2": VALUES, "deepseek_v3": VALUES, "deepseek_v32": VALUES, "glm4_moe_lite": VALUES,
     "glm_moe_dsa": VALUES, "phi3": BOTH,
-    "nemotron_h": {"ffn.act": ("down_proj",)}, "olmo2": BARE, "olmo3": BARE,
+    "nemotron_h": {"ffn.act": ("down_proj",)}, "gpt_oss": {"ffn.act": ("down_proj",)}, "granitemoehybrid": BESIDE,
+    "olmo2": BARE, "olmo3": BARE,
 }  # fmt: skip
 """Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates, or are
-squared; linears read the
-stream as it is."""
+squared or clamped; linears read the stream as it is."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
