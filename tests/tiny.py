@@ -181,6 +181,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         },
     ),
+    "hy_v3": (
+        "HYV3",
+        {**_EXPERTS, "num_hidden_layers": 3, "head_dim": 32, "num_experts": 6, "num_shared_experts": 2},
+    ),
     "gpt_oss": (
         "GptOss",
         {

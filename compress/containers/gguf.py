@@ -69,8 +69,8 @@ def check_representable(spec: ModelSpec) -> list[str]:
         reasons.append(f"llama.cpp's {arch} has no tied output head")
     sublayers = {s for block in spec.blocks for s in block}
     biases = {w.gguf for s in sublayers for w in s.weights if w.role == "biases"}
-    lost = biases - {f"{name}.bias" for name in engine.biases or ()} if engine.biases is not None else set()
-    if lost:
+    known = engine.biases if engine.biases is not None else biases
+    if lost := {name for name in biases if name.removesuffix(".bias") not in known and name not in known}:
         reasons.append(f"llama.cpp's {arch} has no {', '.join(sorted(lost))}")
     others = {a.name for s in sublayers if (a := getattr(s, "activation", None)) is not None} - {engine.activation}
     if others:

@@ -70,6 +70,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "minimax_m2": {"intermediate_size": 256},
     "olmoe": {"intermediate_size": 256},
     "gpt_oss": {"intermediate_size": 256},
+    "hy_v3": {"intermediate_size": 256},
     "llama4_text": {"intermediate_size": 256, "intermediate_size_mlp": 256, **FOR_LLAMA_CPP["llama4_text"]},
     "phi3": {"intermediate_size": 256},
     **{name: {"intermediate_size": 256} for name in ("smollm3", "seed_oss", "ministral3", "ernie4_5")},

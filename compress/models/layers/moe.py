@@ -18,7 +18,7 @@ class Router:
     name: its tensor, relative to the block; k: experts a token; bias: added to the logits. score: of the logits; normalised:
     the chosen scores are divided by their sum; scale: then multiplied. A softmax over the chosen logits alone is a softmax
     over all, normalised. correction: a bias added to the scores for the choice alone (DeepSeek-V3), stored as a row
-    [1, experts] where `correction_row`. groups, top_groups: experts are chosen from the best of equal groups, by `group_score`,
+    [1, experts] where `correction_row`; correction_gguf: what GGUF calls it. groups, top_groups: experts are chosen from the best of equal groups, by `group_score`,
     the groups' largest score or the sum of its two largest. at_input: what an expert reads is multiplied, not what it gives
     (Llama 4), so that its linears have no biases.
     """
@@ -34,6 +34,7 @@ class Router:
     group_score: Literal["max", "top2"] = "max"
     bias: bool = False
     correction_row: bool = False
+    correction_gguf: str = "exp_probs_b.bias"
     at_input: bool = False
 
     @property
@@ -132,7 +133,7 @@ class MoE(Sublayer):
                 )
 
     def _correction(self, name: str) -> Weight:
-        gguf, each = "exp_probs_b.bias", (Axis("experts"),)
+        gguf, each = self.router.correction_gguf, (Axis("experts"),)
         if not self.router.correction_row:
             return Weight(name, (self.experts,), "biases", gguf, axes=each)
         pieces = (Piece(gguf, shape=(self.experts,)),)
