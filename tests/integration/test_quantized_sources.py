@@ -26,7 +26,7 @@ from compress.recipe import load_recipe
 from compress.report.compare import same_original
 from tests.integration.containers import token_ids
 from tests.integration.runs import carry_out, command, kept, sha256, small, spec_of
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_wrapped
 
 ENGINES = {"gptq": "gptq-w4-g128", "awq": "awq-w4-g128", "compressed-tensors": "W4A16", "bitsandbytes": "nf4-dq"}
 ROUTED = "model.layers.0.mlp.experts"
@@ -38,7 +38,8 @@ def fp8(model: Path, folder: Path, block: int = 32) -> Path:
     shutil.copytree(model, folder)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in load_file(model / "model.safetensors").items():
-        if weight.dim() != 2 or "layers" not in name or name.endswith("mlp.gate.weight"):
+        inside = "layers" in name or "visual.blocks" in name
+        if weight.dim() != 2 or not inside or name.endswith("mlp.gate.weight"):
             tensors[name] = weight.bfloat16()
             continue
         rows, columns = weight.shape
@@ -125,6 +126,21 @@ def test_dense_results_say_nothing_of_the_source(moe: Path, tmp_path: Path) -> N
     for name, values in found.items():
         assert values.dtype == torch.bfloat16 and torch.equal(values, original.load(name).bfloat16()), name
     assert not any(name.endswith("_scale_inv") for name in found)
+
+
+def test_parts_beside_the_language_model_may_be_quantized_too(tmp_path: Path) -> None:
+    """They go along as what they decode to."""
+    sizes = {"num_hidden_layers": 2, "full_attention_interval": 2, "intermediate_size": 64}
+    folder = fp8(tiny_wrapped("qwen3_5", tmp_path / "model", dtype="bfloat16", **sizes), tmp_path / "fp8")
+    checkpoint = Checkpoint.open(folder)
+    coded = [name for name, entry in checkpoint.entries.items() if entry.quantized]
+    assert any(".visual." in name for name in coded) and any(".language_model." in name for name in coded)
+    carry_out(small("gptq-w4-g128", folder, tmp_path / "out", "steps=[]", "export=[{container: safetensors}]"))
+    (made,) = (path.parent for path in (tmp_path / "out").glob("*/config.json"))
+    found = load_file(made / "model.safetensors")
+    assert set(found) == set(checkpoint.entries) and "quantization_config" not in (made / "config.json").read_text()
+    for name, values in found.items():
+        assert values.dtype == torch.bfloat16 and torch.equal(values, checkpoint.load(name).bfloat16()), name
 
 
 def test_a_model_that_only_decodes_is_talked_to_by_its_decoded_weights(moe: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -105,6 +106,20 @@ def test_tensors_that_are_stored_in_another(model: Path, tmp_path: Path, by: str
         found = entry.read("m.weight", opened)
     expected = load_file(model / "model.safetensors")[whole].double() + 8 * high.double() @ low.double()
     torch.testing.assert_close(found.double(), expected[20:36], rtol=1e-6, atol=1e-6)
+
+
+def test_a_quantized_model_takes_an_adapter(model: Path, tmp_path: Path) -> None:
+    """As QLoRA trains one: onto what the codes decode to."""
+    tensors = load_file(model / "model.safetensors")
+    codes, scale = tensors[f"{Q}.weight"].to(torch.float8_e4m3fn), torch.rand(48, 1)
+    shutil.copytree(model, tmp_path / "fp8")
+    save_file(tensors | {f"{Q}.weight": codes, f"{Q}.weight_scale": scale}, tmp_path / "fp8" / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    merged = Checkpoint.open(tmp_path / "fp8", adapter=adapter(tmp_path / "lora"))
+    expected = codes.double() * scale.double() + 4 * product(Q)
+    torch.testing.assert_close(merged.load(f"{Q}.weight").double(), expected, rtol=1e-6, atol=1e-6)
+    assert merged.entries[f"{Q}.weight"].quantized and len(merged.notes) == 2
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
