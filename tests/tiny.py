@@ -185,6 +185,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "HYV3",
         {**_EXPERTS, "num_hidden_layers": 3, "head_dim": 32, "num_experts": 6, "num_shared_experts": 2},
     ),
+    "afmoe": (
+        "Afmoe",
+        {
+            **_EXPERTS, "num_hidden_layers": 4, "head_dim": 32, "num_experts": 6, "num_shared_experts": 2, "num_dense_layers": 1,
+            "route_scale": 2.5, "sliding_window": 11, "mup_enabled": True,
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {

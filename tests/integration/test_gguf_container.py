@@ -168,6 +168,7 @@ def test_llama_cpp_computes_the_model(family: str, config: dict[str, Any], tmp_p
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "every second layer"),
         ("llama4_text", {"attention_chunk_size": 8192, "attn_scale": 2.0, "floor_scale": 2}, "8192 tokens by 0.1"),
         ("llama4_text", {**FOR_LLAMA_CPP["llama4_text"], "use_qk_norm": False}, "norms queries"),
+        ("afmoe", {"mup_enabled": False}, "root of their width"),
         ("gpt_oss", {"attention_bias": False}, "wants biases"),
         ("nemotron_h", {"time_step_min": 0.5}, "limits of time steps"),
         ("granitemoehybrid", {"mamba_n_groups": 2}, "norms each of the 2 groups"),

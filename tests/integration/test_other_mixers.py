@@ -70,6 +70,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "minimax_m2": {"intermediate_size": 256},
     "olmoe": {"intermediate_size": 256},
     "gpt_oss": {"intermediate_size": 256},
+    "afmoe": {"intermediate_size": 256},
     "hy_v3": {"intermediate_size": 256},
     "llama4_text": {"intermediate_size": 256, "intermediate_size_mlp": 256, **FOR_LLAMA_CPP["llama4_text"]},
     "phi3": {"intermediate_size": 256},
@@ -81,7 +82,7 @@ WIDE: dict[str, dict[str, Any]] = {
 """Widths that blocks of 256 and groups of 128 divide."""
 KINDS: dict[str, dict[str, Any]] = {
     **{family: {"full_attention_interval": 2} for family in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")},
-    **{family: {"num_hidden_layers": 4} for family in ("smollm3", "llama4_text")},
+    **{family: {"num_hidden_layers": 4} for family in ("smollm3", "afmoe", "llama4_text")},
     **{family: {"layer_types": ["conv", "full_attention"]} for family in ("lfm2", "lfm2_moe")},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},

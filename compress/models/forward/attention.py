@@ -28,6 +28,8 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     gate = None
     if layer.gate:
         q, gate = (part.flatten(2) for part in q.unflatten(-1, (layer.heads, -1)).chunk(2, dim=-1))
+    if layer.gating:
+        gate = weights.linear(layer.prefix + layer.gating, x)
     turn = None if layer.rope is None else rope_tables(layer.rope, x.shape[1], x.device)
 
     def heads(x: Tensor, leaf: str) -> Tensor:

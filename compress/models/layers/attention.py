@@ -28,10 +28,10 @@ class Temperature:
 class Attention(Sublayer):
     """Grouped-query attention, causal, with rotary positions.
 
-    rope: None for none. qk_norm: RMSNorm on queries and keys, on each "head" with the same weights, on each without ("bare") or on all "heads"
-    at once;
-    norm_after_rope: it comes behind the positions; bias: on q, k and v; output_bias: on o; gate: q_proj gives
-    [query | gate] a head, and o_proj reads the heads times sigmoid(gate); window: tokens that a token sees, None for all;
+    rope: None for none. qk_norm: RMSNorm on queries and keys, on each "head" with the same weights, on each
+    without ("bare") or on all "heads" at once; norm_after_rope: it comes behind the positions; bias: on q, k and v;
+    output_bias: on o; gate: q_proj gives [query | gate] a head, and o_proj reads the heads times sigmoid(gate); gating: the
+    linear that gives such a gate by itself, "" for none; window: tokens that a token sees, None for all;
     chunk: a token sees the tokens of its own run of so many, None for all; scale: of the scores, None for 1 / sqrt(head_dim);
     softcap: scores s become softcap tanh(s / softcap), 0 for none; sinks: the tensor [heads] of scores that take part in
     the softmax and weigh nothing, "" for none; interleaved: neighbouring channels turn together, not those of two halves;
@@ -62,6 +62,7 @@ class Attention(Sublayer):
     prefix: str = "self_attn."
     leaves: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norms: tuple[str, str] = ("q_norm", "k_norm")
+    gating: str = ""
     half: ClassVar[str] = "attention"
     forward: ClassVar[str] = "attention"
 
@@ -87,11 +88,15 @@ class Attention(Sublayer):
 
     def tensors(self) -> Iterator[Weight]:
         h, hd, queries = self.hidden, self.head_dim, self.heads // self.kv_heads
-        turned = (
-            not self.gate and not self.joined
-        )  # a gate of their own, or other rows beside them, keep channels apart
+        # a gate of their own, or other rows beside them, keep channels apart
+        turned = not self.gate and not self.gating and not self.joined
         yield from self._joined() if self.joined else self._split(turned)
         axis = None if self.joined else Axis("kv_heads", queries * hd)
+        if self.gating:
+            yield from linear(
+                self.prefix + self.gating, self.heads * hd, h, "attention.gate", "attn_gate", "attention.in",
+                reads=self.reads, axes=(axis, None),
+            )  # fmt: skip
         yield from linear(
             self.prefix + self.leaves[3], h, self.heads * hd, "attention.o", "attn_output", "attention.out", self.output_bias,
             writes=True, alone=True, axes=(None, axis), values=-1 if turned else None,
