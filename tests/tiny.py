@@ -212,6 +212,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GlmMoeDsa",
         {**_LATENT, **_EXPERTS, "q_lora_rank": 24, "index_topk": 64, "index_head_dim": 64, "index_n_heads": 3},
     ),
+    "exaone4": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+    "solar_open": (
+        "SolarOpen", {**_EXPERTS, "head_dim": 32, "n_routed_experts": 6, "n_shared_experts": 1, "norm_topk_prob": True}
+    ),
 }  # fmt: skip
 
 

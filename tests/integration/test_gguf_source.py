@@ -46,7 +46,7 @@ from tests.integration.test_gguf_container import (
 )
 from tests.tiny import FAMILIES, FOR_LLAMA_CPP, demo_model, tiny_config, tiny_model
 
-KIN = {"mistral": "llama", "glm4_moe_lite": "deepseek_v3"}
+KIN = {"mistral": "llama", "glm4_moe_lite": "deepseek_v3", "solar_open": "glm4_moe"}
 """What llama.cpp does not tell apart."""
 MODELS: list[tuple[str, dict[str, Any]]] = [
     *((family, FOR_LLAMA_CPP.get(family, {})) for family in FAMILIES),

@@ -64,6 +64,8 @@ WIDE: dict[str, dict[str, Any]] = {
         "intermediate_size": 256,
     },
     "deepseek_v32": {"kv_lora_rank": 128, "q_lora_rank": 128, "v_head_dim": 32, "qk_rope_head_dim": 32},
+    "exaone4": {"intermediate_size": 256},
+    "solar_open": {},
     "glm_moe_dsa": {"kv_lora_rank": 128, "q_lora_rank": 128, "v_head_dim": 32, "qk_rope_head_dim": 32},
     "glm4_moe": {"intermediate_size": 256},
     "dots1": {"head_dim": 32, "intermediate_size": 256},

@@ -74,6 +74,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4, "mscale": 1.0,
         "mscale_all_dim": 1.0}}),
     "glm_moe_dsa, few tokens chosen": ("glm_moe_dsa", {"index_topk": 8, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    "exaone4, windows": ("exaone4", {"num_hidden_layers": 4, "sliding_window": 8, "layer_types": None,
+                                     "sliding_window_pattern": 4}),
     "qwen2, yarn": ("qwen2", {"rope_parameters": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
     "qwen3, yarn with its own attention factor": ("qwen3", {"rope_parameters": {
@@ -435,6 +437,13 @@ def test_unknown_architecture_lists_what_is_supported() -> None:
         load_spec({"model_type": "qwen33"})
     assert "qwen3" in str(error.value) and all(name in str(error.value) for name in known_families())
     assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_channels_that_turn_may_be_counted() -> None:
+    """As MiniMax-M2's published configurations do, which say no share of a head."""
+    config = tiny_config("minimax_m2", rope_parameters={"rope_type": "default", "rope_theta": 5e6})
+    counted, whole = load_spec({**config, "rotary_dim": 16}), load_spec(config)
+    assert [spec.blocks[0][0].rope.dim for spec in (counted, whole)] == [16, 32]
 
 
 def test_layers_that_share_what_an_indexer_chose_are_refused() -> None:

@@ -109,7 +109,7 @@ UNFOLDED = {
     "deepseek_v2": VALUES, "deepseek_v3": VALUES, "deepseek_v32": VALUES, "glm4_moe_lite": VALUES,
     "glm_moe_dsa": VALUES, "phi3": BOTH,
     "nemotron_h": {"ffn.act": ("down_proj",)}, "gpt_oss": {"ffn.act": ("down_proj",)}, "granitemoehybrid": BESIDE,
-    "olmo2": BARE, "olmo3": BARE,
+    "olmo2": BARE, "olmo3": BARE, "exaone4": BARE,
 }  # fmt: skip
 """Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates, or are
 squared or clamped; linears read the stream as it is."""
