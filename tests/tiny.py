@@ -96,7 +96,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_EXPERTS, "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention", "moe"],
             "head_dim": 32, "mamba_num_heads": 6, "mamba_head_dim": 16, "ssm_state_size": 12, "n_groups": 2, "n_routed_experts": 8,
-            "n_group": 2, "topk_group": 1, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
+            "n_group": 2, "topk_group": 1, "moe_shared_expert_intermediate_size": 64, "routed_scaling_factor": 2.5,
             "layer_norm_epsilon": 1e-5, "norm_topk_prob": True,
         },
     ),

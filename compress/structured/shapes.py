@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from compress.models.layers.base import Sublayer
+from compress.models.layers.mlp import LEAVES
 from compress.models.layers.moe import MoE
 from compress.models.spec import ModelSpec
 from compress.structured.options import DropLayersOptions, PruneExpertsOptions, PruneStructuredOptions
@@ -216,7 +218,6 @@ def _matrix_parameters(spec: ModelSpec, before: Reduction) -> tuple[int, int, in
     """Weights of all blocks' matrices: those that belong to one key-value head and the query heads that read it (rows of
     q, k and v, columns of o), those of the feed-forwards, and those of mixers that cannot lose heads."""
     layers = spec.layers - before.dropped
-    sparse = min(len(spec.sparse_layers), layers)
     of_heads = fixed = 0
     for mixer, count in Counter(s for block in spec.blocks for s in block if s.half == "attention").items():
         for weight in mixer.weights:
@@ -227,8 +228,22 @@ def _matrix_parameters(spec: ModelSpec, before: Reduction) -> tuple[int, int, in
             else:
                 fixed += count * prod(weight.shape)
     routed = before.experts * spec.moe_intermediate_size + spec.shared_intermediate_size
-    ffn = 3 * spec.hidden_size * ((layers - sparse) * spec.intermediate_size + sparse * routed)
-    return layers * of_heads // (spec.layers * spec.kv_heads), ffn, layers * fixed // spec.layers
+    ffn = spec.hidden_size * sum(
+        _matrices(half) * (routed if isinstance(half, MoE) else spec.intermediate_size)
+        for block in spec.blocks
+        for half in block
+        if half.half == "ffn"
+    )
+    return (
+        layers * of_heads // (spec.layers * spec.kv_heads),
+        layers * ffn // spec.layers,
+        layers * fixed // spec.layers,
+    )
+
+
+def _matrices(feed_forward: Sublayer) -> int:
+    """How many a feed-forward has for each of its channels: gate, up and down, or two of them."""
+    return len(getattr(feed_forward, "leaves", LEAVES))
 
 
 def _share_gone(spec: ModelSpec, before: Reduction, after: Reduction) -> float:

@@ -61,6 +61,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[Any, Any, Any]]] = [
     ("qwen3_moe", {"mlp_only_layers": [1]}, (None, EXPERTS, BOTH)),
     ("qwen2_moe", {"num_hidden_layers": 3}, (DROP, EXPERTS, CHANNELS)),
     ("mixtral", {}, (None, EXPERTS, None)),
+    ("nemotron_h", {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]}, (None, None, CHANNELS)),
 ]
 
 
