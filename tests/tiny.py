@@ -138,6 +138,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "gemma4_text": (
+        "Gemma4",
+        {
+            "head_dim": 24, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+            "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 32,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
     "olmo3": ("Olmo3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}),
     "granite": (
         "Granite",
@@ -322,6 +331,8 @@ def _saved(kind: str, config: Any, folder: Path, seed: int, dtype: str, tokenize
                 scale = 1.0 if "embed" in name and not tied else 2.0 / fan_in**0.5  # tied: the head
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
             if name.endswith(("correction_bias", "expert_bias")):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)

@@ -26,13 +26,15 @@ def decide(spec: ModelSpec, scores: Sequence[LayerScores], cuts: Cuts) -> tuple[
     if cuts.structured is None:
         groups = tuple(range(spec.kv_heads))
         return reduction, tuple(KeptLayer(n, kept, groups) for n, kept in zip(layers, chosen, strict=True))
-    left = [scores[n] for n in layers]
+    left, heads_go = [scores[n] for n in layers], not spec.family.fixed_heads
     reduction = min(shapes, key=lambda shape: split_loss(left, chosen, shape))
     return reduction, tuple(
         KeptLayer(
             n,
             kept,
-            best(scores[n].heads, reduction.kv_heads) if len(scores[n].heads) else tuple(range(spec.kv_heads)),
+            best(scores[n].heads, reduction.kv_heads)
+            if heads_go and len(scores[n].heads)
+            else tuple(range(spec.kv_heads)),
             {
                 name: torch.tensor(best(values, _width(name, reduction)))
                 for name, values in _channels(scores[n], kept).items()

@@ -44,7 +44,7 @@ class Rotation:
         r1, r2 = "R1" in options.kinds, "R2" in options.kinds
         stream = random_signs(spec.hidden_size, f"R1 {options.seed}").double() if r1 else None
         layers = range(spec.layers if r2 else 0)
-        values = tuple(random_signs(spec.head_dim, f"R2 {options.seed} {n}").double() for n in layers)
+        values = tuple(random_signs(_head_dim(spec, n), f"R2 {options.seed} {n}").double() for n in layers)
         return cls(spec.untied(), spec.tied, stream, values)
 
     def sources(self, name: str) -> tuple[str, ...]:
@@ -109,6 +109,11 @@ class Rotation:
         if tensor.layer is None:
             return self.spec.by_name[tensor.declared.reads]
         return self.spec.by_name[self.spec.branches(tensor.layer)[tensor.part].root + tensor.declared.reads]
+
+
+def _head_dim(spec: ModelSpec, layer: int) -> int:
+    """Of a block's value heads."""
+    return next((dim for s in spec.blocks[layer] if (dim := getattr(s, "head_dim", 0))), spec.head_dim)
 
 
 def _turn(x: Tensor, signs: Tensor, dim: int) -> Tensor:

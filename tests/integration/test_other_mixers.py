@@ -78,6 +78,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "phi3": {"intermediate_size": 256},
     **{name: {"intermediate_size": 256} for name in ("smollm3", "seed_oss", "ministral3", "ernie4_5")},
     **{name: {"intermediate_size": 256} for name in ("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_v1_moe")},
+    "gemma4_text": {"head_dim": 32, "global_head_dim": 64, "intermediate_size": 256},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "intermediate_size": 256},
     **{family: {"intermediate_size": 256} for family in ("olmo2", "olmo3", "granite")},
 }

@@ -134,7 +134,7 @@ def _masked_logits(
 
 def _router(layer: torch.nn.Module, experts: int) -> Tensor:
     """Its weight has a row an expert."""
-    gates = ("gate.weight", "gate.wg.weight", "router.weight")
+    gates = ("gate.weight", "gate.wg.weight", "router.weight", "router.proj.weight")
     (found,) = (w for name, w in layer.named_parameters() if name.endswith(gates) and len(w) == experts)
     return found
 

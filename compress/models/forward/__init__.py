@@ -23,7 +23,7 @@ __all__ = [
 def forward_branch(
     branch: Branch, weights: Mapping[str, Tensor], hidden: Tensor, taps: Taps = NO_TAPS
 ) -> Tensor | None:
-    """One sub-layer, residual included: x + residual * post(f(norm(x))), [B, T, hidden] -> the same; None where `taps` end it
+    """One sub-layer, residual included: (x + residual * post(f(norm(x)))) * scalar, [B, T, hidden] -> the same; None where `taps` end it
     before.
 
     weights: full checkpoint names -> float32; hidden: float32, not modified.
@@ -40,7 +40,8 @@ def forward_branch(
     if out is None:
         return None
     out = normed(out, sublayer.post)
-    return hidden + (out if sublayer.residual == 1.0 else out * sublayer.residual)
+    out = hidden + (out if sublayer.residual == 1.0 else out * sublayer.residual)
+    return out * named[sublayer.scalar] if sublayer.scalar else out
 
 
 def forward_block(

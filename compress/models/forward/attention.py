@@ -24,7 +24,9 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     if layer.joined:
         q, k, v = weights.linear(layer.prefix + layer.joined, x).split(layer.rows, dim=-1)
     else:
-        q, k, v = (weights.linear(layer.prefix + leaf, x) for leaf in layer.leaves[:3])
+        leaves = layer.leaves[: 2 if layer.keys_are_values else 3]
+        q, k, *own = (weights.linear(layer.prefix + leaf, x) for leaf in leaves)
+        v = own[0] if own else k
     gate = None
     if layer.gate:
         q, gate = (part.flatten(2) for part in q.unflatten(-1, (layer.heads, -1)).chunk(2, dim=-1))
@@ -53,6 +55,8 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     if layer.temperature is not None:
         q = q * temperatures(layer.temperature, x.shape[1], x.device)[:, None]
     v = v.view(*v.shape[:2], -1, layer.head_dim).transpose(1, 2)
+    if layer.value_norm:
+        v = rms_norm(v, None, layer.eps)
     sinks = weights[layer.prefix + layer.sinks] if layer.sinks else None
     x = attend(q, k, v, Sight(layer.window, layer.chunk), scale=layer.scale, softcap=layer.softcap, sinks=sinks)
     if gate is not None:

@@ -85,8 +85,8 @@ class Named(Mapping[str, Tensor]):
         return F.linear(x, self[name + ".weight"], self.get(name + ".bias"))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, without weight where there is none."""
     # in place only where autograd does not need what was there
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return x * scale * weight
+    return x * scale if weight is None else x * scale * weight

@@ -20,7 +20,7 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     routing = taps.routing or choose(layer, weights, rows)
     if taps.on_route is not None:
         taps.on_route(routing)
-    out = _routed(layer, weights, rows, routing, taps)
+    out = routed(layer, weights, rows, routing, taps)
     if layer.shared:
         taps.see("shared.in", rows)
         if not taps.end(0):
@@ -34,7 +34,7 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     return None if taps.until is not None else out.view_as(x)
 
 
-def _routed(layer: MoE, weights: Named, x: Tensor, routing: Routing, taps: Taps) -> Tensor:
+def routed(layer: MoE, weights: Named, x: Tensor, routing: Routing, taps: Taps) -> Tensor:
     """The weighted sum of the chosen experts. x: [tokens, hidden]."""
     out = torch.zeros_like(x)
     for e in range(layer.experts):

@@ -35,7 +35,8 @@ def config_of(header: Header) -> tuple[dict[str, Any], ModelSpec, list[str]]:
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise CheckpointError(f"{path} holds no table of embeddings (token_embd.weight): it is no whole model")
-    metadata = Metadata(str(path), str(arch), header.fields, frozenset(header.tensors), table.shape[0])
+    names, factors = frozenset(header.tensors), _factors(header)
+    metadata = Metadata(str(path), str(arch), header.fields, names, table.shape[0], factors)
     family = next((f for f in families if arch in f.gguf.archs and f.gguf.claims(metadata)), None)
     if family is None:
         raise UnsupportedModel(f"{path}: no model of the architecture {arch} that is read here is like this one")
@@ -57,7 +58,7 @@ def _config(family: Family, metadata: Metadata, header: Header) -> dict[str, Any
     said["tie_word_embeddings"] = not metadata.has("output.weight")
     if family.gguf.normalises is not None and "norm_topk_prob" in family.config.model_fields:
         said["norm_topk_prob"] = family.gguf.normalises
-    said |= scaling_of(metadata, _factors(header))
+    said |= scaling_of(metadata, metadata.factors)
     said |= family.gguf.read(metadata)
     for name, key in _NAMES.items():
         said[f"{name}_token_id"] = header.fields.get(f"tokenizer.ggml.{key}_token_id")

@@ -48,13 +48,15 @@ def architecture_keys(spec: ModelSpec) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Metadata:
-    """A file's metadata, for families to make a config.json of. names: of its tensors; rows: of the vocabulary."""
+    """A file's metadata, for families to make a config.json of. names: of its tensors; rows: of the vocabulary; factors: its
+    tensors of divisors of rotary frequencies."""
 
     path: str
     arch: str
     fields: Mapping[str, Any]
     names: frozenset[str] = frozenset()
     rows: int = 0
+    factors: Mapping[str, list[float]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     """Keys of the architecture that somebody asked for."""
 

@@ -36,7 +36,8 @@ class Attention(Sublayer):
     softcap: scores s become softcap tanh(s / softcap), 0 for none; sinks: the tensor [heads] of scores that take part in
     the softmax and weigh nothing, "" for none; interleaved: neighbouring channels turn together, not those of two halves;
     paired: GGUF rotates neighbouring pairs where the checkpoint rotates halves, so that it orders the rows of q and k otherwise.
-    joined: the tensor that holds q, k and v in a row, "" for three. prefix, leaves, norms: names of the tensors of q, k, v
+    value_norm: values, too, are divided by their root mean square, head by head; keys_are_values: before norm and positions,
+    there is no v. joined: the tensor that holds q, k and v in a row, "" for three. prefix, leaves, norms: names of the tensors of q, k, v
     and o, and of the norms of q and k.
     """
 
@@ -58,6 +59,8 @@ class Attention(Sublayer):
     temperature: Temperature | None = None
     sinks: str = ""
     interleaved: bool = False
+    value_norm: bool = False
+    keys_are_values: bool = False
     joined: str = ""
     prefix: str = "self_attn."
     leaves: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -81,15 +84,15 @@ class Attention(Sublayer):
             1,
             "attention.out",
             "out",
-            made_by=() if self.joined else made_by,
+            made_by=() if self.joined or self.value_norm or self.keys_are_values else made_by,
             heads=self.heads // self.kv_heads,
             head_dim=self.head_dim,
         )
 
     def tensors(self) -> Iterator[Weight]:
         h, hd, queries = self.hidden, self.head_dim, self.heads // self.kv_heads
-        # a gate of their own, or other rows beside them, keep channels apart
-        turned = not self.gate and not self.gating and not self.joined
+        # a gate of their own, other rows beside them or positions keep channels apart
+        turned = not (self.gate or self.gating or self.joined or self.keys_are_values)
         yield from self._joined() if self.joined else self._split(turned)
         axis = None if self.joined else Axis("kv_heads", queries * hd)
         if self.gating:
@@ -121,6 +124,8 @@ class Attention(Sublayer):
             ("k", self.leaves[1], self.kv_heads * hd, self.kv_heads, shared),
             ("v", self.leaves[2], self.kv_heads * hd, 0, shared),
         ):
+            if leaf == "v" and self.keys_are_values:
+                continue
             pieces = (Piece(f"attn_{leaf}.weight", PairedHalves(heads)),) if self.paired and heads else ()
             yield from linear(
                 self.prefix + name, rows, self.hidden, f"attention.{leaf}", f"attn_{leaf}", "attention.in", self.bias,

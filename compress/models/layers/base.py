@@ -134,10 +134,11 @@ GgufValue = int | float | bool | str | tuple[int, ...] | tuple[bool, ...]
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Base of all sub-layers: x + residual * post(f(norm(x))) of the residual stream x, [..., hidden].
+    """Base of all sub-layers: (x + residual * post(f(norm(x)))) * scalar of the residual stream x, [..., hidden].
 
     norm, norm_gguf: the norm in front, "" for none; post, post_gguf: the norm behind, likewise; norm_shift: what the model
-    adds to the stored weights of both; residual: what the sum is multiplied by before it joins the stream; stored: names of
+    adds to the stored weights of both; residual: what the sum is multiplied by before it joins the stream; scalar,
+    scalar_gguf: the tensor [1] that the whole stream is multiplied by behind it, "" for none; stored: names of
     tensors here and in checkpoints that call them otherwise, see `stored_as`.
     """
 
@@ -148,6 +149,8 @@ class Sublayer:
     post: str = field(default="", kw_only=True)
     post_gguf: str = field(default="", kw_only=True)
     residual: float = field(default=1.0, kw_only=True)
+    scalar: str = field(default="", kw_only=True)
+    scalar_gguf: str = field(default="", kw_only=True)
     stored: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     half: ClassVar[str]
     """"attention" or "ffn": its place in the block, for messages and files."""
@@ -190,11 +193,12 @@ class Sublayer:
     def weights(self) -> tuple[Weight, ...]:
         """All tensors, the norm in front first, the one behind last."""
         names = dict(self.stored)
-        inside = (replace(w, alone=False) if w.alone and self.post else w for w in self.tensors())
+        inside = (replace(w, alone=False) if w.alone and (self.post or self.scalar) else w for w in self.tensors())
+        scalar = (Weight(self.scalar, (1,), "small", self.scalar_gguf),) if self.scalar else ()
         norms = self._norm(self.norm, self.norm_gguf, stream_norm=True), self._norm(self.post, self.post_gguf)
         return tuple(
             replace(weight, slices=(Slice(names[weight.name]),)) if weight.name in names else weight
-            for weight in (*norms[0], *inside, *norms[1])
+            for weight in (*norms[0], *inside, *norms[1], *scalar)
         )
 
     def _norm(self, name: str, gguf: str, stream_norm: bool = False) -> Iterator[Weight]:

@@ -19,7 +19,7 @@ def attention(c: Config, norm: tuple[str, str] = MIXER, **options: Any) -> Atten
     sizes: dict[str, Any] = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_width, "eps": c.eps}
     if "rope" not in options:
         options["rope"] = c.rope()
-    return Attention(c.hidden, norm[0], norm[1], **sizes, **options)
+    return Attention(c.hidden, norm[0], norm[1], **{**sizes, **options})
 
 
 def mlp(c: Config, width: int | None = None, norm: tuple[str, str] = FEED_FORWARD, **options: Any) -> Mlp:

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
     from compress.models.gguf.keys import Metadata
 
-TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 """Tensors of GGUF that hold divisors of rotary frequencies, which its metadata has no key for."""
+
+STILL = 1e30
+"""The divisor of channels that do not turn (llama.cpp's converter of Gemma 4)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Rope:
 
     def problems(self, arch: str, llama3: bool, longrope: bool = False) -> list[str]:
         """Why llama.cpp's architecture `arch` cannot say this scaling; llama3, longrope: it reads the factors of these."""
-        if self.type in ("default", "linear", "dynamic") or (self.type == "longrope" and longrope):
+        if self.type in ("default", "linear", "dynamic", "proportional") or (self.type == "longrope" and longrope):
             return []
         if self.type == "llama3":
             return [] if llama3 else [f"llama.cpp's {arch} has no llama3 rope scaling"]
@@ -111,6 +114,9 @@ class Rope:
 
         if (found := self.llama3_factors()) is not None:
             return {FREQUENCIES: found}
+        if self.type == "proportional":
+            turning = int(float(self.parameters.get("partial_rotary_factor") or 1.0) * self.dim // 2)
+            return {FREQUENCIES: np.array([1.0] * turning + [STILL] * (self.dim // 2 - turning), np.float32)}
         if self.type != "longrope":
             return {}
         names = {LONG: "long_factor", SHORT: "short_factor"}
@@ -144,6 +150,9 @@ def scaling_of(metadata: Metadata, factors: Mapping[str, Sequence[float]]) -> di
     if any(value != 1 for divisors in factors.values() for value in divisors):
         if kind != "none":
             raise UnsupportedModel(f"{metadata.path} scales rotary positions twice: {kind}, and by {min(factors)}")
+        if max(factors.get(FREQUENCIES, (0,))) >= STILL / 10:
+            turning, pairs = factors[FREQUENCIES].count(1.0), len(factors[FREQUENCIES])
+            return {"rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": turning / pairs}}
         if FREQUENCIES in factors:
             return {"rope_scaling": _llama3(metadata, factors[FREQUENCIES])}
         return {"rope_scaling": _longrope(metadata, factors)}

@@ -95,7 +95,7 @@ def read_windows(metadata: Metadata, period: int, local: float) -> dict[str, Any
             f"{metadata.path}: {metadata.arch}.{_PATTERN} does not say it of {layers} layers; fetch it again"
         )
     base = metadata.positive("rope.freq_base", 10000.0)
-    full: Mapping[str, Any] = scaling_of(metadata, {}).get("rope_scaling", {"rope_type": "default"})
+    full: Mapping[str, Any] = scaling_of(metadata, metadata.factors).get("rope_scaling", {"rope_type": "default"})
     return {
         "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
         "rope_scaling": None,

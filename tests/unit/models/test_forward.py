@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.errors import UnsupportedModel
+from compress.errors import ConfigError, UnsupportedModel
 from compress.models import known_families, load_spec
 from compress.models.checkpoint import Checkpoint
 from compress.models.forward import (
@@ -198,6 +198,20 @@ def test_gemma3_as_published_configs_have_it(folder: Path, tmp_path: Path) -> No
     assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+def test_gemma4_as_published_configs_have_it() -> None:
+    """Heads of full layers by keys of their own, which transformers writes down layer by layer."""
+    written = tiny_config("gemma4_text")
+    assert written.pop("per_layer_config") == {"1": {"head_dim": 32, "num_key_value_heads": 1}}
+    published = written | {"global_head_dim": 32, "num_global_key_value_heads": 1}
+    assert load_spec(published).tensors() == load_spec(tiny_config("gemma4_text")).tensors()
+
+
+@pytest.mark.parametrize("key", ["hidden_size_per_layer_input", "num_kv_shared_layers"])
+def test_gemma4_that_reads_more_than_the_stream_is_refused(key: str) -> None:
+    with pytest.raises(UnsupportedModel, match=rf"{key}, E2B and E4B.* more than the residual stream"):
+        load_spec(tiny_config("gemma4_text") | {key: 1})
+
+
 def test_llama_has_no_window(folder: Path, tmp_path: Path) -> None:
     """Some Llama configs carry a stray sliding_window; transformers' Llama attends to everything."""
     source = _case("llama", folder)
@@ -238,7 +252,7 @@ def test_absent_keys_mean_what_transformers_means(family: str, folder: Path) -> 
             expected = expected.get("full_attention", expected)["rope_theta"]
         try:
             ours = getattr(load_spec(less), field)
-        except UnsupportedModel:
+        except (ConfigError, UnsupportedModel):
             ours = None  # as transformers, which cannot run without it
         if (ours or None) != (expected or None):
             wrong[key] = f"ours {ours}, transformers {expected}"

@@ -40,6 +40,14 @@ MIXTURES: dict[str, Callable[[int], dict[str, Any]]] = {
     "qwen3_next": lambda count: {"num_experts": count, **DELTA},
     "qwen3_5_moe_text": lambda count: {"num_experts": count, **DELTA},
     "deepseek_v2": lambda count: {"n_routed_experts": count, **LATENT, "q_lora_rank": None, "topk_method": "greedy"},
+    "gemma4_text": lambda count: {
+        "num_experts": count,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "hidden_size_per_layer_input": 0,
+        "head_dim": 64,
+        "global_head_dim": 128,
+    },
     "deepseek_v3": lambda count: {"n_routed_experts": count, **LATENT, "q_lora_rank": 256},
 }
 SHARED_GATES = {"qwen2_moe", "qwen3_next", "qwen3_5_moe_text"}

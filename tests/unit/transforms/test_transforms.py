@@ -109,10 +109,10 @@ UNFOLDED = {
     "deepseek_v2": VALUES, "deepseek_v3": VALUES, "deepseek_v32": VALUES, "glm4_moe_lite": VALUES,
     "glm_moe_dsa": VALUES, "phi3": BOTH,
     "nemotron_h": {"ffn.act": ("down_proj",)}, "gpt_oss": {"ffn.act": ("down_proj",)}, "granitemoehybrid": BESIDE,
-    "olmo2": BARE, "olmo3": BARE, "exaone4": BARE,
+    "olmo2": BARE, "olmo3": BARE, "exaone4": BARE, "gemma4_text": {**VALUES, "router": ("router.proj",)},
 }  # fmt: skip
 """Value channels are rows of a matrix that keys come from, too; those of a feed-forward lie below its gates, or are
-squared or clamped; linears read the stream as it is."""
+squared or clamped; linears read the stream as it is; values are normed, and nothing but the router reads what it reads."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
