@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +10,11 @@ from torch import Tensor, nn
 from compress.runtime.linear import PackedLinear
 
 
-@dataclass(frozen=True)
-class ExpertNames:
-    """What the three matrices of an expert are called in the checkpoint."""
-
-    gate: str
-    up: str
-    down: str
-
-
 class PackedExperts(nn.ModuleList):
-    """Stands in for transformers' fused experts (`Qwen2MoeExperts`, `Qwen3MoeExperts`, `MixtralExperts`).
+    """Stands in for transformers' fused experts (`Qwen2MoeExperts`, `Qwen3MoeExperts`, `MixtralExperts`, `NemotronHExperts`).
 
-    `experts`: for every expert its matrices by name, PackedLinear or nn.Linear. Submodules are `<expert>.<name>`, so
+    `experts`: for every expert its matrices by name, PackedLinear or nn.Linear; `leaves`: these names, of gate, up and down, or of
+    up and down alone. Submodules are `<expert>.<name>`, so
     that tensors keep their checkpoint names. Only experts that some token is routed to are decoded.
     """
 
@@ -31,17 +22,17 @@ class PackedExperts(nn.ModuleList):
     shared: PackedLinear | None
 
     def __init__(
-        self, experts: Sequence[Mapping[str, nn.Module]], names: ExpertNames, activation: Callable[[Tensor], Tensor]
+        self, experts: Sequence[Mapping[str, nn.Module]], leaves: Sequence[str], activation: Callable[[Tensor], Tensor]
     ):
         super().__init__(nn.ModuleDict(matrices) for matrices in experts)
-        self.num_experts, self.names = len(experts), names
+        self.num_experts, self.leaves = len(experts), tuple(leaves)
         # modules, but not members of the list
         object.__setattr__(self, "act_fn", activation)
         object.__setattr__(self, "shared", None)
 
     def share_inputs(self) -> None:
         """Call once the weights are there: where all gates and ups have the same input signs, transform inputs once."""
-        readers = [matrix for expert in range(self.num_experts) for matrix in self._matrices(expert)[:2]]
+        readers = [matrix for expert in range(self.num_experts) for matrix in self._matrices(expert)[:-1]]
         turned = [m for m in readers if isinstance(m, PackedLinear) and m.setting.incoherence]
         same = len(turned) == len(readers) and all(torch.equal(m.signs_in, turned[0].signs_in) for m in turned)
         object.__setattr__(self, "shared", turned[0] if same else None)
@@ -55,17 +46,16 @@ class PackedExperts(nn.ModuleList):
                 continue
             token, place = torch.where(top_k_index == expert)
             x = inputs[token]
-            gate, up, down = self._matrices(expert)
-            hidden = self.act_fn(self._read(gate, x)) * self._read(up, x)
-            y = down(hidden) * top_k_weights[token, place, None]
+            *readers, down = self._matrices(expert)
+            first, *rest = (self._read(matrix, x) for matrix in readers)
+            hidden = self.act_fn(first)
+            y = down(hidden * rest[0] if rest else hidden) * top_k_weights[token, place, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
 
-    def _matrices(self, expert: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Gate, up and down."""
-        names = (self.names.gate, self.names.up, self.names.down)
-        gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in names)
-        return gate, up, down
+    def _matrices(self, expert: int) -> list[nn.Module]:
+        """In the order of their names."""
+        return [self.get_submodule(f"{expert}.{leaf}") for leaf in self.leaves]
 
     def _read(self, matrix: nn.Module, x: Tensor) -> Tensor:
         """The product of a gate or an up with what `forward` made of the hidden states."""

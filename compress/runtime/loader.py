@@ -5,6 +5,7 @@ Importing it registers it, which the hook of `compress.runtime.hook` does; users
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -29,7 +30,7 @@ from compress.containers.compress import (
 from compress.errors import CheckpointError, OutputError
 from compress.models.checkpoint import Entry, read_header
 from compress.models.layers.moe import MoE
-from compress.models.spec import load_spec
+from compress.models.spec import known_families, load_spec
 from compress.models.wrappers import WRAPPERS
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
     from compress.runtime.experts import PackedExperts
 
+BODY = "model."
+"""What the names of a language model's tensors begin with in transformers."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
            "I8": "int8", "U8": "uint8"}  # fmt: skip
 
@@ -160,9 +163,10 @@ def register() -> None:
 
 
 def language_body(model: PreTrainedModel, rules: Rules) -> str | None:
-    """What names begin with in the folder of a multimodal model that a class of the language model alone loads, None for all
-    else."""
+    """What names begin with in the folder of a multimodal model that a class of the language model alone loads, or of a family
+    whose checkpoints have another word there than transformers' "model."; None for all else."""
     bodies = {wrapper.body for wrapper in WRAPPERS.values()}
+    bodies |= {family.names.block.partition("layers.")[0] for family in known_families().values()} - {BODY}
     found = next((body for body in bodies if any(name.startswith(body) for name in rules)), None)
     alone_loaded = found is not None and not any(f"{name}." == found for name, _ in model.named_modules())
     return found if alone_loaded else None
@@ -170,7 +174,7 @@ def language_body(model: PreTrainedModel, rules: Rules) -> str | None:
 
 def alone(name: str, body: str) -> str:
     """A tensor's or module's name as the language model alone has it. body: what it begins with in the folder."""
-    return "model." + name.removeprefix(body) if name.startswith(body) else name
+    return BODY + name.removeprefix(body) if name.startswith(body) else name
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
@@ -243,14 +247,15 @@ def _meta_parts(module: str, names: Sequence[str], entries: Mapping[str, Entry])
 
 # -- experts -----------------------------------------------------------------------------------------------------------
 class FusedExperts(Protocol):
-    """What transformers makes of a layer's experts. gate_up_proj: [experts, 2 * width of an expert, hidden]."""
+    """What transformers makes of a layer's experts, beside gate_up_proj or, without gates, up_proj. down_proj: [experts, hidden,
+    width of an expert]."""
 
-    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
     act_fn: Callable[[torch.Tensor], torch.Tensor]
 
 
 def _is_fused(module: nn.Module) -> TypeGuard[FusedExperts]:
-    return hasattr(module, "gate_up_proj")
+    return hasattr(module, "gate_up_proj") or "up_proj" in module._parameters
 
 
 def _expert_prefixes(model: PreTrainedModel, rules: Rules) -> dict[str, str]:
@@ -259,7 +264,14 @@ def _expert_prefixes(model: PreTrainedModel, rules: Rules) -> dict[str, str]:
         return {}
     moe = _experts(model)
     fused = [name for name, module in model.named_modules() if _is_fused(module)]
-    return {name: f"{name.rpartition('.mlp.experts')[0]}.{moe.expert}" for name in fused}
+    return {name: name[: _block_end(name)] + moe.expert for name in fused}
+
+
+def _block_end(name: str) -> int:
+    """Where the part of a module's name ends that is its block's."""
+    found = re.search(r"\.layers\.\d+\.", name)
+    assert found is not None
+    return found.end()
 
 
 def _experts(model: PreTrainedModel) -> MoE:
@@ -279,11 +291,11 @@ def _packed_experts(
     """Every expert's matrices by themselves: PackedLinear, or nn.Linear for those that are stored as floats."""
     from torch import nn
 
-    from compress.runtime.experts import ExpertNames, PackedExperts
+    from compress.runtime.experts import PackedExperts
 
     leaves = _experts(model).leaves
-    count, twice, width = fused.gate_up_proj.shape
-    shapes = dict(zip(leaves, ((twice // 2, width), (twice // 2, width), (width, twice // 2)), strict=True))
+    count, hidden, width = fused.down_proj.shape
+    shapes = dict.fromkeys(leaves[:-1], (width, hidden)) | {leaves[-1]: (hidden, width)}
 
     def matrices(expert: int) -> Iterator[tuple[str, nn.Module]]:
         for leaf, shape in shapes.items():
@@ -291,14 +303,13 @@ def _packed_experts(
             setting: Setting | None = setting_of(rules, name)
             if setting is None:
                 rows, columns = shape
-                dtype = fused.gate_up_proj.dtype
+                dtype = fused.down_proj.dtype
                 yield leaf, nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
             else:
                 tensors = _meta_parts(name, part_names(parts, setting), entries)
                 yield leaf, _packed_linear(setting, shape, tensors)
 
-    names = ExpertNames(*leaves)
-    return PackedExperts([dict(matrices(e)) for e in range(count)], names, fused.act_fn)
+    return PackedExperts([dict(matrices(e)) for e in range(count)], leaves, fused.act_fn)
 
 
 register()

@@ -46,7 +46,15 @@ MIX = (
     "q4_k", "int4-g64", "f16", "q2_k", "e8p", "int3-g32-asym", "nf4", "trellis2", "iq2_xxs", "int2-row", "nf4-dq",
     "q8_0",
 )  # fmt: skip
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral")
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "moe"], "mamba_num_heads": 16, "n_routed_experts": 4,
+        "moe_intermediate_size": 256, "moe_shared_expert_intermediate_size": 256,
+    },
+}  # fmt: skip
+"""Experts at other places of a block, without gates, below other names than transformers'."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", *HYBRIDS)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,8 @@ def mixed(tensor: Any, number: int) -> str:
 
 def small(family: str) -> dict[str, Any]:
     """Overrides that exercise what is special about a family at little cost."""
+    if family in HYBRIDS:
+        return HYBRIDS[family]
     heads = {"head_dim": 64} if "qwen3" in family else {}
     tied = {"tie_word_embeddings": True} if "qwen3" in family else {}
     return {**heads, **tied, "num_hidden_layers": 1 if family in ("qwen2_moe", "qwen3_moe", "mixtral") else 2}
@@ -159,7 +169,9 @@ def test_every_family_computes_what_its_decoded_weights_do(family: str, tmp_path
     actual = logits_of(source, ids)
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
     held = source.model.state_dict().keys()
-    coded = {line.name.replace("block_sparse_moe", "mlp") for line in made.plan if line.solver is not None}
+    there = {"block_sparse_moe": "mlp", "backbone": "model"}
+    names = [line.name for line in made.plan if line.solver is not None]
+    coded = {".".join(there.get(word, word) for word in name.split(".")) for name in names}
     assert not coded & held  # nothing dense was kept
     assert all(any(name.startswith(f"{weight[:-7]}.") for name in held) for weight in coded)
     assert isinstance(source.model.get_input_embeddings(), PackedEmbedding)
