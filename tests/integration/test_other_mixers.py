@@ -118,6 +118,18 @@ def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
     assert {t.codec for t in plan.tensors if t.spec.role == "small"} <= {"f32"}
 
 
+def test_scaled_embeddings_stay_packed(tmp_path: Path) -> None:
+    """transformers scales Gemma's in their module, which a packed one replaces; the gate compares its logits with ours."""
+    wide = {**WIDE["gemma3_text"], "hidden_size": 256, "tie_word_embeddings": True}
+    model = tiny_model("gemma3_text", tmp_path / "model", **wide)
+    packed = ("export=[{container: compress}]", "steps[0].quantize.rules=[{targets: embeddings, codec: int8-g32}]")
+    recipe = small("rtn-w4-g128", model, tmp_path / "out", *packed)
+    plan = make_plan(recipe)
+    assert plan.by_name[plan.spec.embeddings].codec == "int8-g32"
+    card = carry_out(recipe)
+    assert card.gate.passed, card.gate
+
+
 def test_columns_in_another_order_are_solved_in_it(tmp_path: Path) -> None:
     """llama.cpp orders the value heads of Qwen3.5 otherwise; the codes of out_proj are those of its reordered weight and
     gram, and what ships decodes to the checkpoint's order."""

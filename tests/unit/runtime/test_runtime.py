@@ -157,3 +157,6 @@ def test_casting_leaves_the_parts_alone() -> None:
     )
     embedding = PackedEmbedding(Setting("nf4"), (64, 128), before, torch.float32).to(torch.bfloat16)
     assert embedding(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+    scaled = PackedEmbedding(Setting("nf4"), (64, 128), before, torch.float32, scale=7.5)
+    plain = PackedEmbedding(Setting("nf4"), (64, 128), before, torch.float32)
+    assert torch.equal(scaled(torch.arange(64)), 7.5 * plain(torch.arange(64)))

@@ -573,8 +573,11 @@ def _repairable_wish(hidden: Tensor, out: Tensor, x: Tensor, seed: int) -> Tenso
 
 
 @pytest.mark.parametrize("half", ["attention", "ffn"])
-def test_repair_is_ridge_regression_on_what_the_stream_misses(half: str, tmp_path: Path) -> None:
-    spec = load_spec(DENSE)
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_repair_is_ridge_regression_on_what_the_stream_misses(factor: float, half: str, tmp_path: Path) -> None:
+    """Of a sub-layer that adds a part of what it gives, so much more."""
+    granite = {"model_type": "granite", "attention_multiplier": 0.5, "residual_multiplier": factor}
+    spec = load_spec(DENSE if factor == 1.0 else {**DENSE, **granite})
     branch = _half(spec, half)
     weights = _weights_of(branch)
     given = {name: values.clone() for name, values in weights.items()}
@@ -586,7 +589,7 @@ def test_repair_is_ridge_regression_on_what_the_stream_misses(half: str, tmp_pat
     name = "model.layers.0." + ("self_attn.o_proj.weight" if half == "attention" else "mlp.down_proj.weight")
     assert set(repair.tensors) == {name}
     lag = (wanted - out).flatten(0, 1)
-    update = _update(x, lag, HELD, 0.2)
+    update = _update(x, lag / factor, HELD, 0.2)
     np.testing.assert_allclose(repair.tensors[name], weights[name].double().numpy() + update, atol=1e-4)
     assert np.abs(update).max() > 0.1
     energy = float(wanted[5].square().sum())
