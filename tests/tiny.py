@@ -201,6 +201,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "route_scale": 2.5, "sliding_window": 11, "mup_enabled": True,
         },
     ),
+    "mimo_v2_flash": (
+        "MiMoV2Flash",
+        {
+            **_EXPERTS, "num_hidden_layers": 3, "n_routed_experts": 6, "head_dim": 48, "v_head_dim": 32,
+            "num_key_value_heads": 1, "sliding_window": 11, "layer_types": ["full_attention"] + 2 * ["sliding_attention"],
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {

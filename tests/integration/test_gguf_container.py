@@ -190,6 +190,7 @@ def test_llama_cpp_computes_the_model(
         ("llama4_text", {"attention_chunk_size": 8192, "attn_scale": 2.0, "floor_scale": 2}, "8192 tokens by 0.1"),
         ("llama4_text", {**FOR_LLAMA_CPP["llama4_text"], "use_qk_norm": False}, "norms queries"),
         ("afmoe", {"mup_enabled": False}, "root of their width"),
+        ("mimo_v2_flash", {"routed_scaling_factor": 2.5}, "does not scale"),
         ("gpt_oss", {"attention_bias": False}, "wants biases"),
         ("nemotron_h", {"time_step_min": 0.5}, "limits of time steps"),
         ("granitemoehybrid", {"mamba_n_groups": 2}, "norms each of the 2 groups"),

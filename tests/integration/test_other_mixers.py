@@ -72,6 +72,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "minimax_m2": {"intermediate_size": 256},
     "olmoe": {"intermediate_size": 256},
     "gpt_oss": {"intermediate_size": 256},
+    "mimo_v2_flash": {"head_dim": 96, "intermediate_size": 256, "layer_types": ["full_attention", "sliding_attention"]},
     "afmoe": {"intermediate_size": 256},
     "hy_v3": {"intermediate_size": 256},
     "llama4_text": {"intermediate_size": 256, "intermediate_size_mlp": 256, **FOR_LLAMA_CPP["llama4_text"]},

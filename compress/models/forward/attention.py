@@ -37,7 +37,7 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     def heads(x: Tensor, leaf: str) -> Tensor:
         def normed(x: Tensor) -> Tensor:
             if layer.qk_norm == "bare":
-                return rms_norm(x, x.new_ones(()), layer.eps)
+                return rms_norm(x, None, layer.eps)
             return rms_norm(x, weights.shifted(f"{layer.prefix}{leaf}.weight", layer.norm_shift), layer.eps)
 
         if layer.qk_norm == "heads":
@@ -54,9 +54,11 @@ def forward(branch: Branch, weights: Named, x: Tensor, taps: Taps) -> Tensor | N
     q, k = (heads(part, leaf) for part, leaf in zip((q, k), layer.norms, strict=True))
     if layer.temperature is not None:
         q = q * temperatures(layer.temperature, x.shape[1], x.device)[:, None]
-    v = v.view(*v.shape[:2], -1, layer.head_dim).transpose(1, 2)
+    v = v.view(*v.shape[:2], -1, layer.value_width).transpose(1, 2)
     if layer.value_norm:
         v = rms_norm(v, None, layer.eps)
+    if layer.value_scale != 1.0:
+        v = v * layer.value_scale
     sinks = weights[layer.prefix + layer.sinks] if layer.sinks else None
     x = attend(q, k, v, Sight(layer.window, layer.chunk), scale=layer.scale, softcap=layer.softcap, sinks=sinks)
     if gate is not None:

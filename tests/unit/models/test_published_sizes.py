@@ -43,6 +43,14 @@ HUNYUAN_3: dict[str, Any] = {
     "num_experts_per_tok": 8, "num_shared_experts": 1, "moe_intermediate_size": 1536, "router_scaling_factor": 2.826,
 }  # fmt: skip
 
+MIMO_V2: dict[str, Any] = {
+    "model_type": "mimo_v2_flash", "hidden_size": 4096, "intermediate_size": 16384, "moe_intermediate_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128,
+    "vocab_size": 152576, "n_routed_experts": 256, "num_experts_per_tok": 8, "routed_scaling_factor": None, "n_group": 1,
+    "topk_group": 1, "attention_value_scale": 0.707, "rope_theta": 5000000, "partial_rotary_factor": 0.334,
+    "norm_topk_prob": True,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("config", "billions"),
@@ -53,8 +61,9 @@ HUNYUAN_3: dict[str, Any] = {
         ({**LLAMA_4, "num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False}, 400.7),
         (TRINITY, 26.1),
         (HUNYUAN_3, 295.0),
+        (MIMO_V2, 308.8),
     ],
-    ids=["gpt-oss-20b", "gpt-oss-120b", "scout", "maverick", "trinity-mini", "hunyuan-3"],
+    ids=["gpt-oss-20b", "gpt-oss-120b", "scout", "maverick", "trinity-mini", "hunyuan-3", "mimo-v2-flash"],
 )
 def test_parameters(config: dict[str, Any], billions: float) -> None:
     spec = load_spec(config)
