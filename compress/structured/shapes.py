@@ -295,7 +295,9 @@ def _drop_problems(spec: ModelSpec, drop: DropLayersOptions) -> list[str]:
     if len({block[0] for block in spec.blocks}) > 1:
         kinds = len({type(block[0]) for block in spec.blocks})
         some = (
-            "mix tokens in another way than others" if kinds > 1 else "attend through a sliding window and some do not"
+            "mix tokens in another way than others"
+            if kinds > 1
+            else "attend through a sliding window, or with positions, and some do not"
         )
         return [
             f"drop_layers: some layers of this model {some}, and which are left is "
