@@ -23,6 +23,7 @@ from compress.solve.tensor import solve_tensor
 from compress.statistics import Moments, blend
 from tests.integration.containers import spec_of
 from tests.integration.runs import SMALL, carry_out, cheap, small
+from tests.proofs import proved
 from tests.tiny import FAMILIES, FOR_LLAMA_CPP, OTHER_MIXERS, tiny_model
 
 WIDE: dict[str, dict[str, Any]] = {
@@ -117,6 +118,7 @@ def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
     solved = {t.spec.role for t in plan.tensors if t.method is not None}
     assert "attention.o" in solved and solved & {"attention.qkv", "attention.q_a", "attention.kv_a", "attention.q"}
     assert {t.codec for t in plan.tensors if t.spec.role == "small"} <= {"f32"}
+    proved(plan.spec.model_type, "recipe", recipe=name, containers=[a.container for a in card.artifacts])
 
 
 def test_scaled_embeddings_stay_packed(tmp_path: Path) -> None:

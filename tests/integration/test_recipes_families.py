@@ -23,6 +23,7 @@ from compress.plan import make_plan
 from compress.recipe import Recipe, bundled_recipes, load_recipe
 from tests.integration.delivery import SHRINKING
 from tests.integration.runs import carry_out, cheap, small
+from tests.proofs import proved
 from tests.tiny import FAMILIES, OTHER_MIXERS, tiny_model
 
 RECIPES = sorted(bundled_recipes())
@@ -122,6 +123,7 @@ def test_recipe_on_family(name: str, family: str, models: Models, tmp_path: Path
     card = carry_out(recipe)
     assert card.gate.passed, card.gate
     assert len(card.artifacts) == len(recipe.export)
+    proved(family, "recipe", recipe=name, containers=[artifact.container for artifact in card.artifacts])
     if not SHRINKING & {step.kind for step in recipe.steps}:
         return
     plan = make_plan(recipe)
