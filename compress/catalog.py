@@ -10,7 +10,8 @@ from typing import Any
 
 from compress.codecs.names import FIXED_NAMES, UNIFORM_NAMES, codec_info, registered, stored_bytes
 from compress.containers import CONTAINERS
-from compress.models.spec import Family, ModelSpec, example_of, known_families
+from compress.models.example import example_of
+from compress.models.spec import Family, ModelSpec, known_families
 from compress.models.wrappers import WRAPPERS
 from compress.recipe.schema import Factorize, Prune
 from compress.recipe.schemes import SCHEMES

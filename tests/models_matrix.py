@@ -65,7 +65,7 @@ def reach(proofs: Proofs) -> list[str]:
         for p in sorted(proofs, key=lambda p: -p.get("bits", 0))
         if p["what"] == "reach"
     ]
-    return ["| recipe | bits per weight | KL divergence, nats a token |", "|---|---|---|", *rows]
+    return ["| type | bits per weight | KL divergence, nats a token |", "|---|---|---|", *rows]
 
 
 def between(text: str, mark: str) -> list[str]:

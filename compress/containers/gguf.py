@@ -21,7 +21,7 @@ from compress.containers._uses import LLAMA_CPP as LLAMA_CPP_USES
 from compress.containers.base import LLAMA_CPP, Container, Files, PlannedTensor, WriteRequest
 from compress.errors import CheckpointError, OutputError
 from compress.models.gguf.header import read_set, shards
-from compress.models.gguf.keys import architecture_keys
+from compress.models.gguf.keys import architecture_keys, drafts_in
 from compress.models.gguf.tensors import entries_of, piece_shape, unclaimed
 from compress.models.layers.rope import Rope
 from compress.models.layers.sparse_latent_attention import SparseLatentAttention
@@ -306,7 +306,7 @@ def write(request: WriteRequest) -> list[Path]:
 
 
 def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
-    for name, value in architecture_keys(spec).items():
+    for name, value in architecture_keys(spec, drafts_in(spec)).items():
         key = f"{spec.gguf_arch}.{name}"
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -370,7 +370,7 @@ def _no_place(tensor: TensorSpec) -> str | None:
         return None
     if tensor.carried:
         return "it holds the language model alone; llama.cpp reads other parts from a file of their own (mmproj)"
-    return "llama.cpp has no names for it in this architecture"
+    return "this version writes no such layer for this architecture"
 
 
 def load_dense(path: Files, spec: ModelSpec) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compress.models.layers.base import Sublayer, Weight
+
 
 @dataclass(frozen=True)
 class Gguf:
@@ -43,6 +45,20 @@ class Gguf:
     def archs(self) -> tuple[str, ...]:
         """All of the family's architectures."""
         return (self.arch, *(name for name, _ in self.variants))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The layer that predicts a further token (multi-token prediction), as checkpoints hold it beside the decoder and llama.cpp
+    reads it behind the last block.
+
+    root: what the names of its block begin with; block: its sub-layers; others: its other tensors under their whole names, with
+    what GGUF calls them in the block.
+    """
+
+    root: str
+    block: tuple[Sublayer, ...]
+    others: tuple[Weight, ...]
 
 
 @dataclass(frozen=True)

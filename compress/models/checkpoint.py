@@ -12,6 +12,7 @@ from compress.errors import CheckpointError, NoSuchModel, UnsupportedModel
 from compress.files import sha256_each
 from compress.models.adapter import Adapter, open_adapter
 from compress.models.companions import LAYOUT, LEGAL, companions
+from compress.models.draft import draft_of
 from compress.models.gguf.header import is_gguf
 from compress.models.gguf.source import open_source
 from compress.models.identity import hub_id
@@ -195,16 +196,17 @@ def _parts(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str,
     except UnsupportedModel:
         return {}
     found = {}
-    for layer in range(spec.layers):
-        for branch in spec.branches(layer):
-            for weight in branch.sublayer.weights:
-                name = branch.root + weight.name
-                for part in weight.slices if name not in entries else ():
-                    if (whole := branch.root + part.name) in entries:
-                        entry = entries[whole]
-                        shape = entry.shape if part.whole else weight.shape
-                        stored = entry.part.name if entry.part else whole
-                        found[name] = replace(entry, shape=shape, part=replace(part, name=stored))
+    branches = (branch for layer in range(spec.layers) for branch in spec.branches(layer))
+    inside = [(branch.root, weight) for branch in branches for weight in branch.sublayer.weights]
+    drafts = [(t.name.removesuffix(t.declared.name), t.declared) for t in draft_of(spec)]
+    for root, weight in (*inside, *drafts):
+        name = root + weight.name
+        for part in weight.slices if name not in entries else ():
+            if (whole := root + part.name) in entries:
+                entry = entries[whole]
+                shape = entry.shape if part.whole else weight.shape
+                stored = entry.part.name if entry.part else whole
+                found[name] = replace(entry, shape=shape, part=replace(part, name=stored))
     return found
 
 

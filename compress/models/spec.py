@@ -17,7 +17,7 @@ from math import prod
 from typing import Any
 
 from compress.errors import ConfigError, UnsupportedModel
-from compress.models.around import USUAL
+from compress.models.around import USUAL, Draft
 from compress.models.around import Ends as Ends
 from compress.models.around import Gguf as Gguf
 from compress.models.around import Names as Names
@@ -105,6 +105,8 @@ class Family:
     fixed_channels: str = ""
     experts_key: tuple[str, ...] = ("num_experts", "num_local_experts")
     shared_key: str = "shared_expert_intermediate_size"
+    draft: Callable[[Any], Draft] | None = None
+    """The layer that predicts a further token, where llama.cpp's architecture has a place for it."""
     also: tuple[str, ...] = ()
     """Model types that are the first of `model_types` under another name, which what ships then says."""
     example: Mapping[str, Any] = field(default_factory=dict)
@@ -417,16 +419,6 @@ def load_spec(config: Mapping[str, Any]) -> ModelSpec:
         sliding_window=c.widest() if isinstance(c, Windows) else None,
         sparse_layers=frozenset(mixtures),
     )
-
-
-_EXAMPLE = {
-    "hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 12, "num_attention_heads": 32, "vocab_size": 32768,
-}  # fmt: skip
-
-
-def example_of(family: Family) -> ModelSpec:
-    """A model of a family that stands for all of it where none is at hand: what config.json leaves out has its default."""
-    return load_spec({**_EXAMPLE, **family.example, "model_type": family.model_types[0]})
 
 
 def _foreign(family: Family, c: Config) -> Iterator[str]:

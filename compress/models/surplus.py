@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from compress.models.checkpoint import Checkpoint, same_bytes
+from compress.models.draft import ROLE, draft_of
 from compress.models.index import Entry
 from compress.models.layers.base import Weight
 from compress.models.sources.base import stored_bytes
@@ -60,7 +61,13 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> Surplus:
     inside: list[str] = []
     layers: list[str] = []
     beside: list[TensorSpec] = []
+    drafted, stored = _draft(spec, checkpoint)
     for name in extra:
+        if name in drafted:
+            beside.append(drafted[name])
+            continue
+        if name in stored:
+            continue
         layer = _layer(spec, name)
         if name.endswith(_BUFFERS) or name.startswith(_GGUF_DRAFT):
             found.left.append(name)
@@ -88,6 +95,16 @@ def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> Surplus:
     return found
 
 
+def _draft(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[dict[str, TensorSpec], set[str]]:
+    """The layer that predicts a further token as its family declares it, by name, and names that hold parts of it; where the
+    checkpoint has another one, nothing, and the parts that are declared alone."""
+    entries, declared = checkpoint.entries, draft_of(spec)
+    parts = {t.name: part for t in declared if t.name in entries and (part := entries[t.name].part) and not part.whole}
+    if any(t.name not in entries or entries[t.name].shape != t.shape for t in declared):
+        return {}, set(parts)
+    return {t.name: t for t in declared}, {part.name for part in parts.values()}
+
+
 def _no_bias(name: str, entry: Entry) -> bool:
     """Whether a tensor is a bias of zeros, as AutoGPTQ wrote them."""
     return name.endswith(".bias") and not any(stored_bytes(entry))
@@ -102,7 +119,7 @@ def _of_mtp(name: str, shape: tuple[int, ...]) -> TensorSpec:
     elif re.search(r"(\.|_)(gate|router)\.weight$", name):
         role = "router"
     else:
-        role = "embeddings" if "embed_tokens" in name else "lm_head" if name.endswith("head.weight") else "mtp"
+        role = "embeddings" if "embed_tokens" in name else "lm_head" if name.endswith("head.weight") else ROLE
     return TensorSpec(name, shape, role, None, None, "", None, declared=Weight(name, shape, role, ""), beside=MTP)
 
 

@@ -23,7 +23,7 @@ from tests.tiny import OTHER_MIXERS, tiny_model
 
 TEXT = DOCUMENT.read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in between(TEXT, "matrix")[2:]]
-REACH = ("gguf-q4-k-m", "qwen-moe-2bit")
+REACH = ("Q4_K_M", "Q3_K_M", "Q2_K")
 
 
 def test_every_family_has_its_row() -> None:
@@ -68,11 +68,12 @@ def test_what_a_tiny_model_reaches(name: str, tmp_path: Path) -> None:
     }
     heads = {"full_attention_interval": 2, "linear_value_head_dim": 32, "linear_key_head_dim": 32, "num_experts": 4}
     model = tiny_model("qwen3_5_moe_text", tmp_path / "model", **sizes, **heads)
-    (artifact,) = carry_out(small(name, model, tmp_path / "out", "calibration.samples=4", *cheap(name))).artifacts
+    sets = ("calibration.samples=4", f"steps[0].quantize.scheme={name}", *cheap("gguf-q4-k-m"))
+    (artifact,) = carry_out(small("gguf-q4-k-m", model, tmp_path / "out", *sets)).artifacts
     ids = np.random.default_rng(0).integers(0, 4000, (4, 128), dtype=np.int32)
     with LlamaCpp(tmp_path / "out" / artifact.path, threads=1) as engine:
         scores, _ = score(TransformersSource(model), engine, ids)
-    assert scores.kld is not None and 0 < scores.kld.mean < 2
+    assert scores.kld is not None and 0 < scores.kld.mean < 4
     proved("qwen3_5_moe_text", "reach", recipe=name, bits=artifact.bits_per_weight, kld=scores.kld.mean)
 
 

@@ -12,6 +12,7 @@ from compress.containers import CONTAINERS
 from compress.engines.transformers import TransformersSource
 from compress.models import load_spec
 from compress.models.checkpoint import SINGLE, Checkpoint
+from compress.models.draft import draft_of
 from compress.plan import make_plan
 from tests.integration.runs import carry_out, small
 from tests.tiny import tiny_model, with_tensors
@@ -103,3 +104,46 @@ def test_it_is_left_out_of_another_decoder_with_the_reason(steps: str, why: str,
     plan = make_plan(small("gptq-w4-g128", model, tmp_path / "out", sets))
     assert any(line.startswith("MTP (15 tensors") and line.endswith(f"is left out: {why}") for line in plan.warnings)
     assert not [t for t in plan.tensors if t.name.startswith("mtp.")]
+
+
+# -- llama.cpp, which reads the layer behind the last block
+def _draft_of(family: str, folder: Path, *, fused: bool = False) -> dict[str, torch.Tensor]:
+    """Random values for all that the family declares of its draft layer; fused: experts as published checkpoints have them."""
+    generator = torch.Generator().manual_seed(5)
+    spec = load_spec(Checkpoint.open(folder).config)
+    made = {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in draft_of(spec)}
+    if not fused:
+        return made
+    front = "mtp.layers.0.mlp.experts."
+    each = {
+        part: [made.pop(f"{front}{e}.{part}_proj.weight") for e in range(spec.experts)]
+        for part in ("gate", "up", "down")
+    }
+    both = [torch.cat(pair) for pair in zip(each["gate"], each["up"], strict=True)]
+    return made | {f"{front}gate_up_proj": torch.stack(both), f"{front}down_proj": torch.stack(each["down"])}
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"), [("qwen3_5_text", False), ("qwen3_5_moe_text", True), ("qwen3_next", False)]
+)
+def test_llama_cpp_loads_it_behind_the_last_block(family: str, fused: bool, tmp_path: Path) -> None:
+    """It refuses files with tensors that it does not know; the gate compares its logits and every tensor read back."""
+    from gguf import GGUFReader
+
+    model = tiny_model(family, tmp_path / "model")
+    with_tensors(model, _draft_of(family, model, fused=fused))
+    rules = "[{targets: [attention], codec: q8_0}, {targets: mtp, codec: q8_0}]"
+    sets = (f"steps=[{{quantize: {{rules: {rules}, solver: rtn}}}}]", "export=[{container: gguf}]")
+    card = carry_out(small("gguf-q4-k-m", model, tmp_path / "out", *sets))
+    assert card.gate.passed, card.gate
+    reader = GGUFReader(tmp_path / "out" / card.artifacts[0].path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    arch = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    assert reader.fields[f"{arch}.nextn_predict_layers"].contents() == 1
+    assert reader.fields[f"{arch}.block_count"].contents() == 5
+    assert {name for name in stored if name.startswith("blk.4.nextn.")} == {
+        f"blk.4.nextn.{part}.weight" for part in ("eh_proj", "enorm", "hnorm", "shared_head_norm")
+    }
+    assert stored["blk.4.nextn.eh_proj.weight"].tensor_type.name == "Q8_0"
+    again = Checkpoint.open(tmp_path / "out" / card.artifacts[0].path)
+    assert load_spec(again.config).layers == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.models.families.qwen3_5_moe import gguf_keys, read_gguf
-from compress.models.families.qwen3_next import BIASES, FEED_FORWARD, HEADS, DeltaConfig, gguf_problems, mixer
+from compress.models.families.qwen3_next import BIASES, FEED_FORWARD, HEADS, DeltaConfig, draft, gguf_problems, mixer
 from compress.models.layers.compose import mlp
 from compress.models.spec import Block, Family, Gguf
 
@@ -20,6 +20,7 @@ FAMILY = Family(
     config=DeltaConfig,
     gguf=Gguf("qwen35", biases=BIASES, keys=gguf_keys, problems=gguf_problems, read=read_gguf),
     block=block,
+    draft=lambda c: draft(c, mlp(c, norm=FEED_FORWARD, norm_shift=1.0)),
     final_shift=1.0,
     fixed_heads=HEADS,
 )

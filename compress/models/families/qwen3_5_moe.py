@@ -11,6 +11,7 @@ from compress.models.families.qwen3_next import (
     HEADS,
     DeltaConfig,
     DeltaMoeConfig,
+    draft,
     experts,
     gguf_problems,
     mixer,
@@ -61,6 +62,7 @@ FAMILY = Family(
         read=read_gguf,
     ),
     block=block,
+    draft=lambda c: draft(c, experts(c)),
     final_shift=1.0,
     fixed_heads=HEADS,
 )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from compress.limits import LAYERS
+from compress.models.around import Draft
 from compress.models.config import (
     Channels,
     Chosen,
@@ -20,7 +21,7 @@ from compress.models.config import (
     one_a_layer,
 )
 from compress.models.gguf.keys import Metadata
-from compress.models.layers.base import Sublayer
+from compress.models.layers.base import Sublayer, Weight, shifted
 from compress.models.layers.compose import MIXER, attention, moe
 from compress.models.layers.gated_delta_net import GatedDeltaNet
 from compress.models.layers.mlp import Fused
@@ -86,8 +87,7 @@ class DeltaMoeConfig(DeltaConfig, Sparse):
 def mixer(c: DeltaConfig, layer: int, module: str, *, joined: bool = False) -> Sublayer:
     """Gated DeltaNet, or attention whose output is gated."""
     if not c.linear_layers[layer]:
-        rope, bias = c.rope(int(c.head_dim * c.turning_share)), c.attention_bias
-        return attention(c, qk_norm="head", gate=True, norm_shift=1.0, rope=rope, bias=bias, output_bias=bias)
+        return full_attention(c)
     return GatedDeltaNet(
         c.hidden,
         *MIXER,
@@ -101,6 +101,27 @@ def mixer(c: DeltaConfig, layer: int, module: str, *, joined: bool = False) -> S
         joined=joined,
         norm_shift=1.0,
     )
+
+
+def full_attention(c: DeltaConfig) -> Sublayer:
+    """Attention whose output is gated."""
+    rope, bias = c.rope(int(c.head_dim * c.turning_share)), c.attention_bias
+    return attention(c, qk_norm="head", gate=True, norm_shift=1.0, rope=rope, bias=bias, output_bias=bias)
+
+
+def draft(c: DeltaConfig, feed_forward: Sublayer) -> Draft:
+    """One layer of full attention, over the last hidden state beside the embedding of the token that followed."""
+
+    def norm(name: str, gguf: str) -> Weight:
+        return Weight(name, (c.hidden,), "norms", gguf, shift=1.0, pieces=shifted(gguf, 1.0))
+
+    others = (
+        Weight("mtp.fc.weight", (c.hidden, 2 * c.hidden), "mtp", "nextn.eh_proj.weight"),
+        norm("mtp.pre_fc_norm_embedding.weight", "nextn.enorm.weight"),
+        norm("mtp.pre_fc_norm_hidden.weight", "nextn.hnorm.weight"),
+        norm("mtp.norm.weight", "nextn.shared_head_norm.weight"),
+    )
+    return Draft("mtp.layers.0.", (full_attention(c), feed_forward), others)
 
 
 def experts(c: DeltaMoeConfig, normalised: bool = True) -> Sublayer:
@@ -159,6 +180,7 @@ FAMILY = Family(
         read=read_gguf,
     ),
     block=block,
+    draft=lambda c: draft(c, experts(c, c.norm_topk_prob)),
     final_shift=1.0,
     fixed_heads=HEADS,
 )

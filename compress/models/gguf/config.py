@@ -91,7 +91,7 @@ def _factors(header: Header) -> dict[str, list[float]]:
 
 def _require_same(metadata: Metadata, spec: ModelSpec) -> None:
     """What a writer would say of the model that was read is what the file says."""
-    for key, ours in architecture_keys(spec).items():
+    for key, ours in architecture_keys(spec, metadata.drafts).items():
         stored = metadata.fields.get(f"{metadata.arch}.{key}")
         if stored is not None and not same(stored, ours):
             raise UnsupportedModel(

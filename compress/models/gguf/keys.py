@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.errors import CheckpointError
 from compress.limits import LAYERS
-from compress.models.spec import ModelSpec
+from compress.models.spec import MTP, ModelSpec
 from compress.reading import in_words
 
 # Where the first versions of the writer put what sub-layers declare; other keys follow in the order of their declaration.
@@ -23,8 +23,21 @@ _ORDER = (
 )  # fmt: skip
 
 
-def architecture_keys(spec: ModelSpec) -> dict[str, Any]:
-    """Metadata of the architecture, without its name in front: the model's, its sub-layers', its family's own."""
+_BY_LAYER = (
+    "attention.recurrent_layers", "attention.sliding_window_pattern", "attention.head_count", "attention.head_count_kv",
+    "feed_forward_length",
+)  # fmt: skip
+"""Keys that may have a value for each block."""
+
+
+def drafts_in(spec: ModelSpec) -> int:
+    """Layers behind the model's own that predict further tokens, of those that go along with it."""
+    return int(any(tensor.beside == MTP and tensor.gguf for tensor in spec.beside))
+
+
+def architecture_keys(spec: ModelSpec, drafts: int = 0) -> dict[str, Any]:
+    """Metadata of the architecture, without its name in front: the model's, its sub-layers', its family's own. drafts: layers
+    behind the model's own; of what is said layer by layer they are like the last one."""
     keys: dict[str, Any] = {}
     for sublayer in dict.fromkeys(s for block in spec.blocks for s in block):
         for key, value in sublayer.gguf_keys().items():
@@ -42,6 +55,10 @@ def architecture_keys(spec: ModelSpec) -> dict[str, Any]:
     if not spec.family.gguf.expert_width:
         keys.pop("expert_feed_forward_length", None)
     keys |= spec.family.gguf.keys(spec.read)
+    if drafts:
+        each = {key: keys[key] for key in _BY_LAYER if isinstance(keys.get(key), tuple)}
+        keys |= {key: (*value, *value[-1:] * drafts) for key, value in each.items()}
+        keys |= {"block_count": spec.layers + drafts, "nextn_predict_layers": drafts}
     first = {key: keys[key] for key in _ORDER if key in keys}
     return {key: value for key, value in (first | keys).items() if value is not None}
 
@@ -100,9 +117,14 @@ class Metadata:
         return frozenset(re.sub(r"^blk\.\d+\.", "", name) for name in self.names)
 
     @property
+    def drafts(self) -> int:
+        """Blocks behind the model's own that draft further tokens."""
+        return self.number("nextn_predict_layers", 0)
+
+    @property
     def layers(self) -> range:
         """Blocks of the model, without those that draft further tokens. Raises CheckpointError for more than there can be."""
-        count = self.number("block_count") - self.number("nextn_predict_layers", 0)
+        count = self.number("block_count") - self.drafts
         if not 0 < count <= LAYERS:
             raise CheckpointError(f"{self.path}: {count} blocks in its metadata; fetch it again")
         return range(count)
