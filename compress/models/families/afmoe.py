@@ -129,4 +129,5 @@ FAMILY = Family(
     ends=lambda c: Ends(scale=c.hidden**0.5 if c.mup_enabled else 1.0),
     block=block,
     fixed_channels="the shared experts' width is a multiple of the routed ones'",
+    example={"mup_enabled": True},
 )

@@ -71,4 +71,5 @@ FAMILY = Family(
         read=read_gguf,
     ),
     block=block,
+    example={"sliding_window": None},
 )

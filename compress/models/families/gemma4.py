@@ -224,4 +224,5 @@ FAMILY = Family(
     ends=ends,
     fixed_heads=HEADS,
     shared_key="intermediate_size",
+    example={"hidden_size_per_layer_input": 0},
 )
