@@ -131,6 +131,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2", {}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 16, "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 6.0, "tie_word_embeddings": True,
+        },
+    ),
     "gemma3_text": (
         "Gemma3",
         {

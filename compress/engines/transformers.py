@@ -143,8 +143,14 @@ def _load(model: str | Path, dtype: str) -> tuple[Any, tuple[str, ...]]:
             wrapper_of({"model_type": config.model_type}) is not None
         )  # with all parts, under the names of its files
         kind = transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
+        # scores are bounded by its plain attention alone; the others leave that out in silence
+        bounded = getattr(config, "attn_logit_softcapping", None)
         answer: Any = kind.from_pretrained(
-            location, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
+            location,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            **({"attn_implementation": "eager"} if bounded else {}),
         )
     except MemoryError:
         raise

@@ -66,7 +66,7 @@ def reference_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     """transformers' logits in float32, [tokens, vocab] of a folder."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 

@@ -67,7 +67,7 @@ def _either(full: dict[str, Any], base: float) -> dict[str, Any]:
 gelu = torch.nn.functional.gelu
 
 
-def _gelu_by_table(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+def gelu_by_table(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """As ggml looks it up on a CPU: in a table by half-precision numbers, of half-precision numbers."""
     return gelu(x.half().float(), approximate=approximate).half().float()
 
@@ -165,7 +165,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def test_llama_cpp_computes_the_model(
     family: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.nn.functional, "gelu", _gelu_by_table)
+    monkeypatch.setattr(torch.nn.functional, "gelu", gelu_by_table)
     model = tiny_model(family, tmp_path / "model", **config)
     assert container.check_representable(spec_of(model)) == []
     files = write(model, tmp_path / "model.gguf")
@@ -201,6 +201,8 @@ def test_llama_cpp_computes_the_model(
         ("gemma3_text", {"query_pre_attn_scalar": 1}, "divides scores by the root of 24"),
         ("gemma3_text", {"attention_bias": True}, "attn_q.bias"),
         ("olmo3", {"rope_parameters": _either(YARN, 100.0)}, "one rope_theta"),
+        ("gemma2", {"tie_word_embeddings": False}, "a head of its own"),
+        ("gemma2", {"query_pre_attn_scalar": 1}, "divides scores by the root of 24"),
         ("gemma4_text", {"rope_parameters": _either({"rope_type": "default", "rope_theta": 1e6}, 1e4)}, "proportional"),
         ("lfm2", {"conv_bias": True}, "shortconv.conv.bias"),
         ("lfm2_moe", {"routed_scaling_factor": 2.5}, "scale routing weights"),

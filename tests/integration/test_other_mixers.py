@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from compress.decode import decode
+from compress.engines.transformers import TransformersSource
 from compress.errors import PlanError
 from compress.models.checkpoint import Checkpoint
 from compress.plan import make_plan
 from compress.solve.tensor import solve_tensor
 from compress.statistics import Moments, blend
-from tests.integration.containers import spec_of
+from tests.integration.containers import reference_logits, spec_of, token_ids
 from tests.integration.runs import SMALL, carry_out, cheap, small
 from tests.proofs import proved
 from tests.tiny import FAMILIES, FOR_LLAMA_CPP, OTHER_MIXERS, tiny_model
@@ -81,7 +82,10 @@ WIDE: dict[str, dict[str, Any]] = {
     **{name: {"intermediate_size": 256} for name in ("smollm3", "seed_oss", "ministral3", "ernie4_5")},
     **{name: {"intermediate_size": 256} for name in ("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     "gemma4_text": {"head_dim": 32, "global_head_dim": 64, "intermediate_size": 256},
-    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "intermediate_size": 256},
+    **{
+        name: {"head_dim": 32, "query_pre_attn_scalar": 32, "intermediate_size": 256}
+        for name in ("gemma2", "gemma3_text")
+    },
     **{family: {"intermediate_size": 256} for family in ("olmo2", "olmo3", "granite")},
 }
 """Widths that blocks of 256 and groups of 128 divide."""
@@ -119,6 +123,14 @@ def test_recipe(name: str, model: Path, tmp_path: Path) -> None:
     assert "attention.o" in solved and solved & {"attention.qkv", "attention.q_a", "attention.kv_a", "attention.q"}
     assert {t.codec for t in plan.tensors if t.spec.role == "small"} <= {"f32"}
     proved(plan.spec.model_type, "recipe", recipe=name, containers=[a.container for a in card.artifacts])
+
+
+def test_bounded_scores_are_in_the_engine_too(tmp_path: Path) -> None:
+    """Gemma 2's, which transformers' usual attention leaves out."""
+    model, ids = tiny_model("gemma2", tmp_path / "model"), token_ids()
+    (ours,) = TransformersSource(model).logits([ids])
+    expected = reference_logits(model, ids)
+    assert np.abs(ours - expected).max() < 1e-4 * expected.std()
 
 
 def test_scaled_embeddings_stay_packed(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from compress.structured.survey import survey
 from compress.text import calibration_windows, load_tokenizer
 from tests.contract.blocks import as_stored
 from tests.integration.containers import fetcher, plan, reference_logits, spec_of, token_ids, weights_of
+from tests.integration.test_gguf_container import gelu_by_table
 from tests.tiny import FAMILIES, demo_model, tiny_config, tiny_model
 
 SAME, ENGINE = 1e-4, 1e-3
@@ -115,7 +116,9 @@ def _masked_logits(
             silenced[kept.layer] = [e for e in range(spec.experts) if e not in kept.experts]
             if moe.router.correction:  # what chooses beside the logits
                 weights[root + moe.router.correction][..., silenced[kept.layer]] = -torch.inf
-    whole = AutoModelForCausalLM.from_pretrained(_saved(spec, weights, folder), dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(
+        _saved(spec, weights, folder), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     routers = {id(_router(whole.model.layers[n], spec.experts)): gone for n, gone in silenced.items()}
     linear = F.linear
 
@@ -169,6 +172,8 @@ def test_cut_is_masked_in_transformers_and_llama_cpp_agrees(
         tmp_path / "small.gguf", result.spec, lines, fetcher(tensors, lines), source=small, options=options,
         provenance=provenance,
     ))  # fmt: skip
+    monkeypatch.setattr(F, "gelu", gelu_by_table)
+    logits = reference_logits(small, ids)
     with LlamaCpp(files[0], threads=1) as engine:
         assert np.abs(next(engine.logits([ids])) - logits).max() < ENGINE * logits.std()
 

@@ -52,10 +52,10 @@ def ends(c: Any) -> Ends:
     return Ends(scale=c.hidden**0.5, softcap=c.final_logit_softcapping)
 
 
-def block(c: Gemma3Config, layer: int) -> Block:
+def block(c: Gemma3Config, layer: int, **options: Any) -> Block:
+    """options: fields of `Attention`."""
     mixer = attention(
         c,
-        qk_norm="head",
         bias=c.attention_bias,
         output_bias=c.attention_bias,
         rope=c.rope_of(layer),
@@ -63,6 +63,7 @@ def block(c: Gemma3Config, layer: int) -> Block:
         scale=c.query_pre_attn_scalar**-0.5,
         norm_shift=1.0,
         **BEHIND,
+        **({"qk_norm": "head"} | options),
     )
     return mixer, mlp(c, norm=FEED_FORWARD, activation=GELU_TANH, norm_shift=1.0, **BEHIND_FEED_FORWARD)
 
@@ -71,28 +72,31 @@ def gguf_keys(c: Gemma3Config) -> Mapping[str, Any]:
     return {**window_keys(c, Gemma3Config.PERIOD), "final_logit_softcapping": c.final_logit_softcapping}
 
 
-def scalar(layers: int, hidden: int, heads: int, head_dim: int) -> int:
-    """By whose root llama.cpp divides scores."""
-    return hidden // heads if layers == LAYERS_27B else head_dim
+def scalar(layers: int, largest: int, hidden: int, heads: int, head_dim: int) -> int:
+    """By whose root llama.cpp divides scores. largest: layers of the 27B model."""
+    return hidden // heads if layers == largest else head_dim
+
+
+def scalar_problems(c: Gemma3Config, arch: str, largest: int) -> list[str]:
+    if c.query_pre_attn_scalar == (theirs := scalar(c.layers, largest, c.hidden, c.heads, c.head_dim)):
+        return []
+    given = f"{c.query_pre_attn_scalar:g}"
+    return [f"llama.cpp's {arch} divides scores by the root of {theirs}, not of query_pre_attn_scalar {given}"]
 
 
 def gguf_problems(c: Gemma3Config) -> list[str]:
-    problems = list(window_problems(c, "gemma3", ("linear", "yarn")))
-    if c.query_pre_attn_scalar != (theirs := scalar(c.layers, c.hidden, c.heads, c.head_dim)):
-        problems.append(
-            f"llama.cpp's gemma3 divides scores by the root of {theirs}, not of query_pre_attn_scalar {c.query_pre_attn_scalar:g}"
-        )
-    return problems
+    return [*window_problems(c, "gemma3", ("linear", "yarn")), *scalar_problems(c, "gemma3", LAYERS_27B)]
+
+
+def read_scalar(m: Metadata, largest: int) -> dict[str, Any]:
+    """What llama.cpp divides scores by; the activation is the architecture's."""
+    sizes = (m.number("embedding_length"), m.number("attention.head_count"), m.number("attention.key_length", 256))
+    return {"query_pre_attn_scalar": scalar(len(m.layers), largest, *sizes), "hidden_act": None}
 
 
 def read_gguf(m: Metadata) -> dict[str, Any]:
     """The positions of either kind of layer, and what llama.cpp divides scores by."""
-    sizes = (m.number("embedding_length"), m.number("attention.head_count"), m.number("attention.key_length", 256))
-    return {
-        **read_windows(m, Gemma3Config.PERIOD, Gemma3Config.LOCAL_THETA),
-        "query_pre_attn_scalar": scalar(len(m.layers), *sizes),
-        "hidden_act": None,
-    }
+    return {**read_windows(m, Gemma3Config.PERIOD, Gemma3Config.LOCAL_THETA), **read_scalar(m, LAYERS_27B)}
 
 
 FAMILY = Family(

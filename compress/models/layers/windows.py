@@ -19,7 +19,8 @@ _PATTERN = "attention.sliding_window_pattern"
 
 
 class Interleaved(Windows):
-    """All layers slide but every n-th, and either kind has rotary positions of its own, of which full layers' alone may be scaled.
+    """All layers slide but every n-th; with LAYER_ROPES either kind has rotary positions of its own, of which full layers' alone may
+    be scaled.
 
     PERIOD: the n where config.json does not say it; LOCAL_THETA: the base of sliding layers, likewise.
     """
@@ -35,7 +36,7 @@ class Interleaved(Windows):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         table = self._given.get("rope_parameters")
-        if table and not any(isinstance(table.get(kind), dict) for kind in RopeKeys.KINDS):
+        if self.LAYER_ROPES and table and not any(isinstance(table.get(kind), dict) for kind in RopeKeys.KINDS):
             yield f"rope_parameters: needs those of {' and of '.join(RopeKeys.KINDS)}, each under its name"
 
     def slides(self, layer: int) -> bool:
@@ -52,6 +53,8 @@ class Interleaved(Windows):
         return self.rope(kind="sliding_attention" if self.slides(layer) else "full_attention")
 
     def _rope(self, kind: str = "") -> Mapping[str, Any]:
+        if not self.LAYER_ROPES:
+            return super()._rope()
         kind = kind or "full_attention"
         table = (self._given.get("rope_parameters") or {}).get(kind) or {}
         if kind == "sliding_attention":
@@ -59,7 +62,7 @@ class Interleaved(Windows):
         return {"rope_theta": self.rope_theta, **table, **(self._given.get("rope_scaling") or {})}
 
     def _rope_kind(self, kind: str) -> str:
-        return kind
+        return kind if self.LAYER_ROPES else ""
 
 
 def window_keys(c: Interleaved, period: int) -> dict[str, Any]:

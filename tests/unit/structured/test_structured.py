@@ -261,7 +261,8 @@ def test_reduced_configs_are_stock_and_say_what_the_spec_says(family: str) -> No
     config = transformers.AutoConfig.for_model(**small.config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    assert sum(p.numel() for p in model.state_dict().values()) == sum(t.parameters for t in small.tensors())
+    stored = {id(p): p for p in model.state_dict(keep_vars=True).values()}  # a tied head is in it twice
+    assert sum(p.numel() for p in stored.values()) == sum(t.parameters for t in small.tensors())
 
 
 def test_lists_by_layer_are_cut_with_the_layers() -> None:
