@@ -256,9 +256,19 @@ _VISION = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
     "temporal_patch_size": 2, "num_position_embeddings": 16,
 }  # fmt: skip
+_TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
+}  # fmt: skip
 WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5", "qwen3_5_text", {"vision_config": _VISION}),
     "qwen3_5_moe": ("Qwen3_5Moe", "qwen3_5_moe_text", {"vision_config": _VISION}),
+    "gemma3": ("Gemma3", "gemma3_text", {"vision_config": _TOWER, "mm_tokens_per_image": 4}),
+    "mistral3": ("Mistral3", "mistral", {"vision_config": {"model_type": "pixtral", **_TOWER, "head_dim": 16}}),
+    "llama4": (
+        "Llama4",
+        "llama4_text",
+        {"vision_config": {**_TOWER, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}},
+    ),
 }
 """Multimodal models: of transformers' class, around which family, with which keys of config.json."""
 
@@ -349,7 +359,9 @@ def _saved(kind: str, config: Any, folder: Path, seed: int, dtype: str, tokenize
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
             if name.endswith(("correction_bias", "expert_bias")):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    if dtype != "float32":
+        model.to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(demo_model() / name, Path(folder) / name)

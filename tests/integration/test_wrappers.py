@@ -16,6 +16,7 @@ from compress.engines.transformers import TransformersSource
 from compress.errors import ConfigError, PlanError
 from compress.models import load_spec
 from compress.models.checkpoint import SINGLE, Checkpoint
+from compress.models.surplus import surplus
 from compress.models.wrappers import WRAPPERS
 from compress.plan import make_plan
 from tests.contract.blocks import logits
@@ -26,7 +27,7 @@ SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
     "num_hidden_layers": 2, "full_attention_interval": 2, "num_experts": 4,
 }  # fmt: skip
-NAMES = sorted(WRAPPED)
+NAMES = ("qwen3_5", "qwen3_5_moe")
 IDS = torch.randint(0, 4000, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -35,8 +36,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return tiny_wrapped(request.param, tmp_path_factory.mktemp(request.param) / "model", dtype="bfloat16", **SIZES)
 
 
-def test_logits_are_transformers(model: Path) -> None:
+@pytest.mark.parametrize("name", sorted(WRAPPED))
+def test_logits_are_transformers(name: str, tmp_path: Path) -> None:
     """Of the whole class, and every tensor of the file is known: in the decoder or beside it."""
+    model = tiny_wrapped(name, tmp_path / "model")
     whole = TransformersSource(model)
     checkpoint = Checkpoint.open(model)
     spec = load_spec(checkpoint.config)
@@ -44,7 +47,23 @@ def test_logits_are_transformers(model: Path) -> None:
     with torch.no_grad():
         theirs, ours = whole.model(IDS).logits, logits(spec, weights, IDS)
     assert theirs.std() > 0.1 and (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-    assert whole.ignored == ()
+    found = surplus(spec, checkpoint)
+    assert whole.ignored == () and not found.problems and not found.left
+    assert {t.beside.split(".")[-1] for t in found.beside} <= {
+        "visual", "vision_tower", "multi_modal_projector", "vision_model",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_what_was_renamed_loads_again(name: str, tmp_path: Path) -> None:
+    """transformers saves these under the names of an earlier version; what ships has today's, and its gate loads it."""
+    model = tiny_wrapped(name, tmp_path / "model")
+    sets = ("steps=[{quantize: {rules: [{targets: [attention, mlp], codec: int4-g32}], solver: rtn}}]",)
+    card = carry_out(small("quip-2bit", model, tmp_path / "out", *sets))
+    assert card.gate.passed, card.gate
+    stored, made = load_file(model / SINGLE), load_file(tmp_path / "out" / card.artifacts[0].path / SINGLE)
+    others = {key: values for key, values in stored.items() if not key.startswith("language_model.")}
+    assert others and all(torch.equal(made[WRAPPERS[name].here(key)], values) for key, values in others.items())
 
 
 @pytest.mark.parametrize("name", ["gptq-w4-g128", "quip-2bit"])
