@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.scoring.divergence import TokenStats, row_slices
+from compress.scoring.divergence import TokenStats, log_mass, row_slices
 
 LEAST, DRAWN = 256, 64  # tokens that are kept of a position at least, and drawn from the others
 
@@ -48,7 +48,7 @@ def keep(logits: np.ndarray, targets: np.ndarray, k: int, seed: int = 0) -> Kept
     kind = _ids(vocabulary)
     parts = []
     for part in row_slices(rows, vocabulary):
-        log_all = logits[part] - _log_mass(logits[part])[:, None]
+        log_all = logits[part] - log_mass(logits[part])[:, None]
         top = np.argpartition(logits[part], vocabulary - k, axis=1)[:, vocabulary - k :] if k < vocabulary else None
         top = np.sort(top, axis=1) if top is not None else np.broadcast_to(np.arange(vocabulary), log_all.shape)
         drawn, rest = _draw(log_all, top, start[part])
@@ -76,7 +76,7 @@ def compare(kept: Kept, logits: np.ndarray, targets: np.ndarray) -> TokenStats:
     nll, kld = np.empty(rows), np.empty(rows)
     for part in row_slices(rows, vocabulary):
         here = logits[part]
-        mass = _log_mass(here)
+        mass = log_mass(here)
         kld[part] = _terms(kept.log_p[part], here, mass, kept.ids[part], weighted=True).sum(axis=1)
         if kept.ids.shape[1] < vocabulary:
             kld[part] += kept.rest[part] * _terms(kept.log_drawn[part], here, mass, kept.drawn[part]).mean(axis=1)
@@ -94,13 +94,6 @@ def _terms(
     log_r = log_q - log_p
     terms = np.expm1(log_r) - log_r
     return np.exp(log_p) * terms if weighted else terms
-
-
-def _log_mass(logits: np.ndarray) -> np.ndarray:
-    """log of the sum of exp of every row, float64 [T]. The exponentials are float32's, whose errors, random and below 2^-22,
-    their sum of thousands averages out: to 1e-8 nats or so."""
-    peak = logits.max(axis=1, keepdims=True)
-    return np.log(np.exp(logits - peak).sum(axis=1, dtype=np.float64)) + peak[:, 0]
 
 
 def _ids(vocabulary: int) -> np.dtype:
