@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress.codecs.names import row_bytes
+from compress.codecs.names import codec_info, row_bytes
 from compress.errors import PlanError
-from compress.models import known_families, load_spec
+from compress.models import load_spec
 from compress.models.layers.moe import MoE
 from compress.plan import Plan, make_plan
 from compress.recipe import load_recipe
 from compress.recipe.schemes import EXPERT_SCHEMES
-from tests.tiny import tiny_config
+from tests.tiny import FAMILIES, FOR_LLAMA_CPP, tiny_config
 
 LAYERS = 5
 COMMON = {
@@ -71,12 +72,31 @@ def plan_of(folder: Path, scheme: str, config: dict[str, Any]) -> Plan:
     return make_plan(load_recipe(recipe))
 
 
-def test_every_family_with_experts_is_here() -> None:
-    specs = {name: load_spec(tiny_config(name)) for name in known_families()}
-    assert {n for n, spec in specs.items() if any(isinstance(s, MoE) for block in spec.blocks for s in block)} == set(
-        MIXTURES
-    )
-    assert set(BYTES) == set(EXPERT_SCHEMES)
+@cache
+def mixtures() -> dict[str, dict[str, Any]]:
+    """The tiny configurations of all families with experts, such as llama.cpp takes."""
+    configs = {name: tiny_config(name, **FOR_LLAMA_CPP.get(name, {})) for name in FAMILIES}
+    return {n: c for n, c in configs.items() if any(isinstance(s, MoE) for block in load_spec(c).blocks for s in block)}
+
+
+def test_these_are_all_schemes_and_families_with_experts() -> None:
+    assert set(BYTES) == set(EXPERT_SCHEMES) and set(MIXTURES) < set(mixtures())
+
+
+@pytest.mark.parametrize("family", mixtures())
+def test_experts_alone_are_below_eight_bits(family: str, tmp_path: Path) -> None:
+    config, spec = mixtures()[family], load_spec(mixtures()[family])
+    plan = plan_of(tmp_path, "EXPERTS_2BIT", {**config, "max_position_embeddings": 2048})
+    experts = {(t.spec.layer, t.spec.expert) for t in plan.tensors if t.spec.role.startswith("routed_experts.")}
+    mixed = {layer for layer, block in enumerate(spec.blocks) if any(isinstance(s, MoE) for s in block)}
+    assert experts == {(layer, e) for layer in mixed for e in range(spec.experts)}
+    for t in plan.tensors:
+        if len(t.spec.shape) < 2 or t.spec.role in ("small", "router"):
+            assert codec_info(t.codec).is_float, t.name
+        elif t.spec.role.startswith("routed_experts.") and t.spec.shape[-1] % 32 == 0:
+            assert 8 * row_bytes(t.codec, t.spec.shape[-1]) < 6 * t.spec.shape[-1], t.name
+        else:
+            assert t.codec in ("q8_0", "f16", "bf16", "f32"), t.name
 
 
 @pytest.mark.parametrize("scheme", EXPERT_SCHEMES)
