@@ -32,8 +32,15 @@ class Surplus:
 
     @property
     def lines(self) -> list[str]:
-        """What is left out, in a line."""
-        return [f"left out, as config.json does not imply it: {some_of(self.left)}"] if self.left else []
+        """What is left out, a line for each reason."""
+        drafts = [name for name in self.left if name.startswith(_GGUF_DRAFT)]
+        others = [name for name in self.left if name not in drafts]
+        told = []
+        if drafts:
+            told.append(f"left out, as a GGUF file has its MTP layer in llama.cpp's own order: {some_of(drafts)}")
+        if others:
+            told.append(f"left out, as config.json does not imply it: {some_of(others)}")
+        return told
 
 
 def surplus(spec: ModelSpec, checkpoint: Checkpoint) -> Surplus:

@@ -20,7 +20,7 @@ from compress.engines.speech import open_speaker
 from compress.engines.streamed import StreamedSource
 from compress.errors import PlanError, UnsupportedModel
 from compress.models.checkpoint import Checkpoint, checkpoint_problems, own_codec
-from compress.models.surplus import surplus
+from compress.models.surplus import Surplus, surplus
 from compress.plan import make_plan
 from compress.recipe import load_recipe
 from compress.report.compare import same_original
@@ -73,7 +73,7 @@ def test_our_own_folders_decode_to_what_was_solved(container: str, tmp_path: Pat
     folder = tmp_path / "out" / card.artifacts[0].path
     checkpoint, solved = Checkpoint.open(folder), kept(recipe)
     spec = spec_of(model)
-    assert checkpoint_problems(spec, checkpoint) == [] and surplus(spec, checkpoint) == ([], [])
+    assert checkpoint_problems(spec, checkpoint) == [] and surplus(spec, checkpoint) == Surplus()
     assert sum(entry.quantized for entry in checkpoint.entries.values()) == 7
     for name, values in solved.items():
         assert torch.equal(checkpoint.load(name).float(), values), name
@@ -166,7 +166,7 @@ def test_experts_that_are_stacked_are_read_one_by_one(tmp_path: Path) -> None:
     save_file(decoded, model / "model.safetensors", {"format": "pt"})
     marked(tmp_path / "fp8", quantization_config={"quant_method": "fp8"})
     fused, plain = Checkpoint.open(tmp_path / "fp8"), Checkpoint.open(model)
-    assert checkpoint_problems(spec, fused) == [] and surplus(spec, fused) == ([], [])
+    assert checkpoint_problems(spec, fused) == [] and surplus(spec, fused) == Surplus()
     assert all(torch.equal(fused.load(t.name), plain.load(t.name)) for t in spec.tensors())
     expert = fused.entries[f"{ROUTED}.3.up_proj.weight"]
     assert expert.quantized and expert.part is not None and expert.shape == (32, 64)

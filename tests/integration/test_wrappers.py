@@ -50,7 +50,7 @@ def test_logits_are_transformers(name: str, tmp_path: Path) -> None:
     found = surplus(spec, checkpoint)
     assert whole.ignored == () and not found.problems and not found.left
     assert {t.beside.split(".")[-1] for t in found.beside} <= {
-        "visual", "vision_tower", "multi_modal_projector", "vision_model",
+        "visual", "vision_tower", "embed_vision", "multi_modal_projector", "vision_model",
     }  # fmt: skip
 
 
