@@ -771,5 +771,6 @@ def test_too_many_experts_and_longrope_are_reasons() -> None:
     }  # fmt: skip
     assert container.check_representable(load_spec({**base, "num_experts": 128})) == []
     assert "512" in container.check_representable(load_spec({**base, "num_experts": 640}))[0]
-    rope = {"rope_type": "longrope", "factor": 4.0}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 512, **factors}
     assert "longrope" in container.check_representable(load_spec({**base, "rope_scaling": rope}))[0]

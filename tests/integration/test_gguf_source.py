@@ -310,7 +310,7 @@ def put(fields: dict[str, Any], key: str, value: Any) -> None:
 
 WRONG: dict[str, tuple[Any, type[CompressError], str]] = {
     "architecture": (
-        lambda f, t: put(f, "general.architecture", "gemma3"), UnsupportedModel, "architecture 'gemma3'; those that are read",
+        lambda f, t: put(f, "general.architecture", "llada"), UnsupportedModel, "architecture 'llada'; those that are read",
     ),
     "no model": (lambda f, t: t.pop("token_embd.weight"), CheckpointError, "no whole model"),
     "a tensor lacks": (lambda f, t: t.pop("blk.1.ffn_up.weight"), CheckpointError, "lacks blk.1.ffn_up.weight"),
