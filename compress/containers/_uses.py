@@ -17,8 +17,8 @@ PROMPT = "The city of London"
 class Use:
     """One way to run an artifact.
 
-    engine: whose; code: what to type, with `{file}` where the artifact's file or folder goes and `{name}` where a plain name of
-    it does; language: of that code, sh or python; install: what brings it, as people type it; note: what else to know, in
+    engine: whose; code: what to type, with `{file}` where the artifact's file or folder goes, `{name}` where a plain name of
+    it does and `{loader}` where transformers' class does; language: of that code, sh or python; install: what brings it, as people type it; note: what else to know, in
     sentences; single: only of an artifact that is one file.
     """
 
@@ -29,18 +29,18 @@ class Use:
     note: str = ""
     single: bool = False
 
-    def of(self, file: str) -> str:
-        """The code for a file or folder of this name, quoted where the name asks for it."""
+    def of(self, file: str, loader: str) -> str:
+        """The code for a file or folder of this name, quoted where the name asks for it. loader: transformers' class for it."""
         quoted = shlex.quote(file) if self.language == "sh" else json.dumps(file)[1:-1]
         plain = re.sub(r"[^a-z0-9.-]+", "-", PurePosixPath(file).stem.lower()).strip("-.") or "model"
-        return self.code.replace("{file}", quoted).replace("{name}", plain)
+        return self.code.replace("{file}", quoted).replace("{name}", plain).replace("{loader}", loader)
 
 
 def _transformers(first: str = "") -> str:
     return (
-        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"{first}from transformers import {{loader}}, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("{file}")\n'
-        'model = AutoModelForCausalLM.from_pretrained("{file}")\n'
+        'model = {loader}.from_pretrained("{file}")\n'
         f'ids = tokenizer("{PROMPT}", return_tensors="pt").to(model.device)\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))"
     )

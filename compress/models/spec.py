@@ -210,6 +210,11 @@ class ModelSpec:
         """The class of transformers that loads the checkpoint."""
         return self.family.hf_architecture if self.wrapper is None else self.wrapper.architecture
 
+    @property
+    def loader(self) -> str:
+        """transformers' class that opens a folder of it, whatever its model_type."""
+        return "AutoModelForCausalLM" if self.wrapper is None else "AutoModelForImageTextToText"
+
     @cached_property
     def names(self) -> Names:
         """What tensors outside the sub-layers are called, and blocks."""

@@ -91,7 +91,7 @@ def _context(card: Scorecard, made: Reproduction, repo: str, alone: bool) -> dic
         "several": several,
         "files": _files(card, made, dict(zip(names, card.artifacts, strict=True)), comparison, repo),
         "advice": advised.sentences if chosen else (),
-        "runs": list(_runs(dict(zip(names, card.artifacts, strict=True)), advised, repo)),
+        "runs": list(_runs(dict(zip(names, card.artifacts, strict=True)), advised, repo, card.loader)),
         "scores": scores(comparison) if scored else "",
         "measured": list(measured(comparison)),
         "checked": checked(card),
@@ -200,8 +200,9 @@ class _Runs:
     engines: str
 
 
-def _runs(artifacts: dict[str, Artifact], advice: Advice, repo: str) -> Iterator[_Runs]:
-    """One part a container: files of one format are run alike, and the recommended one, or the first, stands for them."""
+def _runs(artifacts: dict[str, Artifact], advice: Advice, repo: str, loader: str) -> Iterator[_Runs]:
+    """One part a container: files of one format are run alike, and the recommended one, or the first, stands for them. loader:
+    transformers' class for folders."""
     kinds: dict[str, list[Artifact]] = {}
     for _, artifact in sorted(artifacts.items(), key=lambda named: named[0] not in advice.picks):
         kinds.setdefault(artifact.container, []).append(artifact)
@@ -210,7 +211,7 @@ def _runs(artifacts: dict[str, Artifact], advice: Advice, repo: str) -> Iterator
         uses = () if container is None else container.uses
         single = not artifact.is_folder and sum(not is_legal(file) for file in artifact.files) <= 1
         place = _place(artifact, repo)
-        shown = [replace(use, code=use.of(place)) for use in uses if single or not use.single]
+        shown = [replace(use, code=use.of(place, loader)) for use in uses if single or not use.single]
         if repo and artifact.path != TOP:
             wanted = f"{artifact.path}/*" if artifact.is_folder else artifact.path
             shown.insert(0, Use("Download", f"hf download {repo} --include '{wanted}' --local-dir ."))

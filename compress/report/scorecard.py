@@ -176,6 +176,8 @@ class Scorecard(Value):
     format: int = FORMAT
     errors: tuple[LayerError, ...] = ()
     suite: str | None = None
+    loader: str = "AutoModelForCausalLM"
+    """transformers' class that opens folders of it."""
 
     @field_validator("beside")
     @classmethod

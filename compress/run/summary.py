@@ -107,6 +107,7 @@ def make_scorecard(
         notes=(*plan.warnings, *journal.units[INSPECTED]["doubts"], *results.doubts, *structure_notes(plan, journal)),
         errors=tuple(layer_errors(plan, solved)),
         suite=None if plan.recipe.score is None else Path(plan.recipe.score.suite).stem,
+        loader=plan.spec.loader,
     )
 
 

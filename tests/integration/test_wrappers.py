@@ -94,6 +94,7 @@ def test_their_engines_leave_the_other_parts_alone(name: str, model: Path, tmp_p
     assert card.gate.passed, card.gate
     folder = tmp_path / "out" / card.artifacts[0].path
     loaded = TransformersSource(folder).model
+    assert f'AutoModelForImageTextToText.from_pretrained("{folder.name}")' in (folder.parent / "README.md").read_text()
     visual = dict(loaded.model.visual.named_parameters())
     stored = load_file(model / SINGLE)
     assert visual and all(torch.equal(p, stored[f"model.visual.{n}"].float()) for n, p in visual.items())

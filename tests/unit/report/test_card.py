@@ -184,11 +184,11 @@ def test_every_container_says_how_it_is_run(name: str) -> None:
     container = CONTAINERS[name]
     assert container.library and len(container.uses) > 1
     for use in container.uses:
-        assert "{" not in use.of("odd name.gguf").replace("{'", "")
+        assert "{" not in use.of("odd name.gguf", "Loader").replace("{'", "")
         if use.language == "python":
-            compile(use.of('a "quoted" name'), use.engine, "exec")
+            compile(use.of('a "quoted" name', "Loader"), use.engine, "exec")
         else:
-            assert "'odd name.gguf'" in use.of("odd name.gguf")
+            assert "'odd name.gguf'" in use.of("odd name.gguf", "Loader")
 
 
 def test_parts_of_a_file_are_no_single_one() -> None:
