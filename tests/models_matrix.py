@@ -1,9 +1,9 @@
 """docs/models.md of what tests have proved:
 
-    COMPRESS_PROOFS=/tmp/proofs.jsonl pytest tests/contract/test_families.py tests/integration/test_gguf_container.py \
+    COMPRESS_PROOFS=proofs.jsonl pytest tests/contract/test_families.py tests/integration/test_gguf_container.py \
         tests/integration/test_other_mixers.py tests/integration/test_recipes_families.py tests/integration/test_models_doc.py \
         -k "logits_are_transformers or llama_cpp_computes or test_recipe or reach"
-    python -m tests.models_matrix /tmp/proofs.jsonl
+    python -m tests.models_matrix proofs.jsonl
 
 A row claims what was noted, nothing else.
 """

@@ -107,9 +107,8 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     narrow = any(size is not None and size < length for size in (sight.window, sight.chunk))
     mask = sight.mask(length, q.device) if narrow or sinks is not None or softcap else None
-    if (
-        sinks is not None
-    ):  # a token in front of all, which scores what the sink of the query's head says and has no value
+    if sinks is not None:
+        # a token in front of all, which scores what the sink of the query's head says and has no value
         q = torch.cat((q, (sinks / scale)[:, None, None].expand(*q.shape[:-1], 1)), dim=-1)
         k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 0, 1, 0))
         k[:, :, 0, -1] = 1.0
