@@ -22,10 +22,11 @@ class Host:
 
     name: of the engine; cache: codecs that its cache of keys and values may have, what it takes by itself first; slides: drops
     what lies behind a sliding window, None where GGUF's architecture decides; ahead: tokens that it has room for beyond the
-    window; expands: keeps keys and values where it could keep a latent, if it knows no better; layers: may put some layers, or their experts, on a GPU and compute the others on the CPU;
-    gpu: runs on GPUs alone; batch: tokens that it computes at once while it reads a prompt; process: bytes that it takes by
-    itself; spare: bytes of a GPU that it leaves free; share: of a GPU's memory that it takes at most. start, context_flag,
-    cache_flag: what to type, with `{file}`, `{tokens}` and `{codec}`; "" where there is no such command or choice.
+    window; expands: keeps keys and values where it could keep a latent, if it knows no better; layers: may put some layers, or
+    their experts, on a GPU and compute the others on the CPU; gpu: runs on GPUs alone; batch: tokens that it computes at once
+    while it reads a prompt; process: bytes that it takes by itself; spare: bytes of a GPU that it leaves free; share: of a
+    GPU's memory that it takes at most. start, context_flag, cache_flag: what to type, with `{file}`, `{tokens}` and `{codec}`;
+    "" where there is no such command or choice.
     """
 
     name: str

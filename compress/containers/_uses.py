@@ -17,9 +17,9 @@ PROMPT = "The city of London"
 class Use:
     """One way to run an artifact.
 
-    engine: whose; code: what to type, with `{file}` where the artifact's file or folder goes, `{name}` where a plain name of
-    it does and `{loader}` where transformers' class does; language: of that code, sh or python; install: what brings it, as people type it; note: what else to know, in
-    sentences; single: only of an artifact that is one file.
+    engine: whose; code: what to type, with `{file}` where the artifact's file or folder goes, `{name}` where a plain name of it
+    does and `{loader}` where transformers' class does; language: of that code, sh or python; install: what brings it, as people
+    type it; note: what else to know, in sentences; single: only of an artifact that is one file.
     """
 
     engine: str

@@ -37,8 +37,8 @@ def _codec(planned: PlannedTensor, own: str) -> str:
 def write(request: WriteRequest) -> list[Path]:
     """Write the folder (weights, config.json, tokenizer, compress.json) and return its weight files in order.
 
-    Every tensor is decoded by its codec and rounded to `options.dtype`, but for those that go along as they are. `fetch` is called once per tensor. OutputError
-    for a full disk or a folder that holds something else.
+    Every tensor is decoded by its codec and rounded to `options.dtype`, but for those that go along as they are. `fetch` is
+    called once per tensor. OutputError for a full disk or a folder that holds something else.
     """
     import torch
 

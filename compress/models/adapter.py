@@ -1,9 +1,9 @@
 """LoRA adapters of PEFT, merged into a model's tensors when they are read: W + scale B A, in float32. No torch.
 
-A folder holds adapter_config.json and adapter_model.safetensors, whose tensors are called `base_model.model.MODULE.lora_A.weight`
-[r, in] and `...lora_B.weight` [out, r]; of an embedding `...lora_embedding_A` [r, rows] and `..._B` [columns, r]; and what was trained
-whole (`modules_to_save`, biases) under its own name. scale is lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
-Source: peft's tuners/lora.
+A folder holds adapter_config.json and adapter_model.safetensors, whose tensors are called
+`base_model.model.MODULE.lora_A.weight` [r, in] and `...lora_B.weight` [out, r]; of an embedding `...lora_embedding_A` [r, rows]
+and `..._B` [columns, r]; and what was trained whole (`modules_to_save`, biases) under its own name. scale is lora_alpha / r, or
+lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732). Source: peft's tuners/lora.
 """
 
 from __future__ import annotations

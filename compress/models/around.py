@@ -15,13 +15,14 @@ from compress.models.layers.base import Sublayer, Weight
 class Gguf:
     """llama.cpp's architecture of a family, and what it computes whatever the config says.
 
-    variants: architectures that llama.cpp has for some configs of the family alone, each with the test for them.
-    normalises: whether chosen experts' weights are divided by their sum: True, False, or None where the metadata says; dense_layers: layers without experts may stand beside those with; heads_fill_width: heads x head_dim must be the hidden
-    size; tied: the head may be the embeddings; windows: it attends through sliding windows; activation: what feed-forwards
-    compute, by `Activation.name`; biases: of which tensors, None for any; llama3, longrope: reads these rope scalings;
-    expert_width: experts' width has a key of its own; keys: more metadata, from the config; problems: what else of a config
-    it cannot say. The other way round, with the metadata of a file (`compress.models.gguf.keys`): claims: whether it is this
-    family's, of those of one architecture; read: keys of config.json beyond those that the schema has tables for.
+    variants: architectures that llama.cpp has for some configs of the family alone, each with the test for them. normalises:
+    whether chosen experts' weights are divided by their sum: True, False, or None where the metadata says; dense_layers: layers
+    without experts may stand beside those with; heads_fill_width: heads x head_dim must be the hidden size; tied: the head may
+    be the embeddings; windows: it attends through sliding windows; activation: what feed-forwards compute, by
+    `Activation.name`; biases: of which tensors, None for any; llama3, longrope: reads these rope scalings; expert_width:
+    experts' width has a key of its own; keys: more metadata, from the config; problems: what else of a config it cannot say.
+    The other way round, with the metadata of a file (`compress.models.gguf.keys`): claims: whether it is this family's, of
+    those of one architecture; read: keys of config.json beyond those that the schema has tables for.
     """
 
     arch: str

@@ -103,7 +103,7 @@ class Family:
     final_shift: float = 0.0
     fixed_heads: str = ""
     fixed_channels: str = ""
-    experts_key: tuple[str, ...] = ("num_experts", "num_local_experts")
+    experts_key: tuple[str, ...] = ("n_routed_experts", "num_experts", "num_local_experts")
     shared_key: str = "shared_expert_intermediate_size"
     draft: Callable[[Any], Draft] | None = None
     """The layer that predicts a further token, where llama.cpp's architecture has a place for it."""

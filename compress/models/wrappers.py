@@ -18,9 +18,10 @@ from compress.reading import in_words
 class Wrapper:
     """One kind of multimodal model, whose config.json has the language model's own in `text_config`.
 
-    architecture: its class; families: the language models that it may have, by model_type; body: what the names of the language model's tensors begin with, instead of "model."; head: in
-    front of "lm_head"; renamed: beginnings of names in other checkpoints, and here; tied: what config.json means that does not
-    say whether the head is the embeddings, None where that stands in text_config alone.
+    architecture: its class; families: the language models that it may have, by model_type; body: what the names of the language
+    model's tensors begin with, instead of "model."; head: in front of "lm_head"; renamed: beginnings of names in other
+    checkpoints, and here; tied: what config.json means that does not say whether the head is the embeddings, None where that
+    stands in text_config alone.
     """
 
     architecture: str

@@ -167,14 +167,16 @@ class Plan:
     @cached_property
     def original_bytes(self) -> int:
         """Of all files that are needed to run the original, the base of every share; of a GGUF file its own."""
-        return self.source_bytes + (0 if self.place.is_file() else companion_bytes(self.source))
+        return self._itself.bytes
+
+    @property
+    def _itself(self) -> Reference:
+        return Reference(self.identity.version, self.original, self.place, self.source, self.source_bytes, ())
 
     @property
     def compared(self) -> Reference:
         """What scores compare with."""
-        if self.base is not None:
-            return self.base
-        return Reference(self.identity.version, self.original, self.place, self.source, self.source_bytes, ())
+        return self.base or self._itself
 
     def settled(self, patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> Plan:
         """The plan once a survey has said, by tensor, which weights may stay and what share of its bytes factors take."""

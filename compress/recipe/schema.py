@@ -176,6 +176,10 @@ class Calibration(Section):
         return self.told.model_dump(mode="json", exclude_none=True)
 
 
+_LATER = ("inputs", "strict")
+"""Keys of a quantize step that first recipes did not have."""
+
+
 class Quantize(Section):
     """Choose codes for the weights that `rules`, then `scheme`, name."""
 
@@ -396,10 +400,10 @@ class Recipe(Section):
         for step in decisive["steps"]:  # recipes without one keep the digest they had before there were any
             if step["scaling"] is None:
                 del step["scaling"]
-            if (step.get("quantize") or {}).get("inputs") == "compressed":
-                del step["quantize"]["inputs"]
-            if (step.get("quantize") or {}).get("strict") is False:
-                del step["quantize"]["strict"]
+            quantize = step.get("quantize") or {}
+            for key in _LATER:
+                if quantize.get(key) == Quantize.model_fields[key].default:
+                    del quantize[key]
         text = {key: value for key, value in decisive["calibration"].items() if value is not None}
         decisive["calibration"] = text if "mix" in text else {"dataset": BASE_TEXT, **text}  # as above
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

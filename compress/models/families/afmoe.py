@@ -20,6 +20,7 @@ from compress.models.config import (
     Width,
     Windows,
 )  # fmt: skip
+from compress.models.families.deepseek_v2 import CHANNELS
 from compress.models.families.hy_v3 import router
 from compress.models.layers.compose import attention, mlp, moe
 from compress.models.layers.moe import SharedExpert
@@ -128,6 +129,6 @@ FAMILY = Family(
     ),
     ends=lambda c: Ends(scale=c.hidden**0.5 if c.mup_enabled else 1.0),
     block=block,
-    fixed_channels="the shared experts' width is a multiple of the routed ones'",
+    fixed_channels=CHANNELS,
     example={"mup_enabled": True},
 )

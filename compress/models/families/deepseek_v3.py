@@ -14,7 +14,7 @@ from compress.models.families.deepseek_v2 import (
     mixer,
     read_gguf,
 )
-from compress.models.grouped import Grouped, Groups
+from compress.models.grouped import Groups, Ranked
 from compress.models.layers.moe import Router
 from compress.models.spec import Block, Family, Gguf
 
@@ -34,15 +34,15 @@ class DeepseekV3Config(LatentConfig):
     moe_intermediate_size: Width = 2048
 
 
-def router(c: Grouped) -> Router:
-    """Sigmoid scores, a correction for the choice alone, the best groups by their two best."""
+def router(c: Ranked, prefix: str = "mlp.") -> Router:
+    """Sigmoid scores, a correction for the choice alone, the best groups by their two best. prefix: of the tensors."""
     return Router(
-        "mlp.gate.weight",
+        f"{prefix}gate.weight",
         c.num_experts_per_tok,
         score="sigmoid",
         normalised=c.norm_topk_prob,
         scale=float(c.routed_scaling_factor),
-        correction="mlp.gate.e_score_correction_bias",
+        correction=f"{prefix}gate.e_score_correction_bias",
         groups=c.n_group,
         top_groups=c.topk_group,
         group_score="top2",
@@ -69,6 +69,5 @@ FAMILY = Family(
     block=block,
     fixed_heads=HEADS,
     fixed_channels=CHANNELS,
-    experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
     also=("kimi_k2",),
 )

@@ -61,6 +61,5 @@ FAMILY = Family(
     ),
     block=block,
     fixed_channels=CHANNELS,
-    experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
     example={"num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
 )

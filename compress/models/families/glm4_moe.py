@@ -41,7 +41,7 @@ def read_gguf(m: Metadata) -> dict[str, Any]:
     return {
         **read_groups(m),
         "norm_topk_prob": bool(m.get("expert_weights_norm")),
-        "partial_rotary_factor": m.number("rope.dimension_count") / max(m.number("attention.key_length"), 1),
+        "partial_rotary_factor": m.turning_share,
     }
 
 
@@ -62,5 +62,4 @@ FAMILY = Family(
     ),
     block=block,
     fixed_channels=CHANNELS,
-    experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
 )

@@ -37,5 +37,4 @@ FAMILY = Family(
     block=block,
     fixed_heads=HEADS,
     fixed_channels=CHANNELS,
-    experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
 )

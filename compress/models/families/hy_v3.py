@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from compress.models.config import Chosen, Eps, Experts, Positions, Positive, Routed, Shared, Width, one_a_layer
-from compress.models.gguf.keys import Metadata
+from compress.models.families.deepseek_v2 import CHANNELS
+from compress.models.grouped import listed_in
 from compress.models.layers.compose import attention, mlp, moe
 from compress.models.layers.moe import Router, SharedExpert
 from compress.models.spec import Block, Family, Gguf
@@ -39,8 +40,7 @@ class HyV3Config(Routed):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        for line in one_a_layer(self.mlp_layer_types, self.layers):
-            yield line.replace("layer_types", "mlp_layer_types")
+        yield from one_a_layer(self.mlp_layer_types, self.layers, "mlp_layer_types")
 
 
 def router(k: int, scale: float, gguf: str = "exp_probs_b.bias") -> Router:
@@ -74,19 +74,13 @@ def gguf_problems(c: HyV3Config) -> list[str]:
     return [] if c.num_shared_experts else ["llama.cpp's hy_v3 wants a shared expert"]
 
 
-def read_gguf(m: Metadata) -> dict[str, Any]:
-    """Which layers are dense, by their tensors."""
-    sparse = [f"blk.{layer}.ffn_gate_inp.weight" in m.names for layer in m.layers]
-    return {"mlp_layer_types": ["sparse" if routed else "dense" for routed in sparse]}
-
-
 FAMILY = Family(
     model_types=("hy_v3",),
     hf_architecture="HYV3ForCausalLM",
     config=HyV3Config,
     gguf=Gguf(
-        "hy_v3", normalises=True, biases=("exp_probs_b",), keys=gguf_keys, problems=gguf_problems, read=read_gguf
+        "hy_v3", normalises=True, biases=("exp_probs_b",), keys=gguf_keys, problems=gguf_problems, read=listed_in
     ),
     block=block,
-    fixed_channels="the shared experts' width is a multiple of the routed ones'",
+    fixed_channels=CHANNELS,
 )

@@ -11,17 +11,15 @@ from compress.models.config import (
     Chosen,
     Eps,
     Experts,
-    Positive,
-    Routed,
     Scale,
     Width,
     Windows,
     one_a_layer,
 )  # fmt: skip
+from compress.models.families.deepseek_v3 import router
 from compress.models.gguf.keys import Metadata
-from compress.models.grouped import Groups
+from compress.models.grouped import Ranked, listed_in
 from compress.models.layers.compose import attention, mlp, moe
-from compress.models.layers.moe import Router
 from compress.models.spec import Block, Family, Gguf
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -35,7 +33,7 @@ PERIOD = 6
 PATTERN, KV_HEADS = "attention.sliding_window_pattern", "attention.head_count_kv"
 
 
-class MimoConfig(Routed, Windows):
+class MimoConfig(Ranked, Windows):
     head_dim: Width = 192
     v_head_dim: Width = 128
     attention_bias: bool = False
@@ -47,9 +45,6 @@ class MimoConfig(Routed, Windows):
     num_experts_per_tok: Chosen = 8
     moe_intermediate_size: Width = 2048
     norm_topk_prob: bool = True
-    routed_scaling_factor: Positive = 1.0
-    n_group: Groups = 1
-    topk_group: Groups = 1
     mlp_layer_types: list[Literal["dense", "sparse"]] | None = None
 
     LAYER_ROPES: ClassVar[bool] = True
@@ -88,8 +83,7 @@ class MimoConfig(Routed, Windows):
             yield f"rope_parameters: needs those of {FULL} and of {SLIDING}, each under its name"
         if self.heads % (2 * self.kv_heads):
             yield f"num_attention_heads: {self.heads} heads cannot share the {2 * self.kv_heads} of sliding layers evenly"
-        for line in one_a_layer(self.mlp_layer_types, self.layers):
-            yield line.replace("layer_types", "mlp_layer_types")
+        yield from one_a_layer(self.mlp_layer_types, self.layers, "mlp_layer_types")
 
 
 def block(c: MimoConfig, layer: int) -> Block:
@@ -107,18 +101,7 @@ def block(c: MimoConfig, layer: int) -> Block:
     mixer = replace(mixer, kv_heads=c.heads_of(layer))
     if not c.is_sparse(layer):
         return mixer, mlp(c)
-    router = Router(
-        "mlp.gate.weight",
-        c.num_experts_per_tok,
-        score="sigmoid",
-        normalised=c.norm_topk_prob,
-        scale=float(c.routed_scaling_factor),
-        correction="mlp.gate.e_score_correction_bias",
-        groups=c.n_group,
-        top_groups=c.topk_group,
-        group_score="top2",
-    )
-    return mixer, moe(c, router=router)
+    return mixer, moe(c, router=router(c))
 
 
 def gguf_keys(c: MimoConfig) -> Mapping[str, Any]:
@@ -162,12 +145,11 @@ def read_gguf(m: Metadata) -> dict[str, Any]:
     slides, heads = _each(m, PATTERN), _each(m, KV_HEADS)
     head = next((n if not sliding else n // 2 for n, sliding in zip(heads, slides, strict=True)), 1)
     share = (m.number("rope.dimension_count") + 0.5) / max(m.number("attention.key_length"), 1)  # rounded down again
-    sparse = [f"blk.{layer}.ffn_gate_inp.weight" in m.names for layer in m.layers]
     bases = {FULL: m.positive("rope.freq_base", 10000.0), SLIDING: m.positive("rope.freq_base_swa", 10000.0)}
     return {
         "num_key_value_heads": head,
         "layer_types": [SLIDING if one else FULL for one in slides],
-        "mlp_layer_types": ["sparse" if routed else "dense" for routed in sparse],
+        **listed_in(m),
         "rope_theta": None,
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
@@ -192,5 +174,4 @@ FAMILY = Family(
     ),
     block=block,
     fixed_heads="layers that slide have other key heads than those that attend in full",
-    experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
 )

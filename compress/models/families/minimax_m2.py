@@ -53,7 +53,7 @@ def gguf_keys(c: MiniMaxM2Config) -> Mapping[str, Any]:
 
 def read_gguf(m: Metadata) -> dict[str, Any]:
     """The share of a head that turns."""
-    return {"partial_rotary_factor": m.number("rope.dimension_count") / max(m.number("attention.key_length"), 1)}
+    return {"partial_rotary_factor": m.turning_share}
 
 
 FAMILY = Family(

@@ -9,14 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from compress.errors import UnsupportedModel
-from compress.limits import EXPERTS, HEADS
-from compress.models.config import Chosen, Eps, Experts, Positions, Positive, Routed, Scale, Width
+from compress.limits import HEADS
+from compress.models.config import Chosen, Eps, Experts, Positions, Scale, Width
+from compress.models.families.deepseek_v3 import router
 from compress.models.gguf.keys import Metadata
+from compress.models.grouped import Ranked
 from compress.models.layers.attention import Attention
 from compress.models.layers.base import Sublayer
 from compress.models.layers.mamba2 import Mamba2
 from compress.models.layers.mlp import RELU2, Fused, Mlp
-from compress.models.layers.moe import MoE, Router, SharedExpert
+from compress.models.layers.moe import MoE, SharedExpert
 from compress.models.spec import Block, Family, Gguf, Names
 
 Kind = Literal["linear_attention", "full_attention", "mlp", "moe"]
@@ -25,10 +27,9 @@ LETTERS: Mapping[str, Kind] = {"M": "linear_attention", "*": "full_attention", "
 OLD: Mapping[str, Kind] = {"mamba": "linear_attention", "attention": "full_attention"}
 NORM = ("norm", "attn_norm")
 LEAVES = ("up_proj", "down_proj")
-Groups = Annotated[int, Field(ge=1, le=EXPERTS)]
 
 
-class NemotronHConfig(Routed):
+class NemotronHConfig(Ranked):
     """One list says of every layer what it is."""
 
     num_key_value_heads: Annotated[int, Field(ge=1, le=HEADS)] | None = 8
@@ -54,9 +55,6 @@ class NemotronHConfig(Routed):
     moe_shared_expert_intermediate_size: Width = 7688
     moe_latent_size: Width | None = None
     norm_topk_prob: bool = True
-    routed_scaling_factor: Positive = 1.0
-    n_group: Groups = 1
-    topk_group: Groups = 1
 
     GGUF: ClassVar[Mapping[str, str]] = {
         "rms_norm_eps": "",
@@ -104,10 +102,6 @@ class NemotronHConfig(Routed):
         yield from super().contradictions()
         if self.mamba_num_heads % self.n_groups:
             yield f"mamba_num_heads: {self.mamba_num_heads} heads do not divide into the {self.n_groups} groups of n_groups"
-        if self.experts % self.n_group:
-            yield f"n_group: {self.experts} experts do not divide into {self.n_group} groups"
-        elif self.topk_group > self.n_group:
-            yield f"topk_group: {self.topk_group} of the {self.n_group} groups of n_group cannot be chosen"
 
 
 def block(c: NemotronHConfig, layer: int) -> Block:
@@ -150,21 +144,10 @@ def moe(c: NemotronHConfig) -> Sublayer:
             ("mlp_bias", "biases") if c.mlp_bias else ("moe_latent_size", "a latent space (Nemotron 3 Super and Ultra)")
         )
         raise UnsupportedModel(f"{key}: experts with {what} are not supported in models of model_type {c.model_type}")
-    router = Router(
-        "mixer.gate.weight",
-        c.num_experts_per_tok,
-        score="sigmoid",
-        normalised=c.norm_topk_prob,
-        scale=float(c.routed_scaling_factor),
-        correction="mixer.gate.e_score_correction_bias",
-        groups=c.n_group,
-        top_groups=c.topk_group,
-        group_score="top2",
-    )
     return MoE(
         c.hidden,
         *NORM,
-        router=router,
+        router=router(c, "mixer."),
         experts=c.experts,
         width=c.expert_width,
         expert="mixer.experts.{e}.",
@@ -253,7 +236,6 @@ FAMILY = Family(
     ),
     block=block,
     fixed_heads="states of Mamba-2 have heads of their own, and those of attention stay with them",
-    experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
     shared_key="moe_shared_expert_intermediate_size",
     example={"layers_block_type": ["mamba", "moe", "mamba", "attention"] * 3},
 )

@@ -31,7 +31,7 @@ def read_gguf(m: Metadata) -> dict[str, Any]:
     """A window, the share of a head that turns, and the positions before scaling."""
     said = {
         "sliding_window": m.get("attention.sliding_window"),
-        "partial_rotary_factor": m.number("rope.dimension_count") / max(m.number("attention.key_length"), 1),
+        "partial_rotary_factor": m.turning_share,
         "original_max_position_embeddings": m.get("rope.scaling.original_context_length"),
     }
     return {key: value for key, value in said.items() if value is not None}

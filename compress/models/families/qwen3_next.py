@@ -148,7 +148,7 @@ def read_gguf(m: Metadata) -> dict[str, Any]:
     kinds = {True: "linear_attention", False: "full_attention"}
     return {
         "layer_types": [kinds[f"blk.{layer}.ssm_conv1d.weight" in m.names] for layer in m.layers],
-        "partial_rotary_factor": m.number("rope.dimension_count") / max(m.number("attention.key_length"), 1),
+        "partial_rotary_factor": m.turning_share,
     }
 
 

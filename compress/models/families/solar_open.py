@@ -42,5 +42,4 @@ FAMILY = Family(
     gguf=replace(GLM.gguf, claims=lambda m: False),  # a file of it reads as GLM-4.5, which it computes
     block=block,
     fixed_channels=CHANNELS,
-    experts_key=("n_routed_experts", "num_experts", "num_local_experts"),
 )

@@ -23,8 +23,8 @@ __all__ = [
 def forward_branch(
     branch: Branch, weights: Mapping[str, Tensor], hidden: Tensor, taps: Taps = NO_TAPS
 ) -> Tensor | None:
-    """One sub-layer, residual included: (x + residual * post(f(norm(x)))) * scalar, [B, T, hidden] -> the same; None where `taps` end it
-    before.
+    """One sub-layer, residual included: (x + residual * post(f(norm(x)))) * scalar, [B, T, hidden] -> the same; None where
+    `taps` end it before.
 
     weights: full checkpoint names -> float32; hidden: float32, not modified.
     """

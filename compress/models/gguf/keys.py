@@ -108,6 +108,11 @@ class Metadata:
             )
         return value
 
+    @property
+    def turning_share(self) -> float:
+        """The part of a head that rotary positions turn. Raises CheckpointError."""
+        return self.number("rope.dimension_count") / max(self.number("attention.key_length"), 1)
+
     def has(self, name: str) -> bool:
         """Whether a block has a tensor of this name, or the model."""
         return name in self.names or name in self._inside

@@ -29,18 +29,17 @@ class Temperature:
 class Attention(Sublayer):
     """Grouped-query attention, causal, with rotary positions.
 
-    rope: None for none. qk_norm: RMSNorm on queries and keys, on each "head" with the same weights, on each without ("bare")
-    or on all "heads" at once; norm_after_rope: it comes behind the positions; bias: on q, k and v;
-    output_bias: on o; gate: q_proj gives [query | gate] a head, and o_proj reads the heads times sigmoid(gate); gating: the
-    linear that gives such a gate by itself, "" for none; value_dim: of value heads, None for head_dim; value_scale: what values
-    are multiplied by; window: tokens that a token sees, None for all; chunk: a token sees the
-    tokens of its own run of so many, None for all; scale: of the scores, None for 1 / sqrt(head_dim);
-    softcap: scores s become softcap tanh(s / softcap), 0 for none; sinks: the tensor [heads] of scores that take part in
-    the softmax and weigh nothing, "" for none; interleaved: neighbouring channels turn together, not those of two halves;
-    paired: GGUF rotates neighbouring pairs where the checkpoint rotates halves, so that it orders the rows of q and k otherwise.
-    value_norm: values, too, are divided by their root mean square, head by head; keys_are_values: before norm and positions,
-    there is no v. joined: the tensor that holds q, k and v in a row, "" for three. prefix, leaves, norms: names of the tensors of q, k, v
-    and o, and of the norms of q and k.
+    rope: None for none. qk_norm: RMSNorm on queries and keys, on each "head" with the same weights, on each without ("bare") or
+    on all "heads" at once; norm_after_rope: it comes behind the positions; bias: on q, k and v; output_bias: on o; gate: q_proj
+    gives [query | gate] a head, and o_proj reads the heads times sigmoid(gate); gating: the linear that gives such a gate by
+    itself, "" for none; value_dim: of value heads, None for head_dim; value_scale: what values are multiplied by; window:
+    tokens that a token sees, None for all; chunk: a token sees the tokens of its own run of so many, None for all; scale: of
+    the scores, None for 1 / sqrt(head_dim); softcap: scores s become softcap tanh(s / softcap), 0 for none; sinks: the tensor
+    [heads] of scores that take part in the softmax and weigh nothing, "" for none; interleaved: neighbouring channels turn
+    together, not those of two halves; paired: GGUF rotates neighbouring pairs where the checkpoint rotates halves, so that it
+    orders the rows of q and k otherwise. value_norm: values, too, are divided by their root mean square, head by head;
+    keys_are_values: before norm and positions, there is no v. joined: the tensor that holds q, k and v in a row, "" for three.
+    prefix, leaves, norms: names of the tensors of q, k, v and o, and of the norms of q and k.
     """
 
     heads: int

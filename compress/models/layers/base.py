@@ -2,8 +2,9 @@
 
 A block is a chain of residual sub-layers, x + f(norm(x)): a token mixer, then a feed-forward, or one of them alone; some
 families have a norm behind f as well, or only there. A `Sublayer` says what one of them is made of, and everything outside
-`compress.models` reads that instead of taking names apart: which activations become known when, what multiplies the same input, what a scale may be folded into, what reads and writes the residual
-stream, what can be pruned together, what engines fuse, how GGUF calls and orders it.
+`compress.models` reads that instead of taking names apart: which activations become known when, what multiplies the same input,
+what a scale may be folded into, what reads and writes the residual stream, what can be pruned together, what engines fuse, how
+GGUF calls and orders it.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
 class Fused:
     """Tensors of a checkpoint that hold gate and up together, gate first, and those of all routed experts of a layer.
 
-    both, down: their names, [2 width, hidden] and [hidden, width], of experts [experts, ...]; transposed: [.., in, out]; interleaved:
-    gate and up take turns; biases: names of their biases; only: transformers reads no other form. down is "" where it is
-    stored by itself.
+    both, down: their names, [2 width, hidden] and [hidden, width], of experts [experts, ...]; transposed: [.., in, out];
+    interleaved: gate and up take turns; biases: names of their biases; only: transformers reads no other form. down is "" where
+    it is stored by itself.
     """
 
     both: str

@@ -16,11 +16,11 @@ class Router:
     """How tokens choose their experts, and by what the experts' outputs are multiplied.
 
     name: its tensor, relative to the block; k: experts a token; bias: added to the logits. score: of the logits; normalised:
-    the chosen scores are divided by their sum; scale: then multiplied. A softmax over the chosen logits alone is a softmax
-    over all, normalised. correction: a bias added to the scores for the choice alone (DeepSeek-V3), stored as a row
-    [1, experts] where `correction_row`; correction_gguf: what GGUF calls it. groups, top_groups: experts are chosen from the best of equal groups, by `group_score`,
-    the groups' largest score or the sum of its two largest. at_input: what an expert reads is multiplied, not what it gives
-    (Llama 4), so that its linears have no biases.
+    the chosen scores are divided by their sum; scale: then multiplied. A softmax over the chosen logits alone is a softmax over
+    all, normalised. correction: a bias added to the scores for the choice alone (DeepSeek-V3), stored as a row [1, experts]
+    where `correction_row`; correction_gguf: what GGUF calls it. groups, top_groups: experts are chosen from the best of equal
+    groups, by `group_score`, the groups' largest score or the sum of its two largest. at_input: what an expert reads is
+    multiplied, not what it gives (Llama 4), so that its linears have no biases.
     """
 
     name: str
