@@ -3,6 +3,8 @@
 # What the process takes beside the model: interpreter, torch, tokenizer, allocator and the solvers' scratch on two cores;
 # measured by benchmarks/memory_by_depth.py with torch 2.13 on Linux.
 RUNTIME_BYTES = 850 * 2**20
+SOLVE_BYTES = 64 * 2**20  # of matrices that are solved as one stack, by each thread: what is larger gains nothing there
+DEVICE_SOLVE_BYTES = 2 * 2**30  # the same on a GPU, which idles over a single one
 MOMENTS_BYTES = 2 * 2**30  # statistics held at once; experts beyond it take another pass over the calibration text
 BATCH_TOKENS = 4096  # tokens that go through a block at once
 CODES_FROM_BITS = 6.0  # tensors with as many bits a weight round so finely that recovery tunes them as float

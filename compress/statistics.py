@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.products import add_product
 
 
 @dataclass
@@ -66,17 +67,17 @@ class Moments:
         self.tokens += x.shape[0]
         self.weight += float(x.shape[0] if gate is None else (gate.double() ** 2).sum())
         scaled = x if gate is None else x * gate[:, None]
-        self.gram.addmm_(scaled.T, scaled)
+        add_product(self.gram, scaled, scaled)
         if self.drift is not None and original is not None:
             gap = original - x if gate is None else (original - x) * gate[:, None]
-            self.drift.addmm_(gap.T, scaled)
+            add_product(self.drift, gap, scaled)
         if self.absolute is not None and self.peak is not None and len(x):
             self.absolute += x.abs().sum(0)
             torch.maximum(self.peak, x.abs().amax(0), out=self.peak)
         if self.squares is not None:
             self.squares += x.square().sum(0)
         if self.residual is not None and lag is not None:
-            self.residual.addmm_((lag if gate is None else lag * gate[:, None]).T, scaled)
+            add_product(self.residual, lag if gate is None else lag * gate[:, None], scaled)
 
     @property
     def finite(self) -> bool:

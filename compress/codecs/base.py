@@ -17,6 +17,7 @@ from typing import Generic, cast
 import torch
 from torch import Tensor
 
+from compress.codecs import stack
 from compress.codecs.grid import G, ScaleGrid, SuperBlockGrid, SuperBlockMinGrid, rows_joined
 from compress.codecs.names import CodecInfo, codec_info
 from compress.codecs.refit import descend, numbers, refitted
@@ -68,7 +69,8 @@ class BlockCodec(Codec, Generic[G]):
     `fit`, `pack_blocks` and `unpack_blocks`; the rest is shared.
 
     span: columns packed together; sub: columns that share a scale; step: columns coded together; rows: rows coded
-    together, of which `nearest` then gets whole tiles: all rows of a step in order, a multiple of `rows`.
+    together, of which `nearest` then gets whole tiles: all rows of a step in order, a multiple of `rows`. stacks: matrices can be
+    solved side by side (`codecs.stack`), since grids have numbers for every row and `nearest` and `refit` take several metrics.
     """
 
     kind = "ggml"
@@ -76,6 +78,7 @@ class BlockCodec(Codec, Generic[G]):
     sub: int
     step: int = 1
     rows: int = 1
+    stacks = False
     block_bytes: int
     scale_rule: IntegerScale | None = None
     min_rule: IntegerScale | None = None
@@ -96,7 +99,7 @@ class BlockCodec(Codec, Generic[G]):
 
         target: [N, step] in unit space, `(x + offset) / scale`; weight: [step] or [N, step] non-negative importance of
         each coordinate in that space; metric: optional [step, step] positive definite form that overrides `weight`
-        in the final choice; zero: [N] zero points where the codec has them. Returns float32 units minus zero, [N, step].
+        in the final choice, or [B, step, step], one for every N / B targets; zero: [N] zero points where the codec has them. Returns float32 units minus zero, [N, step].
         """
 
     @abstractmethod
@@ -165,10 +168,11 @@ class BlockCodec(Codec, Generic[G]):
     def refit(self, weight: Tensor, units: Tensor, grid: G, gram: Tensor) -> G:
         """Coordinate descent on the stored scales for fixed units; never increases tr((W-Q) gram (W-Q)^T).
 
-        weight, units: [R, n]; gram: [n, n]. Every step moves one stored number of every row to the storable value
-        nearest its optimum given all others.
+        weight, units: [R, n]; gram: [n, n], or [B, n, n] of B matrices whose rows are stacked. Every step moves one stored number
+        of every row to the storable value nearest its optimum given all others.
         """
-        pull = (weight - self.decode(units, grid)) @ gram
+        gram = stack.stacked(gram)
+        pull = stack.times(weight - self.decode(units, grid), gram)
         moving = numbers(grid, self.storable, self.scale_rule, self.min_rule, self.columns)
         descend(units, pull, gram, moving, self.span, self.sub)
         return refitted(grid, moving)
@@ -213,6 +217,7 @@ class BlockCodec(Codec, Generic[G]):
 class ScalarCodec(BlockCodec[G]):
     """Codecs that code one column at a time with levels `low..high` (or an explicit list)."""
 
+    stacks = True
     low: int = 0
     high: int = 0
     signed_scale = False

@@ -26,6 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from compress.codecs import stack
 from compress.codecs.base import BlockCodec, Rows
 from compress.codecs.grid import ScaleGrid
 from compress.codecs.lookup import look_up
@@ -220,6 +221,7 @@ class E8PCodec(BlockCodec[ScaleGrid]):
 
     kind = "vector"
     step = 8
+    stacks = True
     gaussian_scale = 0.97
     stretches = (0.8, 0.9, 1.0, 1.1, 1.25)
     fit_groups = 128  # of a row, evenly spread, in the search for its scale
@@ -241,6 +243,8 @@ class E8PCodec(BlockCodec[ScaleGrid]):
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
         """See BlockCodec. Exact under a diagonal metric for two bits; under others the best of a short list."""
+        if metric is not None and metric.dim() == 3:
+            return stack.each(self.nearest, target, weight, metric)
         target, weight = target.clamp(-LARGEST, LARGEST), weight.expand_as(target)
         chunks = zip(target.split(CHUNK), weight.split(CHUNK), strict=True)
         return torch.cat([self._search(x, w, metric) for x, w in chunks])

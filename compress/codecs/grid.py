@@ -63,6 +63,10 @@ class Grid:
         """A copy that shares no memory."""
         return type(self)(**{name: value.clone() for name, value in self.tensors().items()})
 
+    def rows(self, at: slice) -> Self:
+        """Those of some rows of the matrix, for grids with a row of numbers for each."""
+        return type(self)(**{name: value[at] for name, value in self.tensors().items()})
+
     def by_span(self, sub_blocks: int) -> Self:
         """The same grid with one span a row: [R S, sub_blocks], or [R S, 1] of what a span has one of."""
         wide = {

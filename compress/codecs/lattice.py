@@ -13,12 +13,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from compress.codecs import stack
 from compress.codecs.base import BlockCodec
 from compress.codecs.grid import G
 from compress.codecs.scales import TINY
 from compress.codecs.tables import Table
 
 SHORTLIST = 10  # candidates that the exact metric re-ranks
+CACHED = 1 << 17  # costs of points at a time in the search for scales: a few such tables stay in a core's cache
 STRIDE = 8
 
 
@@ -48,6 +50,7 @@ class TableCodec(BlockCodec[G]):
     """
 
     step = 8
+    stacks = True
     table: str
     signed = False
     stretches: tuple[float, ...] = (0.75, 0.84, 0.93, 1.02, 1.12)
@@ -93,10 +96,12 @@ class TableCodec(BlockCodec[G]):
 
     def _wanted(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Best scale of every sub-block before it is stored, and what a squared deviation costs; both [R, J]."""
-        chunk = max(1, (1 << 20) // (weight.shape[1] // self.step * len(self.points)))
         importance = importance + importance.mean() * 1e-3 + TINY
-        parts = [self._search(rows, importance) for rows in weight.split(chunk)]
-        scale, curvature = (torch.cat(v) for v in zip(*parts, strict=True))
+        blocks = weight.reshape(-1, self.sub)
+        a = importance.expand_as(weight).reshape(-1, self.sub)
+        chunk = max(1, CACHED // (self.sub // self.step * len(self.points)))
+        parts = [self._search(*both) for both in zip(blocks.split(chunk), a.split(chunk), strict=True)]
+        scale, curvature = (torch.cat(v).reshape(len(weight), -1) for v in zip(*parts, strict=True))
         return scale, curvature
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -113,15 +118,14 @@ class TableCodec(BlockCodec[G]):
             yield peak * (stretch / top)
 
     def _search(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """Best scale of every sub-block: a few starts, then least squares on the exact nearest points."""
-        rows = weight.shape[0]
-        groups = weight.reshape(-1, self.step)
-        a = importance.reshape(1, -1, self.step).expand(rows, -1, -1).reshape(-1, self.step)
+        """Best scale of every sub-block: a few starts, then least squares on the exact nearest points. weight, importance:
+        [B, sub]."""
+        groups, a = weight.reshape(-1, self.step), importance.reshape(-1, self.step)
         per_sub = self.sub // self.step
         tables = self._tables(groups, a)
         best = torch.zeros(len(groups) // per_sub, device=weight.device)
         best_gain = torch.full_like(best, -1.0)
-        for start in self._starts(weight.reshape(-1, self.sub), a.reshape(-1, self.sub)):
+        for start in self._starts(weight, importance):
             scale = start.clamp_min(TINY)
             per_group = scale.repeat_interleave(per_sub)[:, None]
             xu, uu = torch.zeros_like(best), torch.zeros_like(best)
@@ -139,7 +143,7 @@ class TableCodec(BlockCodec[G]):
             xu = (a * groups * u).reshape(-1, self.sub).sum(1)
             uu = (a * u * u).reshape(-1, self.sub).sum(1).clamp_min(TINY)
             best = (xu / uu).clamp_min(0.0)
-        return best.reshape(rows, -1), uu.reshape(rows, -1)
+        return best, uu
 
 
 class LatticeCodec(TableCodec[G]):
@@ -161,24 +165,41 @@ class LatticeCodec(TableCodec[G]):
         if metric is None:
             return units[:, 0]
         error = units - target[:, None]
-        cost = ((error @ metric) * error).sum(2)
+        cost = stack.quadratic(error, metric)
         return units.gather(1, cost.argmin(1)[:, None, None].expand(-1, 1, 8))[:, 0]
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
         magnitude, odd = groups.abs(), (((groups < 0).sum(1) & 1).bool())[:, None]
         if self.points.shape[1] == 8:
-            dot, square, cheapest = self._correlations(magnitude, weight)
-            return [(dot - 2 * odd * cheapest, square)]
-        return [self._correlations(magnitude[:, h], weight[:, h])[:2] for h in (slice(0, 4), slice(4, 8))]
+            return [self._exact(magnitude, weight, odd[:, 0])]
+        points, pull = self.points_on(groups.device), weight * magnitude
+        halves = (slice(0, 4), slice(4, 8))
+        return [(pull[:, h] @ points.T, weight[:, h] @ (points**2).T) for h in halves]
+
+    def _exact(self, magnitude: Tensor, weight: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+        """Per group and point of eight columns: sum w x p with the signs that serve best, and sum w p^2; each [N, K]."""
+        points = self.points_on(magnitude.device)
+        pull = weight * magnitude
+        dot, square = pull @ points.T, weight @ (points**2).T
+        flipped = odd.nonzero()[:, 0]
+        if len(flipped):  # the others have an even number of minus signs as they are
+            dot.index_add_(0, flipped, self._cheapest(pull[flipped]), alpha=-2)
+        return dot, square
+
+    def _cheapest(self, pull: Tensor) -> Tensor:
+        """The smallest pull times coordinate of every point, [N, w] -> [N, K]."""
+        points = self.points_on(pull.device)
+        cheapest = pull[:, :1] * points[:, 0]
+        product = torch.empty_like(cheapest)
+        for i in range(1, points.shape[1]):
+            torch.minimum(cheapest, torch.mul(pull[:, i : i + 1], points[:, i], out=product), out=cheapest)
+        return cheapest
 
     def _correlations(self, magnitude: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per group and point: sum w m p, sum w p^2 and the cheapest w m p; each [N, K]."""
         points = self.points_on(magnitude.device)
         pull = weight * magnitude
-        cheapest = pull[:, :1] * points[:, 0]
-        for i in range(1, points.shape[1]):
-            torch.minimum(cheapest, pull[:, i : i + 1] * points[:, i], out=cheapest)
-        return pull @ points.T, weight @ (points**2).T, cheapest
+        return pull @ points.T, weight @ (points**2).T, self._cheapest(pull)
 
     @staticmethod
     def _flip(points: Tensor, pull: Tensor, negative: Tensor, flip: Tensor) -> Tensor:
@@ -198,8 +219,8 @@ class LatticeCodec(TableCodec[G]):
         points = self.points_on(magnitude.device)
         pull = weight * magnitude
         if keep == 1:
-            dot, square, cheapest = self._correlations(magnitude, weight)
-            best = lowest(square - 2 * (dot - 2 * odd[:, None] * cheapest))
+            dot, square = self._exact(magnitude, weight, odd)
+            best = lowest(square.sub_(dot, alpha=2))
         else:
             cost = torch.addmm(weight @ (points**2).T, pull, points.T, alpha=-2)
             best = lowest(cost, keep)
@@ -258,7 +279,7 @@ class FreeSignCodec(TableCodec[G]):
         other = sign.scatter(1, pull.argmin(1, keepdim=True), -sign.gather(1, pull.argmin(1, keepdim=True)))
         units = torch.cat((units, points[best] * other[:, None]), dim=1)
         error = units - target[:, None]
-        cost = ((error @ metric) * error).sum(2)
+        cost = stack.quadratic(error, metric)
         return units.gather(1, cost.argmin(1)[:, None, None].expand(-1, 1, self.step))[:, 0]
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -275,6 +296,8 @@ class SignedCodec(TableCodec[G]):
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
+        if metric is not None and metric.dim() == 3:
+            return stack.each(self.nearest, target, weight, metric)
         points = self.points_on(target.device)
         chunk = max(1, (1 << 21) // len(points))
         if metric is not None:

@@ -56,6 +56,7 @@ class FourBit(ScalarCodec[BlockGrid]):
     """One 4-bit type. `table`: the level of each code; `nested`: whether absmax is quantized, too."""
 
     kind = "bnb"
+    stacks = False  # 256 scales share a number, whichever rows they are of
     span = sub = BLOCK
     low, high = -1, 1
     shrinks = tuple(1.1 - 0.05 * i for i in range(12))

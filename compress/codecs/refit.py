@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from compress.codecs import stack
 from compress.codecs.grid import G, Grid, Layout, SuperBlockGrid, SuperBlockMinGrid
 from compress.codecs.scales import TINY, IntegerScale, half, safe_divisor
 
@@ -23,7 +24,7 @@ Storable = Callable[[Tensor], Tensor]
 class Span:
     """The columns of one span, kept up to date while its numbers move; later spans hear of it in one product.
 
-    pull: float32 [R, n], minus half the gradient there; gram: [n, n], of its columns; like: [R, n], for the layout.
+    pull: float32 [R, n], minus half the gradient there; gram: [B, n, n], of its columns; like: [R, n], for the layout.
     """
 
     def __init__(self, pull: Tensor, gram: Tensor, like: Tensor):
@@ -31,14 +32,14 @@ class Span:
 
     def optimum(self, direction: Tensor, where: slice) -> tuple[Tensor, Tensor]:
         """Best step along `direction` [R, k] on the columns `where`, and its curvature; both [R]."""
-        curve = ((direction @ self.gram[where, where]) * direction).sum(1)
+        curve = (stack.times(direction, self.gram[:, where, where]) * direction).sum(1)
         return (direction * self.pull[:, where]).sum(1) / curve.clamp_min(TINY), curve
 
     def move(self, delta: Tensor, direction: Tensor, where: slice) -> None:
         """Q += delta * direction on the columns `where`. delta: [R]."""
         change = direction * delta[:, None]
         self.moved[:, where] += change
-        self.pull.sub_(change @ self.gram[where])
+        self.pull.sub_(stack.times(change, self.gram[:, where]))
 
 
 class Numbers(Protocol):
@@ -154,20 +155,20 @@ def numbers(
 def descend(units: Tensor, pull: Tensor, gram: Tensor, moving: list[Numbers], span_columns: int, sub: int) -> None:
     """One pass over all spans; `pull` [R, n], minus half the gradient, is used up.
 
-    units: [R, n]; gram: [n, n]; span_columns, sub: columns of a span and of a sub-block.
+    units: [R, n]; gram: [B, n, n]; span_columns, sub: columns of a span and of a sub-block.
     """
     per_span = span_columns // sub
     for s in range(units.shape[1] // span_columns):
         at = slice(s * span_columns, (s + 1) * span_columns)
         codes = units[:, at]
-        span = Span(pull[:, at], gram[at, at], codes)
+        span = Span(pull[:, at], gram[:, at, at], codes)
         for i in range(per_span):
             for kind in moving:
                 kind.step_sub_block(span, codes, s * per_span + i, slice(i * sub, (i + 1) * sub))
         for kind in moving:
             kind.step_span(span, codes, s, slice(s * per_span, (s + 1) * per_span))
         if at.stop < units.shape[1]:
-            pull[:, at.stop :].addmm_(span.moved, gram[at, at.stop :], alpha=-1)
+            stack.take_off(pull[:, at.stop :].T, gram[:, at, at.stop :], span.moved.T)
 
 
 def refitted(grid: G, moving: list[Numbers]) -> G:

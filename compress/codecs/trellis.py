@@ -175,6 +175,7 @@ class TrellisCodec(BlockCodec[ScaleGrid]):
     kind = "vector"
     step = TILE
     rows = TILE
+    stacks = True
 
     def __init__(self, name: str, bits: int, state_bits: int = STATE_BITS):
         self.name, self.bits, self.state_bits = name, bits, state_bits

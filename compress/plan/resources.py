@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from compress.codecs.names import codec_info
 from compress.limits import BATCH_TOKENS, CODES_FROM_BITS, LOGIT_VALUES, MOMENTS_BYTES, RUNTIME_BYTES
+from compress.machine import threads
 from compress.models.companions import companion_bytes
 from compress.plan.tensor import PlannedTensor, moments_bytes
+from compress.solvers.options import solve_bytes
 
 if TYPE_CHECKING:
     from compress.plan.plan import Plan
@@ -62,7 +64,7 @@ def peak_memory_bytes(plan: Plan) -> int:
         for sizes in stages.values():
             grams = max(grams, min(sum(sizes.values()), max(MOMENTS_BYTES, *sizes.values(), 0)))
     widest = max((t.spec.parameters for block in kinds for t in block if len(t.spec.shape) == 2), default=0)
-    solve = widest * 4 * 12
+    solve = max(widest * 4 * 12, threads() * max((_solve_bytes(t) for block in kinds for t in block), default=0))
     if plan.structural:  # the original's blocks are surveyed whole, and repaired with new values beside them
         whole = [sum(sublayer.parameters for sublayer in block) * 4 for block in plan.turned.blocks]
         blocks.append(max(whole) * 3 // 2)
@@ -75,6 +77,12 @@ def peak_memory_bytes(plan: Plan) -> int:
         heads = 2 * spec.vocab_size * spec.hidden_size * 4 + LOGITS_BYTES if plan.recover.end_to_end else 0
         recovery = 5 * largest + tuned + 3 * batch + heads  # autograd keeps what a block computes on the way
     return RUNTIME_BYTES + max(2 * largest + grams + solve + batch, head + batch, recovery)
+
+
+def _solve_bytes(planned: PlannedTensor) -> int:
+    """Of one of the experts that are solved beside each other."""
+    inside = planned.solver is not None and planned.spec.expert is not None
+    return solve_bytes(planned.spec.shape[0], planned.spec.shape[-1]) if inside else 0
 
 
 def _tuned_parameters(planned: PlannedTensor, tune: Sequence[str]) -> int:

@@ -354,6 +354,9 @@ class Recipe(Section):
     adapter: Location | None = None
     """A LoRA adapter's folder, merged into the model before anything else."""
     seed: int = Field(0, ge=0, lt=2**63)
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the products that calibration text passes through: bf16 rounds their factors and sums in float32; auto does so where the
+    checkpoint is of that type and the machine has units for it."""
     calibration: Calibration = Calibration()
     steps: Annotated[tuple[Step, ...], BeforeValidator(_tuple), Field(max_length=MOST_STEPS)] = ()
     export: Annotated[tuple[Export, ...], BeforeValidator(_tuple), Field(min_length=1, max_length=MOST_EXPORTS)]
@@ -397,6 +400,8 @@ class Recipe(Section):
         decisive = self.model_dump(mode="json", exclude={"output", "score", "gate"})
         if self.adapter is None:
             del decisive["adapter"]
+        if self.precision == "auto":
+            del decisive["precision"]
         for step in decisive["steps"]:  # recipes without one keep the digest they had before there were any
             if step["scaling"] is None:
                 del step["scaling"]

@@ -113,7 +113,7 @@ def making(card: Scorecard, made: Reproduction) -> str:
         lines.append(
             escaped(
                 f"Machine: {machine.get('cpu')}, {machine.get('threads')} threads, {machine.get('device')}, "
-                f"Python {machine.get('python')}, {machine.get('system')}."
+                f"products of {machine.get('products', 'float32')}, Python {machine.get('python')}, {machine.get('system')}."
             )
         )
     return "\n\n".join(lines)

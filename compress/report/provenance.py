@@ -25,14 +25,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Processor, the cores and threads that are used of it, device, Python and system."""
+def machine(device: str, products: str = "float32") -> dict[str, Any]:
+    """Processor, the cores and threads that are used of it, device, Python and system. products: how those of the calibration text
+    are computed, in words."""
     cpu = look().cpu
     return {
         "cpu": cpu.model,
         "cores": cpu.cores,
         "threads": threads(),
         "device": device,
+        "products": products,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "bytes_depend_on": ["cpu", "threads", "device", "versions"],  # sums of floats depend on their order

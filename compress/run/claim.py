@@ -22,6 +22,7 @@ from compress.report.scorecard import Scorecard
 from compress.streaming.journal import JOURNAL, WORK, Journal, OtherRun
 
 TEXT = "calibration text"  # as the journal calls the windows that units are made from
+PRODUCTS = "precision of products"  # the same of how it computes
 MOST_DIFFERENCES = 3
 LADDER = "ladder"  # the key of a ladder's recipes, by type
 OWN = ("steps", "export")  # what each of them has of its own, beside its name

@@ -23,7 +23,7 @@ from compress.plan.plan import Plan
 from compress.report.checksums import checksums
 from compress.report.progress import Reporter, StageProgress
 from compress.report.scorecard import LayerError, Scorecard
-from compress.run.claim import TEXT, Undertaking
+from compress.run.claim import PRODUCTS, TEXT, Undertaking
 from compress.run.records import tensor_line, tensor_records
 from compress.run.source import working_model
 from compress.run.sublayer import compress_variants
@@ -103,6 +103,7 @@ def compress_ladder(
     lead = leading([rung.plan for rung in rungs])
     if ids is not None:
         journal.agree(TEXT, ids.tobytes())
+        journal.agree(PRODUCTS, placement.products.encode())
     if not lead.solves:
         ids = None
     shape = None if ids is None else (*ids.shape, lead.spec.hidden_size)
@@ -172,10 +173,11 @@ def _block(run: Run, rungs: Sequence[Rung], block: BlockAt, progress: Callable[[
     for branch in block.branches:
         variants = [[t for t in rung.plan.block(block.layer) if t.spec.part == branch.part] for rung in rungs]
         job = replace(run.job, original_inputs=True, squares=True)
-        results = compress_variants(branch, variants, at[branch.part], job, _after(len(packed[0]), total, progress))
         source, target = at[branch.part], at[branch.part + 1]
-        if source is not None and target is not None:
-            advance(branch, results[0].original, source.compressed, target.compressed)
+        with run.placement.observing():
+            results = compress_variants(branch, variants, source, job, _after(len(packed[0]), total, progress))
+            if source is not None and target is not None:
+                advance(branch, results[0].original, source.compressed, target.compressed)
         for number, result in enumerate(results):
             packed[number] |= result.packed
             solved[number] += [vars(report) for report in result.solved]
@@ -280,14 +282,14 @@ def ladder_scorecard(
     rungs: Sequence[Rung],
     results: Delivery,
     reporter: Reporter,
-    device: str,
+    machine: Mapping[str, Any],
     beside: Mapping[str, str],
 ) -> Scorecard:
-    """One scorecard for all types. beside: files made beside the artifacts."""
+    """One scorecard for all types. machine: of `provenance.machine`; beside: files made beside the artifacts."""
     first = leading([rung.plan for rung in rungs])
     lead = next(rung for rung in rungs if rung.plan is first)
-    card = make_scorecard(lead.plan, lead, results, reporter, device)
-    own = {rung.name: make_scorecard(rung.plan, rung, Delivery(), reporter, device) for rung in rungs}
+    card = make_scorecard(lead.plan, lead, results, reporter, machine)
+    own = {rung.name: make_scorecard(rung.plan, rung, Delivery(), reporter, machine) for rung in rungs}
     errors = [_of(name, error) for name, found in own.items() for error in found.errors]
     return card.model_copy(
         update={

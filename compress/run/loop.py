@@ -24,6 +24,7 @@ from compress.plan.plan import Plan
 from compress.plan.texts import read_texts
 from compress.recipe.ladder import Ladder
 from compress.recipe.schema import Recipe
+from compress.report import provenance
 from compress.report import scorecard as scorecards
 from compress.report.progress import Reporter
 from compress.report.scorecard import Scorecard
@@ -148,6 +149,7 @@ def _plans(ladder: Ladder, expected: Expected | None, *, weights: bool = False) 
 
 def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, placement: Placement) -> Scorecard:
     """All of a run once there is something to do: solve, deliver, tell. Raises GateFailed when that is told."""
+    placement = placement.multiplying(plans.lead.recipe.precision, plans.lead.own_codec)
     reporter, lead, planned, whole = manner.reporter, plans.lead, plans.lead, not journal.units
     _announce(plans, journal, reporter)
     try:
@@ -186,16 +188,16 @@ def _carry_out(plans: _Plans, journal: Journal, output: Path, manner: Manner, pl
         if not set(journal.units) - {INSPECTED}:  # nothing to go on from: the next run may be another recipe's
             discard(journal.folder)
         raise
-    device, start = str(placement.device), None
+    machine, start = provenance.machine(str(placement.device), placement.products), None
     if results.passed:
         with reporter.stage("checksums"):
             start = started(lead, plans.undertaking, journal, checkpoint)
     if rungs:
         beside = write_imatrix(rungs, output) if results.passed else {}
-        card = ladder_scorecard(plans.undertaking, rungs, results, reporter, device, beside)
+        card = ladder_scorecard(plans.undertaking, rungs, results, reporter, machine, beside)
         records: Iterable[dict[str, Any]] = chain.from_iterable(rung.records() for rung in rungs)
     else:
-        card = make_scorecard(products[0].plan, journal, results, reporter, device)
+        card = make_scorecard(products[0].plan, journal, results, reporter, machine)
         records = tensor_records(products[0].plan, journal.units)
     tensors = {scorecards.TENSORS_FILE: jsonl(records)}
     prepare(output, told_files(card, plans.undertaking.told, start, tensors))

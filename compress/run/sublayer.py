@@ -17,8 +17,9 @@ from compress.models.spec import Branch
 from compress.plan.tensor import PlannedTensor
 from compress.run.collect import Site, collect, counted, stage_groups, statistics_of
 from compress.run.scaling import Folded, scale_sublayer
-from compress.solve.tensor import Outcome, Shipped, Solved, as_stored, solve_tensor
-from compress.statistics import Moments
+from compress.solve.tensor import Outcome, Shipped, Solved, as_stored
+from compress.solve.together import Task, batches, solve_together
+from compress.statistics import Moments, Statistics
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import Streams
 from compress.transforms.options import TransformOptions
@@ -168,17 +169,28 @@ def _solve(
 ) -> None:
     """Solve tensors that do not see each other, side by side; into `result`."""
     observed = len(result.packed) + len(group) / 2
+    solved: dict[str, tuple[Outcome | Shipped, Packed, Tensor]] = {}
 
-    def one(planned: PlannedTensor) -> tuple[Outcome | Shipped, Packed, Tensor]:
-        statistics = statistics_of(branch, planned, moments)
-        outcome = solve_tensor(planned, result.original[planned.name], statistics, job.seed)
-        packed = outcome.pack()
-        return outcome, packed, job.placement.put(decode(packed))
+    def some(batch: Sequence[PlannedTensor]) -> dict[str, tuple[Outcome | Shipped, Packed, Tensor]]:
+        seen: dict[tuple[str | None, float], Statistics | None] = {}
+        tasks = []
+        for planned in batch:
+            key = (planned.spec.input, planned.asks.shrinkage)
+            if key not in seen:
+                seen[key] = statistics_of(branch, planned, moments)
+            tasks.append(Task(planned, result.original[planned.name], seen[key]))
+        found = {}
+        for task, outcome in zip(tasks, solve_together(tasks, job.seed), strict=True):
+            packed = outcome.pack()
+            found[task.planned.name] = outcome, packed, job.placement.put(decode(packed))
+        return found
 
-    with job.placement.workers(len(group)) as workers, ThreadPoolExecutor(workers) as pool:
-        solved = zip(group, pool.map(one, group), strict=True)
-        for number, (planned, (outcome, packed, dense)) in enumerate(solved, start=1):
-            name = planned.name
-            result.outcomes[name], result.packed[name], result.weights[name] = outcome, packed, dense
-            job.tell(outcome.report)
-            progress(observed + number / 2)
+    work = batches(group, job.placement.solvers, job.placement.solve_bytes)
+    with job.placement.workers(len(work)) as workers, ThreadPoolExecutor(workers) as pool:
+        for found in pool.map(some, work):
+            solved |= found
+            for outcome, _, _ in found.values():
+                job.tell(outcome.report)
+            progress(observed + len(solved) / 2)
+    for name in (planned.name for planned in group):
+        result.outcomes[name], result.packed[name], result.weights[name] = solved[name]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from compress.export.deliver import Delivery
 from compress.plan.plan import Plan
 from compress.report.progress import Reporter
-from compress.report.provenance import machine, versions
+from compress.report.provenance import versions
 from compress.report.scorecard import Base, Experts, Gate, LayerError, Scorecard
 from compress.run.claim import TEXT, run_digest
 from compress.run.inspect import INSPECTED
@@ -64,9 +64,9 @@ def structure_notes(plan: Plan, journal: Reports) -> tuple[str, ...]:
 
 
 def make_scorecard(
-    plan: Plan, journal: Reports, results: Delivery, reporter: Reporter, device: str = "cpu"
+    plan: Plan, journal: Reports, results: Delivery, reporter: Reporter, machine: Mapping[str, Any]
 ) -> Scorecard:
-    """What `scorecard.json` says about a run whose artifacts are written. device: where it computed."""
+    """What `scorecard.json` says about a run whose artifacts are written. machine: where it computed, of `provenance.machine`."""
     solved = [s for report in journal.units.values() for s in report.get("solved", ())]
     experts = _experts(plan, journal, solved)
     fallbacks = [
@@ -103,7 +103,7 @@ def make_scorecard(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         calibration=_text_read(plan),
         versions=versions(),
-        machine=machine(device),
+        machine=dict(machine),
         notes=(*plan.warnings, *journal.units[INSPECTED]["doubts"], *results.doubts, *structure_notes(plan, journal)),
         errors=tuple(layer_errors(plan, solved)),
         suite=None if plan.recipe.score is None else Path(plan.recipe.score.suite).stem,

@@ -19,7 +19,7 @@ from compress.plan.tensor import PlannedTensor, surveys_head
 from compress.recover.block import SolvedBlock, recover_block
 from compress.recover.sensitivity import output_sensitivity
 from compress.report.progress import Reporter
-from compress.run.claim import TEXT
+from compress.run.claim import PRODUCTS, TEXT
 from compress.run.head import head_statistics, survey_head
 from compress.run.records import tensor_line
 from compress.run.recover import RECOVERED, outcomes_file, recover_end_to_end, tunes_end_to_end
@@ -62,6 +62,7 @@ def compress_model(
         ids = load_calibration(plan)
     if ids is not None:
         journal.agree(TEXT, ids.tobytes())
+        journal.agree(PRODUCTS, placement.products.encode())
     plan, load = settle(plan, checkpoint, journal, ids, reporter, placement)
     spec = plan.spec
     if not plan.solves:
@@ -210,12 +211,13 @@ def _block(run: Run, block: BlockAt, progress: Callable[[float], None]) -> None:
         tensors = [t for t in planned if t.spec.part == branch.part]
         before, source, target = len(packed), at[branch.part], at[branch.part + 1]
         share = lambda done, before=before: progress((before + done) / len(planned))  # noqa: E731
-        result = compress_sublayer(branch, tensors, source, run.job, share)
-        if source is not None and target is not None:
-            passed = result.original if plan.original_inputs else result.weights
-            advance(branch, passed, source.compressed, target.compressed)
-            if source.original is not None and target.original is not None:
-                advance(branch, result.original, source.original, target.original)
+        with run.placement.observing():
+            result = compress_sublayer(branch, tensors, source, run.job, share)
+            if source is not None and target is not None:
+                passed = result.original if plan.original_inputs else result.weights
+                advance(branch, passed, source.compressed, target.compressed)
+                if source.original is not None and target.original is not None:
+                    advance(branch, result.original, source.original, target.original)
         packed |= result.packed
         report["solved"] += [vars(s) for s in result.solved]
         report["folded"] += [vars(f) for f in result.folded]

@@ -117,6 +117,28 @@ def _solved(planned: PlannedTensor, weight: Tensor, statistics: Statistics | Non
     options = planned.solver
     assert options is not None
     codec = block_codec(planned.codec, weight.shape[1])
+    ready = prepared(planned, weight, statistics, seed)
+    solution = options.implementation.solve(ready.target, ready.gram, codec, options)
+    return outcome_of(planned, solution, ready, statistics)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a solver gets of a tensor: target [m, n] and gram [n, n] (None where nothing is known of its inputs), both in the space
+    and order of its codes; incoherence, order: as in Outcome."""
+
+    target: Tensor
+    gram: Tensor | None
+    incoherence: Incoherence | None
+    order: Tensor | None
+
+
+def prepared(
+    planned: PlannedTensor, weight: Tensor, statistics: Statistics | None, seed: int, turned: Tensor | None = None
+) -> Prepared:
+    """A tensor's target and gram where its codes will be. turned: that gram, where a tensor with the same inputs has it already."""
+    options = planned.solver
+    assert options is not None
     gram = None if statistics is None else statistics.gram
     target = weight if statistics is None else _corrected(weight, statistics, options.asks)
     if gram is None and options.needs_gram:
@@ -127,14 +149,19 @@ def _solved(planned: PlannedTensor, weight: Tensor, statistics: Statistics | Non
         rows, columns = weight.shape
         incoherence = Incoherence.draw(rows, columns, *_sign_seeds(planned.spec, seed), device=weight.device)
         target = incoherence.weight(target)
-        gram = None if gram is None else incoherence.gram(gram)
+        gram = turned if turned is not None or gram is None else incoherence.gram(gram)
     order = column_order(planned)
     if order is not None:
         order = order.to(target.device)
         target = target[:, order]
         gram = None if gram is None else gram[order][:, order]
-    solution = options.implementation.solve(target, gram, codec, options)
-    return Outcome(solution, incoherence, _report(planned, solution, statistics, energy(target, gram)), order)
+    return Prepared(target, gram, incoherence, order)
+
+
+def outcome_of(planned: PlannedTensor, solution: Solution, ready: Prepared, statistics: Statistics | None) -> Outcome:
+    """A solution with its report, without the seconds that it took."""
+    report = _report(planned, solution, statistics, energy(ready.target, ready.gram))
+    return Outcome(solution, ready.incoherence, report, ready.order)
 
 
 def column_order(planned: PlannedTensor) -> Tensor | None:

@@ -78,10 +78,70 @@ def damped_gram(gram: Tensor, damping: float, tries: int = 8) -> tuple[Tensor, f
     raise NumericalError(f"gram cannot be factorised even with damping {damping:g}; check the calibration data")
 
 
-def of_size_one(gram: Tensor) -> Tensor:
-    """`gram`, scaled in place by a power of four to a mean diagonal near one: its unit is arbitrary, and such a factor,
-    whose root is exact, changes no digit."""
-    return gram.mul_(4.0 ** -(frexp(float(gram.diagonal().mean()))[1] // 2))
+@dataclass(frozen=True)
+class DampedStack:
+    """Damped grams of B matrices, ready for error feedback.
+
+    hessian: float32 [B, n, n], of a mean diagonal near one; order: int64 [B, n], in which columns are rounded; upper: float32
+    [B, n, n], upper triangular U with U^T U the hessian's inverse in that order; damping, retries: of each, see `damped_gram`.
+    """
+
+    hessian: Tensor
+    order: Tensor
+    upper: Tensor
+    damping: tuple[float, ...]
+    retries: tuple[int, ...]
+
+
+def damped_stack(grams: Tensor, damping: float, step: int | None, tries: int = 8) -> DampedStack:
+    """What error feedback needs of grams [B, n, n], each of any scale. step: columns that are rounded together, steps by falling
+    mean diagonal (act-order of GPTQ's authors); None: columns in their own order.
+
+    Damping is raised for those that cannot be factorised, as `damped_gram` does, and NumericalError raised where none helps.
+    """
+    wide = grams.double()
+    if not torch.isfinite(wide).all():
+        raise NumericalError("gram is not finite; calibration activations overflowed")
+    means = [mean if (mean := float(gram.diagonal().mean())) > 0 else 1.0 for gram in wide]
+    dampings, retries, damped = [damping] * len(wide), [0] * len(wide), torch.empty_like(wide)
+    left = list(range(len(wide)))
+    for _ in range(tries):
+        for b in left:
+            damped[b] = wide[b]
+            damped[b].diagonal().add_(dampings[b] * means[b])
+            _to_size_one(damped[b])
+        hessian = damped.float()
+        order = _natural(hessian) if step is None else energy_order(hessian, step)
+        ordered = damped.gather(1, order[:, :, None].expand_as(damped)).gather(2, order[:, None].expand_as(damped))
+        upper, failed = inverse_factor(ordered)
+        left = failed.nonzero()[:, 0].tolist()
+        if not left:
+            return DampedStack(hessian, order, upper.float(), tuple(dampings), tuple(retries))
+        for b in left:
+            dampings[b], retries[b] = max(dampings[b] * 10, 1e-8), retries[b] + 1
+    raise NumericalError(
+        f"gram cannot be factorised even with damping {dampings[left[0]]:g}; check the calibration data"
+    )
+
+
+def energy_order(hessian: Tensor, step: int) -> Tensor:
+    """Steps of columns by falling mean diagonal. hessian: [B, n, n] -> int64 [B, n]."""
+    steps = (
+        hessian.diagonal(dim1=1, dim2=2).unflatten(1, (-1, step)).mean(2).argsort(dim=1, descending=True, stable=True)
+    )
+    columns = torch.arange(hessian.shape[1], device=hessian.device).reshape(-1, step)
+    return columns[steps].flatten(1)
+
+
+def _natural(hessian: Tensor) -> Tensor:
+    """Columns in their own order, [B, n]."""
+    return torch.arange(hessian.shape[1], device=hessian.device).expand(hessian.shape[:2])
+
+
+def _to_size_one(gram: Tensor) -> None:
+    """Scale a gram in place by a power of four to a mean diagonal near one: its unit is arbitrary, and such a factor, whose root
+    is exact, changes no digit."""
+    gram.mul_(4.0 ** -(frexp(float(gram.diagonal().mean()))[1] // 2))
 
 
 def check_prunable(codec: BlockCodec) -> None:
@@ -90,12 +150,12 @@ def check_prunable(codec: BlockCodec) -> None:
         raise ValueError(f"{codec.name} cannot leave single weights out; use an intN codec")
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
-    """Upper triangular U with `gram^-1 = U^T U`. gram: float64 [n, n], positive definite.
+def inverse_factor(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper triangular U with `gram^-1 = U^T U`, and where there is none, int32 [B], not zero. grams: float64 [B, n, n].
 
     From one Cholesky factorisation: with J the reversal of order, J gram J = L L^T gives gram = R R^T for the upper
     triangular R = J L J, so U = R^-1.
     """
-    lower = torch.linalg.cholesky(gram.flip(0, 1))
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    lower, failed = torch.linalg.cholesky_ex(grams.flip(1, 2))
+    eye = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
+    return torch.linalg.solve_triangular(lower.flip(1, 2), eye.expand_as(grams), upper=True), failed

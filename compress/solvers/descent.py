@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.codecs import stack
 from compress.codecs.base import BlockCodec
 from compress.codecs.grid import Grid
-from compress.solvers.feedback import BLOCK, Columns
+from compress.solvers.feedback import BLOCK, Columns, importance
 
 WIDTH = 32  # columns that sweeps over floats take at a time, at least
 
 Move = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
-"""(columns, present values [step, R], minus half the gradient there, curvature [step, step]) -> new values."""
+"""(columns, present values [step, R], minus half the gradient there, curvature [B, step, step]) -> new values."""
 
 Settle = Callable[[Tensor, slice], Tensor]
 """(wanted values [m, R], columns) -> the storable values nearest to them."""
@@ -37,43 +38,56 @@ NO_EXCHANGES = Exchanges()
 
 
 def descend(weight: Tensor, values: Tensor, hessian: Tensor, step: int, move: Move) -> None:
-    """One pass over all columns. weight, values: float32 [n, R], the latter moved in place; hessian: [n, n]."""
+    """One pass over all columns. weight, values: float32 [n, R], the latter moved in place; hessian: [n, n], or [B, n, n] of B
+    matrices whose rows are stacked."""
     n, block = len(values), max(BLOCK // step, 1) * step
-    pull = hessian @ (weight - values)  # minus half the gradient
+    hessian = stack.stacked(hessian)
+    pull = stack.before(hessian, weight - values)  # minus half the gradient
     for start in range(0, n, block):
         stop = min(start + block, n)
         moved = torch.zeros_like(values[start:stop])
         for i in range(start, stop, step):
             at = slice(i, min(i + step, stop))
-            value = move(at, values[at], pull[at], hessian[at, at])
+            value = move(at, values[at], pull[at], hessian[:, at, at])
             delta = value - values[at]
             values[at] = value
             moved[i - start : at.stop - start] = delta
-            pull[i:stop].addmm_(hessian[i:stop, at], delta, alpha=-1)
-        pull[:start].addmm_(hessian[:start, start:stop], moved, alpha=-1)
-        pull[stop:].addmm_(hessian[stop:, start:stop], moved, alpha=-1)
+            stack.take_off(pull[i:stop], hessian[:, i:stop, at].mT, delta)
+        stack.take_off(pull[:start], hessian[:, :start, start:stop].mT, moved)
+        stack.take_off(pull[stop:], hessian[:, stop:, start:stop].mT, moved)
 
 
 def sweep_codes(weight: Tensor, units: Tensor, grid: Grid, hessian: Tensor, codec: BlockCodec) -> Tensor:
-    """One pass in which every step of columns takes the codes nearest its optimum. weight, units: [R, n] -> [R, n]."""
-    columns = Columns(codec, grid, torch.arange(weight.shape[1], device=weight.device))
+    """One pass in which every step of columns takes the codes nearest its optimum. weight, units: [R, n] -> [R, n]; hessian as in
+    `descend`."""
+    rows, n = weight.shape
+    columns = Columns(codec, grid, torch.arange(n, device=weight.device).expand(len(stack.stacked(hessian)), n))
+    single = stack.spread(stack.stacked(hessian).diagonal(dim1=1, dim2=2), rows)
     quantized = codec.decode(units, grid).T.contiguous()
     units = units.T.contiguous()
 
     def move(at: slice, present: Tensor, pull: Tensor, curve: Tensor) -> Tensor:
         if codec.step == 1:
-            units[at], value = columns.quantize(present + pull / curve, at, curve[0], None)
+            units[at], value = columns.quantize(present + pull / single[at], at, single[at].T, None)
             return value
-        wanted = present + torch.linalg.solve(curve, pull)
-        new_units, value = columns.quantize(wanted, at, curve.diagonal(), curve)
+        wanted = present + _solved(curve, pull)
+        new_units, value = columns.quantize(wanted, at, *importance(curve, rows))
         # the codec's search may miss the present point: keep it where it is better
         new, old = value - wanted, present - wanted
-        worse = _per_tile((new * (curve @ new)).sum(0), codec) > _per_tile((old * (curve @ old)).sum(0), codec)
+        before, after = ((error * stack.before(curve, error)).sum(0) for error in (old, new))
+        worse = _per_tile(after, codec) > _per_tile(before, codec)
         units[at], value = torch.where(worse, units[at], new_units), torch.where(worse, present, value)
         return value
 
     descend(weight.T, quantized, hessian, codec.step, move)
     return units.T.contiguous()
+
+
+def _solved(curve: Tensor, pull: Tensor) -> Tensor:
+    """curve^-1 pull, of every matrix: [B, step, step], [step, R] -> [step, R]."""
+    if len(curve) == 1:
+        return torch.linalg.solve(curve[0], pull)
+    return torch.linalg.solve(curve, pull.unflatten(1, (len(curve), -1)).transpose(0, 1)).transpose(0, 1).flatten(1)
 
 
 def _per_tile(cost: Tensor, codec: BlockCodec) -> Tensor:
@@ -100,6 +114,7 @@ def sweep_kept(
 
     def move(at: slice, present: Tensor, pull: Tensor, curve: Tensor) -> Tensor:
         value, pull, kept = present.clone(), pull.clone(), mask[at]
+        (curve,) = curve  # a mask is of one matrix
 
         def change(part: slice, delta: Tensor) -> None:
             value[part] += delta

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compress.codecs import stack
 from compress.codecs.base import BlockCodec
 from compress.codecs.grid import Grid
 from compress.codecs.scales import safe_divisor
@@ -19,19 +20,22 @@ BLOCK = 128  # columns whose updates to the rest are batched into one product
 MICRO = 16  # columns whose updates to the rest of the block are batched
 
 Fix = Callable[[Tensor, slice, Tensor, Tensor | None], Tensor]
-"""(wanted values [step, R], columns, importance [step], metric [step, step] or None) -> the values they get."""
+"""(wanted values [step, R], columns, importance [step] or [R, step], metric [step, step] or one a matrix, or None) -> the values
+they get."""
 
 
 class Columns:
     """A grid laid out column by column, rows of this transposed layout being contiguous: [n, R].
 
-    order: [n], the column that comes first, second, ...; mask: bool [n, R] in that order, or None: where it is False,
-    unit and value are zero.
+    order: [n], the column that comes first, second, ..., or [B, n] of B stacked matrices; mask: bool [n, R] in that order, or
+    None: where it is False, unit and value are zero.
     """
 
     def __init__(self, codec: BlockCodec, grid: Grid, order: Tensor, mask: Tensor | None = None):
+        order = order.reshape(-1, order.shape[-1])
+
         def expand(values: Tensor) -> Tensor:
-            return codec.columns(values).T[order].contiguous()
+            return stack.in_order(codec.columns(values).T, order).contiguous()
 
         self.codec, self.mask = codec, mask
         self.grid = grid.laid_out(expand)
@@ -72,12 +76,14 @@ def feedback(
     """Fix `step` columns at a time, from the first to the last; U_bb^-T (x - q) U_b,rest is taken off the rest.
 
     x: float32 [n, R], overwritten with what is left to make up for; upper: U with U^T U = H^-1, [n, n], in the same
-    order. `reach(columns)` is called before the first of every `every` columns is fixed, when x has those columns as
+    order, or [B, n, n] of B matrices whose rows are stacked (`codecs.stack`). `reach(columns)` is called before the first of every `every` columns is fixed, when x has those columns as
     all earlier ones left them: `every` is the block, or divides the micro-block. batches: columns whose updates to the
     rest are one product (a block), and within it those whose updates to the rest of the block are (a micro-block).
     """
     block, micro = batches
-    n = x.shape[0]
+    n, rows = x.shape
+    upper = stack.stacked(upper)
+    single = stack.spread(upper.diagonal(dim1=1, dim2=2), rows)
     for start in range(0, n, block):
         stop = min(start + block, n)
         errors = torch.empty_like(x[start:stop])
@@ -87,26 +93,28 @@ def feedback(
                 if reach is not None and i % every == 0:
                     reach(slice(i, min(i + every, n)))
                 at = slice(i, i + step)
-                pivot = upper[at, at]
                 if step == 1:
-                    error = (x[at] - fix(x[at], at, pivot[0], None)) / pivot
+                    error = (x[at] - fix(x[at], at, single[at].T, None)) / single[at]
                 else:
-                    inverse = torch.linalg.inv_ex(pivot)[0]
-                    metric = inverse @ inverse.T  # (U_bb^T U_bb)^-1
-                    error = inverse.T @ (x[at] - fix(x[at], at, metric.diagonal(), metric))
+                    inverse = torch.linalg.inv_ex(upper[:, at, at])[0]
+                    metric = inverse @ inverse.mT  # (U_bb^T U_bb)^-1
+                    error = stack.before(inverse.mT, x[at] - fix(x[at], at, *importance(metric, rows)))
                 errors[i - start : i - start + step] = error
                 if i + step < high:
-                    x[i + step : high].addmm_(upper[at, i + step : high].T, error, alpha=-1)
+                    stack.take_off(x[i + step : high], upper[:, at, i + step : high], error)
             if high < stop:
-                x[high:stop].addmm_(upper[low:high, high:stop].T, errors[low - start : high - start], alpha=-1)
+                stack.take_off(x[high:stop], upper[:, low:high, high:stop], errors[low - start : high - start])
         if stop < n:
-            x[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+            stack.take_off(x[stop:], upper[:, start:stop, stop:], errors)
 
 
-def energy_order(hessian: Tensor, step: int) -> Tensor:
-    """Columns in the order they are best rounded: steps by falling mean diagonal (act-order of GPTQ's authors)."""
-    steps = hessian.diagonal().reshape(-1, step).mean(1).argsort(descending=True, stable=True)
-    return torch.arange(len(hessian), device=hessian.device).reshape(-1, step)[steps].reshape(-1)
+def importance(metric: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """A step's metrics [B, step, step] as codecs want them: the importance of its columns, [step] or [rows, step], and the metric
+    [step, step] or [B, step, step]."""
+    diagonal = metric.diagonal(dim1=1, dim2=2)
+    if len(metric) == 1:
+        return diagonal[0], metric[0]
+    return diagonal.repeat_interleave(rows // len(metric), 0), metric
 
 
 def round_columns(x: Tensor, upper: Tensor, columns: Columns) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.codecs.base import BlockCodec
 from compress.solvers.base import Solution
 from compress.solvers.options import GptqOptions
-from compress.solvers.quantize import quantize
+from compress.solvers.quantize import quantize, quantize_alike
 
 NEEDS_GRAM = True
 
@@ -32,3 +32,9 @@ def solve(
     factorised, ValueError for a mask with a codec that cannot store single zeros.
     """
     return quantize(weight, gram, codec, options, mask)
+
+
+def solve_alike(weights: Tensor, grams: Tensor, codec: BlockCodec, options: GptqOptions) -> list[Solution]:
+    """Several matrices of one shape at once, each as `solve` alone would. weights: float32 [B, R, n]; grams: [B, n, n]; the codec is
+    one that stacks (`BlockCodec.stacks`)."""
+    return quantize_alike(weights, grams, codec, options)

@@ -42,6 +42,11 @@ class Asks:
 NOTHING = Asks(gram=False)
 
 
+def solve_bytes(rows: int, columns: int) -> int:
+    """About what a matrix takes while error feedback and descent solve it: grams in double precision, rows in single."""
+    return columns * (60 * columns + 44 * rows)
+
+
 class MethodOptions(BaseModel):
     """Base of all option classes; `name` is the method's name in YAML, `module` where its functions are."""
 
@@ -70,7 +75,9 @@ class MethodOptions(BaseModel):
 
 
 class SolverOptions(MethodOptions):
-    """Base of the options of what chooses codes."""
+    """Base of the options of what chooses codes. stacks: its module has `solve_alike`, for several matrices at once."""
+
+    stacks: ClassVar[bool] = False
 
 
 class ShrinkingOptions(MethodOptions):
@@ -95,6 +102,7 @@ class GptqOptions(SolverOptions):
     """Error feedback (GPTQ), coordinate descent on codes and scales, and compensation of drifted inputs."""
 
     feedback: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
     name: Literal["gptq"] = "gptq"
     damping: float = Field(0.05, gt=0, description="added to the gram's diagonal, as a fraction of its mean")
     act_order: bool = Field(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.codecs import stack
 from compress.codecs.base import BlockCodec
-from compress.solvers.base import Solution, check_prunable, damped_gram, inverse_factor, of_size_one, relative_error
+from compress.codecs.grid import rows_joined
+from compress.solvers.base import Solution, check_prunable, damped_stack, relative_error
 from compress.solvers.descent import NO_EXCHANGES, Exchanges, sweep_codes, sweep_kept
-from compress.solvers.feedback import Columns, energy_order, round_columns
+from compress.solvers.feedback import Columns, round_columns
 from compress.solvers.options import GptqOptions
 from compress.weights import Masked
 
@@ -34,34 +36,56 @@ def quantize(
     passes over the codes. Raises NumericalError when the gram cannot be factorised, ValueError for a mask with a codec
     that has no zero.
     """
+    if mask is None and sparse is None:
+        return quantize_alike(weight[None], gram[None], codec, options)[0]
+    check_prunable(codec)
     weight = weight.contiguous()
-    if mask is not None or sparse is not None:
-        check_prunable(codec)
-    damped, damping, retries = damped_gram(gram, options.damping)
-    damped = of_size_one(damped)
-    hessian = damped.float()
-    natural = torch.arange(weight.shape[1], device=weight.device)
-    order = energy_order(hessian, codec.step) if options.act_order else natural
-    damped = damped[order][:, order]  # in place of the other: wide layers have gigabytes of it
-    upper = inverse_factor(damped).float()
-    del damped
-    if sparse is None and mask is not None:
+    damped = damped_stack(gram[None], options.damping, codec.step if options.act_order else None)
+    hessian, order, natural = damped.hessian[0], damped.order[0], torch.arange(weight.shape[1], device=weight.device)
+    if sparse is None:
+        assert mask is not None
         sparse = _settled(weight, mask, hessian)
-    target, mask = (weight, None) if sparse is None else (sparse.values, sparse.mask)
+    target, mask = sparse.values, sparse.mask
     grid = codec.fit(target, hessian.diagonal())
-    columns = Columns(codec, grid, order, None if mask is None else mask.T[order].contiguous())
-    units = round_columns(target.T[order].contiguous(), upper, columns)
+    columns = Columns(codec, grid, order, mask.T[order].contiguous())
+    units = round_columns(target.T[order].contiguous(), damped.upper, columns)
     units = units[order.argsort()].T.contiguous()
     for _ in range(options.refits):
         grid = codec.refit(weight, units, grid, hessian)
     for _ in range(options.sweeps):
-        if mask is None:
-            units = sweep_codes(weight, units, grid, hessian, codec)
-        else:
-            units, mask = _sweep_kept_codes(weight, units, mask, Columns(codec, grid, natural), hessian, exchanges)
+        units, mask = _sweep_kept_codes(weight, units, mask, Columns(codec, grid, natural), hessian, exchanges)
         grid = codec.refit(weight, units, grid, hessian)
     error = relative_error(weight, codec.decode(units, grid), gram.float())
-    return Solution(units, grid, codec, damping, retries, error, mask)
+    return Solution(units, grid, codec, damped.damping[0], damped.retries[0], error, mask)
+
+
+def quantize_alike(weights: Tensor, grams: Tensor, codec: BlockCodec, options: GptqOptions) -> list[Solution]:
+    """B matrices of one shape side by side, each as `quantize` alone would solve it.
+
+    weights: float32 [B, R, n]; grams: [B, n, n]. One matrix for any codec, several for those that stack.
+    """
+    count, rows, n = weights.shape
+    damped = damped_stack(grams, options.damping, codec.step if options.act_order else None)
+    order, weight = damped.order, weights.reshape(-1, n).contiguous()
+    fitted = [codec.fit(own.contiguous(), h.diagonal()) for own, h in zip(weights, damped.hessian, strict=True)]
+    grid = fitted[0] if count == 1 else rows_joined(fitted)
+    x = stack.in_order(weight.T, order).contiguous()
+    units = round_columns(x, damped.upper, Columns(codec, grid, order))
+    units = stack.in_order(units, order.argsort(1)).T.contiguous()
+    hessian = damped.hessian if count > 1 else damped.hessian[0]
+    for _ in range(options.refits):
+        grid = codec.refit(weight, units, grid, hessian)
+    for _ in range(options.sweeps):
+        units = sweep_codes(weight, units, grid, hessian, codec)
+        grid = codec.refit(weight, units, grid, hessian)
+    dense = codec.decode(units, grid)
+    found = []
+    for b, (own, gram) in enumerate(zip(weights, grams, strict=True)):
+        at = slice(b * rows, (b + 1) * rows)
+        error = relative_error(own, dense[at], gram.float())
+        part = grid if count == 1 else grid.rows(at)
+        found.append(Solution(units[at], part, codec, damped.damping[b], damped.retries[b], error))
+    return found
 
 
 def _settled(weight: Tensor, mask: Tensor, hessian: Tensor) -> Masked:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs.base import BlockCodec
-from compress.solvers.base import Solution, damped_gram, inverse_factor, of_size_one
+from compress.solvers.base import Solution, damped_stack
 from compress.solvers.descent import Exchanges, sweep_kept
 from compress.solvers.feedback import BLOCK, MICRO, feedback
 from compress.solvers.masks import check_groups, lowest
@@ -36,16 +36,13 @@ def prune(weight: Tensor, gram: Tensor, pattern: Pattern, options: SparseGptOpti
     cannot be factorised, ValueError when groups of an n:m pattern do not fill the row.
     """
     check_groups(weight.shape[1], pattern)
-    damped, damping, retries = damped_gram(gram, options.damping)
-    damped = of_size_one(damped)
-    upper, hessian = inverse_factor(damped).float(), damped.float()
-    del damped
-    dense = weight.T.contiguous()
-    values, mask = _feedback(dense, upper, pattern, options.block)
+    damped = damped_stack(gram[None], options.damping, None)
+    hessian, dense = damped.hessian[0], weight.T.contiguous()
+    values, mask = _feedback(dense, damped.upper[0], pattern, options.block)
     exchanges = Exchanges(int(options.exchange), pattern.of or BLOCK)
     for _ in range(options.sweeps):
         sweep_kept(dense, values, mask, hessian, exchanges=exchanges)
-    return Masked(values.T.contiguous(), mask.T.contiguous(), damping, retries)
+    return Masked(values.T.contiguous(), mask.T.contiguous(), damped.damping[0], damped.retries[0])
 
 
 def _feedback(weight: Tensor, upper: Tensor, pattern: Pattern, block: int) -> tuple[Tensor, Tensor]:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from compress import products
 from compress.errors import RecipeError
-from compress.machine import DEVICE
+from compress.limits import DEVICE_SOLVE_BYTES, SOLVE_BYTES
+from compress.machine import DEVICE, look
 
 
 @dataclass(frozen=True)
 class Placement:
-    """device: of all that is computed, in float32."""
+    """device: of all that is computed, in float32; rounded: but the products of forwards and of sums of moments, see
+    `compress.products`."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rounded: bool = False
 
     @classmethod
     def choose(cls, wanted: str | None = None) -> Placement:
@@ -50,6 +54,28 @@ class Placement:
             )
         return cls(device)
 
+    def multiplying(self, precision: str, own_codec: str) -> Placement:
+        """The same with products of a recipe's `precision`: "auto" rounds the factors to bfloat16 where those of the checkpoint
+        are of that type and the device has units that multiply so."""
+        return replace(
+            self, rounded=precision == "bf16" or (precision == "auto" and own_codec == "bf16" and self._has_units)
+        )
+
+    @property
+    def _has_units(self) -> bool:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return self.device.type == "cpu" and "amx_bf16" in look().cpu.features
+
+    @property
+    def products(self) -> str:
+        """In words for a scorecard."""
+        return "bfloat16 factors, float32 sums" if self.rounded else "float32"
+
+    def observing(self) -> AbstractContextManager[None]:
+        """Within, forwards and sums of moments multiply as this says."""
+        return products.rounded(self.rounded)
+
     def put(self, tensor: Tensor) -> Tensor:
         """A tensor in its own type."""
         return tensor.to(self.device)
@@ -57,6 +83,16 @@ class Placement:
     def weight(self, tensor: Tensor) -> Tensor:
         """A checkpoint's tensor as it is computed with."""
         return tensor.to(self.device).float()
+
+    @property
+    def solvers(self) -> int:
+        """How many solves run beside each other where there are enough of them."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
+
+    @property
+    def solve_bytes(self) -> int:
+        """Memory that matrices solved as a stack may take together."""
+        return SOLVE_BYTES if self.device.type == "cpu" else DEVICE_SOLVE_BYTES
 
     @contextmanager
     def workers(self, jobs: int) -> Iterator[int]:

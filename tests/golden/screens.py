@@ -8,12 +8,14 @@ A change of a screen is a commit that says why and carries the new files.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -54,8 +56,9 @@ COMMANDS = (
 
 
 def _plan(recipe: str, *overrides: str) -> Any:
-    """Of the demo model."""
-    return plan_table(make_plan(load_recipe(recipe, overrides)))
+    """Of the demo model, on one thread: what a plan takes depends on them."""
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        return plan_table(make_plan(load_recipe(recipe, overrides)))
 
 
 MACHINE = Machine(Cpu("a processor", ("avx2",), 8), Memory(64 << 30, 64 << 30), (Gpu("a card", 24 << 30, 24 << 30),))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from compress.engines.streamed import StreamedSource
 from compress.models import load_spec
 from compress.models.checkpoint import Checkpoint
 from compress.plan import make_plan
-from compress.plan.tensor import PlannedTensor
 from compress.recipe import Recipe
 from compress.report.scorecard import read
 from compress.run import load_calibration, run, sublayer
-from compress.run import units as run_module
 from compress.run.collect import Site
+from compress.solve.together import Task
 from compress.statistics import Moments, Statistics
 from compress.streaming import activations as files
 from compress.streaming.activations import Activations
@@ -232,15 +231,14 @@ def routed(folder: Path, windows: np.ndarray) -> list[list[int]]:
 def test_expert_that_sees_no_token(lopsided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small(RECIPE, lopsided, tmp_path / "out")
     given: dict[str, Statistics] = {}
-    solve = sublayer.solve_tensor
+    solve = sublayer.solve_together
 
-    def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None, seed: int = 0) -> Any:
-        if statistics is not None:
-            given[planned.name] = statistics
-        return solve(planned, weight, statistics, seed)
+    def noting(tasks: Sequence[Task], seed: int = 0) -> Any:
+        given.update({task.planned.name: task.statistics for task in tasks if task.statistics is not None})
+        return solve(tasks, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sublayer, "solve_tensor", noting)
+        patch.setattr(sublayer, "solve_together", noting)
         seen = collected(recipe, patch, keep_work=True)
     windows = load_calibration(make_plan(recipe))
     counts = routed(as_model(kept(recipe), lopsided, tmp_path / "compressed"), windows)
@@ -281,15 +279,13 @@ def test_expert_without_tokens_borrows_even_without_shrinkage(
     """A gram of zeros would be damped into the identity in silence."""
     recipe = small(RECIPE, lopsided, tmp_path / "out", f"steps[0].quantize.solver={{name: {solver}, shrinkage: 0.0}}")
     given: dict[str, Statistics] = {}
-    solve = sublayer.solve_tensor
+    solve = sublayer.solve_together
 
-    def noting(planned: PlannedTensor, weight: torch.Tensor, statistics: Statistics | None, seed: int = 0) -> Any:
-        if statistics is not None:
-            given[planned.name] = statistics
-        return solve(planned, weight, statistics, seed)
+    def noting(tasks: Sequence[Task], seed: int = 0) -> Any:
+        given.update({task.planned.name: task.statistics for task in tasks if task.statistics is not None})
+        return solve(tasks, seed)
 
-    monkeypatch.setattr(sublayer, "solve_tensor", noting)
-    monkeypatch.setattr(run_module, "solve_tensor", noting)
+    monkeypatch.setattr(sublayer, "solve_together", noting)
     carry_out(recipe)
     for leaf in ("gate_proj", "up_proj", "down_proj"):
         statistics = given[f"model.layers.0.mlp.experts.{COLD}.{leaf}.weight"]

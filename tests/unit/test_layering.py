@@ -38,10 +38,12 @@ PURE_MAY_IMPORT = {
         "codecs.base",
         "codecs.grid",
         "codecs.scales",
+        "codecs.stack",
         *VALUES,
     ),
     "codecs": (
         "codecs.base",
+        "codecs.stack",
         "codecs.scales",
         "codecs.grid",
         "codecs.refit",
@@ -75,7 +77,7 @@ CONTAINERS_MAY_IMPORT = (
 )  # fmt: skip
 
 ORDER = (
-    "errors", "limits", "reading", "weights",
+    "errors", "limits", "reading", "weights", "products",
     "statistics", "files", "machine", "text",
     "codecs", "models",
     "solvers", "transforms", "decode",

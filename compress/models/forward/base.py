@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from compress import products
 
 Observer = Callable[[str, Tensor, "Tensor | None"], None]
 """(key of an input, x [n, in], routing weight [n] or None): sees the input of every group of linears before it is used."""
@@ -82,7 +83,7 @@ class Named(Mapping[str, Tensor]):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x W^T + b of the linear `name`."""
-        return F.linear(x, self[name + ".weight"], self.get(name + ".bias"))
+        return products.linear(x, self[name + ".weight"], self.get(name + ".bias"))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -294,7 +294,7 @@ def test_relative_error_is_the_trace_formula() -> None:
 def test_inverse_factor_inverts_the_damped_gram() -> None:
     gram = _gram(48)
     damped, damping, retries = damped_gram(gram, 0.05)
-    upper = inverse_factor(damped)
+    upper = inverse_factor(damped[None])[0][0]
     assert (damping, retries) == (0.05, 0)
     torch.testing.assert_close(damped.double(), _damped(gram, 0.05), rtol=1e-6, atol=1e-6)
     assert torch.equal(upper, upper.triu())
@@ -310,7 +310,7 @@ def test_damping_ladder_is_climbed_and_recorded() -> None:
     gram = basis @ torch.diag(eigenvalues) @ basis.T
     mean = float(gram.diagonal().mean())
     damped, damping, retries = damped_gram((gram + gram.T) / 2, 1e-6)
-    upper = inverse_factor(damped)
+    upper = inverse_factor(damped[None])[0][0]
     assert retries == 4 and damping == pytest.approx(1e-2)  # 1e-6, 1e-5, 1e-4, 1e-3 (just too small), 1e-2
     assert float(torch.linalg.eigvalsh(damped.double())[0]) == pytest.approx(damping * mean - 1e-3, rel=1e-2)
     assert torch.isfinite(upper).all()
