@@ -28,6 +28,7 @@ from torch import Tensor
 
 from compress.codecs import stack
 from compress.codecs.base import BlockCodec, Rows
+from compress.codecs.forms import Form, chosen, least, monomials, one_turned
 from compress.codecs.grid import ScaleGrid
 from compress.codecs.lookup import look_up
 from compress.codecs.scales import TINY, half
@@ -35,8 +36,8 @@ from compress.weights import Packed
 
 CHUNK = 2048  # groups searched at once: some 20 MiB of scratch
 SCAN = 1024  # of them compared with the whole table at once: 1 MiB an operand stays in the cache
-SHORTLIST = 4  # rows of the table for either shift that a metric re-ranks
 PACKED = 1 << 20  # weights whose codes are looked up at once
+BARRED = 1e30  # the cost of what is no point; less than infinity, which times nothing is no number
 LARGEST = 1e4  # targets beyond, thousands of times the largest point, would cost float32 its precision
 SHIFTS = (0.25, -0.25)
 
@@ -212,6 +213,33 @@ def _cost(target: Tensor, candidates: Tensor, weight: Tensor, metric: Tensor | N
     return (error * (weight[:, None] * error if metric is None else error @ metric)).sum(2)
 
 
+@cache
+def _monomials() -> Tensor:
+    """Of the table's rows, then 1 for those of even sum and 1 for those of odd sum: [46, 256]."""
+    odd = magnitudes().sum(1).remainder(2)
+    return torch.cat((monomials(magnitudes()), 1 - odd[None], odd[None]))
+
+
+def _nearest_signed(metric: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The nearest of all points under a metric, for either shift with the signs of what is left of the target or, where the sum
+    of a row would be odd with those, with one of them turned. target, weight: [N, 8]."""
+    wanted, tried = [], []
+    for shift in SHIFTS:
+        x = target - shift
+        signs = torch.where(x < 0, -1.0, 1.0)
+        patterns = torch.cat((signs[:, None], one_turned(signs, weight * x.abs())), 1)
+        form = Form.of(metric, x)
+        bars = torch.zeros(*patterns.shape[:2], 2, device=x.device)
+        odd = (patterns < 0).sum(2) & 1
+        bars.scatter_(2, 1 - odd[..., None], BARRED)  # a minus sign changes the sum by an odd number
+        wanted.append(torch.cat((form.with_signs(patterns), bars + form.constant[:, None, None]), 2))
+        tried.append(patterns)
+    patterns = torch.cat(tried, 1)
+    row, index = least(torch.cat(wanted, 1), _on(_monomials, target.device))
+    shifts = torch.where(index < patterns.shape[1] // 2, *SHIFTS)
+    return _on(magnitudes, target.device)[row] * chosen(patterns, index) + shifts[:, None]
+
+
 # -- codecs ----------------------------------------------------------------------------------------------------
 class E8PCodec(BlockCodec[ScaleGrid]):
     """Two bits a weight.
@@ -242,18 +270,21 @@ class E8PCodec(BlockCodec[ScaleGrid]):
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
-        """See BlockCodec. Exact under a diagonal metric for two bits; under others the best of a short list."""
-        if metric is not None and metric.dim() == 3:
-            return stack.each(self.nearest, target, weight, metric)
+        """See BlockCodec. Exact under a diagonal metric for two bits; under others, for two bits, of all points with the signs
+        that serve a diagonal one best, for more the best of a short list."""
         target, weight = target.clamp(-LARGEST, LARGEST), weight.expand_as(target)
+        if metric is not None:
+            return self._under(metric, target, weight)
         chunks = zip(target.split(CHUNK), weight.split(CHUNK), strict=True)
-        return torch.cat([self._search(x, w, metric) for x, w in chunks])
+        return torch.cat([self._search(x, w) for x, w in chunks])
 
-    def _search(self, target: Tensor, weight: Tensor, metric: Tensor | None) -> Tensor:
-        if metric is None:
-            return _nearest_diagonal(target, weight)
-        candidates = _candidates(target, weight, SHORTLIST)
-        return _take(candidates, _cost(target, candidates, weight, metric).argmin(1))
+    def _search(self, target: Tensor, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """Of a chunk of targets."""
+        return _nearest_diagonal(target, weight)
+
+    def _under(self, metric: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """The nearest point under a metric or one a matrix."""
+        return _nearest_signed(metric, target, weight)
 
     def fit(self, weight: Tensor, importance: Tensor) -> ScaleGrid:
         """Scales [R, 1]: multiples of a row's root mean square are tried on some of its groups, and the least-squares
@@ -344,7 +375,13 @@ class ResidualCodec(E8PCodec):
         """targets [N, C, 8], weight [N, 8] -> D C points, targets varying fastest, and their costs, [N, D C]."""
         raise NotImplementedError
 
-    def _search(self, target: Tensor, weight: Tensor, metric: Tensor | None) -> Tensor:
+    def _under(self, metric: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        if metric.dim() == 3:
+            return stack.each(lambda x, w, own: self._under(own, x, w), target, weight, metric)
+        chunks = zip(target.split(CHUNK), weight.split(CHUNK), strict=True)
+        return torch.cat([self._search(x, w, metric) for x, w in chunks])
+
+    def _search(self, target: Tensor, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         ratio = float(self.ratio)
         first = _candidates(target, weight, self.beam)
         second, cost = self._second((target[:, None] - first) / ratio, weight)

@@ -15,33 +15,12 @@ from torch import Tensor
 
 from compress.codecs import stack
 from compress.codecs.base import BlockCodec
+from compress.codecs.forms import CACHED, Form, chosen, least, lowest, monomials, one_turned
 from compress.codecs.grid import G
 from compress.codecs.scales import TINY
 from compress.codecs.tables import Table
 
-SHORTLIST = 10  # candidates that the exact metric re-ranks
-CACHED = 1 << 17  # costs of points at a time in the search for scales: a few such tables stay in a core's cache
-STRIDE = 8
-
-
-def lowest(cost: Tensor, keep: int = 1) -> Tensor:
-    """The places of the `keep` lowest costs of every row, in no order: [N, K] -> int64 [N, keep].
-
-    The minima of every STRIDE-th cost are vectorized, as argmin and topk are not; the `keep` lowest lie in the `keep`
-    classes with the lowest minima, so that only these are looked through.
-    """
-    classes = cost.shape[1] // STRIDE
-    if cost.shape[1] % STRIDE or classes < 2 * keep:
-        return cost.argmin(1, keepdim=True) if keep == 1 else cost.topk(keep, 1, largest=False, sorted=False).indices
-    table = cost.view(-1, STRIDE, classes)
-    minima = table.amin(1)
-    if keep == 1:
-        place = minima.argmin(1, keepdim=True)
-        return table.gather(2, place[:, None].expand(-1, STRIDE, 1))[..., 0].argmin(1, keepdim=True) * classes + place
-    places = minima.topk(keep, 1, largest=False, sorted=False).indices
-    near = table.gather(2, places[:, None].expand(-1, STRIDE, keep)).flatten(1)
-    found = near.topk(keep, 1, largest=False, sorted=False).indices
-    return found // keep * classes + places.gather(1, found % keep)
+SHORTLIST = 10  # candidates that the exact metric re-ranks, where points are pairs from a table
 
 
 class TableCodec(BlockCodec[G]):
@@ -83,6 +62,15 @@ class TableCodec(BlockCodec[G]):
         table = torch.full((len(levels) ** self.points.shape[1],), -1, dtype=torch.int64)
         table[keys] = torch.arange(len(self.points))
         return Table(levels), Table(radix), Table(table)
+
+    @cached_property
+    def _monomials(self) -> Table:
+        return Table(monomials(self.points))
+
+    def _least(self, form: Form, signs: Tensor) -> Tensor:
+        """The point at which a form is least, with any of some signs: [N, C, w] -> [N, w]."""
+        point, sign = least(form.with_signs(signs), self._monomials.on(signs.device))
+        return self.points_on(signs.device)[point] * chosen(signs, sign)
 
     def index(self, units: Tensor) -> Tensor:
         """float32 units [..., width] -> rows of `points`, int64 [...]."""
@@ -152,21 +140,27 @@ class LatticeCodec(TableCodec[G]):
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
-        points = self.points_on(target.device)
-        magnitude = target.abs()
         negative = target < 0
         odd = (negative.sum(1) & 1).bool()
-        weight = weight.expand_as(target)
-        keep = SHORTLIST if metric is not None else 1
-        if points.shape[1] == 8:
-            units = self._shortlist(magnitude, weight, negative, odd, keep)
-        else:
-            units = self._shortlist_halves(magnitude, weight, negative, odd, 4 if keep > 1 else 1)
+        if self.points.shape[1] == 8:
+            if metric is not None:
+                return self._under(metric, target, weight, negative, odd)
+            return self._nearest(target.abs(), weight.expand_as(target), negative, odd)
+        units = self._of_halves(target.abs(), weight.expand_as(target), negative, odd, 1 if metric is None else 4)
         if metric is None:
             return units[:, 0]
-        error = units - target[:, None]
-        cost = stack.quadratic(error, metric)
+        cost = stack.quadratic(units - target[:, None], metric)
         return units.gather(1, cost.argmin(1)[:, None, None].expand(-1, 1, 8))[:, 0]
+
+    def _under(self, metric: Tensor, target: Tensor, weight: Tensor, negative: Tensor, odd: Tensor) -> Tensor:
+        """The nearest of all points under a metric, with the signs of the target, one of them turned where their number is odd."""
+        form, signs = Form.of(metric, target), torch.where(negative, -1.0, 1.0)
+        turned = one_turned(signs, weight * target.abs())
+        units = torch.empty_like(target)
+        for at, patterns in ((~odd, signs[:, None]), (odd, turned)):
+            rows = at.nonzero()[:, 0]
+            units[rows] = self._least(form.rows(rows), patterns[rows])
+        return units
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
         magnitude, odd = groups.abs(), (((groups < 0).sum(1) & 1).bool())[:, None]
@@ -213,21 +207,15 @@ class LatticeCodec(TableCodec[G]):
         sign.scatter_(2, cheapest, sign.gather(2, cheapest) * torch.where(flip, -1.0, 1.0)[..., None])
         return points * sign
 
-    def _shortlist(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor, keep: int) -> Tensor:
-        """The `keep` best points under the diagonal metric, with signs: [N, keep, 8]. Exact for keep = 1; a longer
-        list, which is ranked again, is chosen before the price of the flip is added."""
-        points = self.points_on(magnitude.device)
-        pull = weight * magnitude
-        if keep == 1:
-            dot, square = self._exact(magnitude, weight, odd)
-            best = lowest(square.sub_(dot, alpha=2))
-        else:
-            cost = torch.addmm(weight @ (points**2).T, pull, points.T, alpha=-2)
-            best = lowest(cost, keep)
-        return self._flip(points[best], pull, negative, odd)
+    def _nearest(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor) -> Tensor:
+        """The nearest point under the diagonal metric, with signs: [N, 8]. Exact."""
+        dot, square = self._exact(magnitude, weight, odd)
+        best = lowest(square.sub_(dot, alpha=2))
+        return self._flip(self.points_on(magnitude.device)[best], weight * magnitude, negative, odd)[:, 0]
 
-    def _shortlist_halves(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor, keep: int) -> Tensor:
-        """The same for points of four columns: when parity is off, one of the two halves takes the flip."""
+    def _of_halves(self, magnitude: Tensor, weight: Tensor, negative: Tensor, odd: Tensor, keep: int) -> Tensor:
+        """Good points under the diagonal metric whose halves come from the table, with signs: [N, C, 8], of the `keep` best of
+        either half; when parity is off, one of the two halves takes the flip. One, the nearest, for keep = 1."""
         plain: list[tuple[Tensor, Tensor]] = []
         flipped: list[tuple[Tensor, Tensor]] = []
         for half in (slice(0, 4), slice(4, 8)):
@@ -266,21 +254,15 @@ class FreeSignCodec(TableCodec[G]):
     def nearest(
         self, target: Tensor, weight: Tensor, metric: Tensor | None = None, zero: Tensor | None = None
     ) -> Tensor:
-        points = self.points_on(target.device)
         magnitude, sign = target.abs(), torch.where(target < 0, -1.0, 1.0)
         pull = weight * magnitude
-        square = weight @ (points**2).T  # [K] or [N, K]
-        cost = torch.addmm(square, pull, points.T, alpha=-2)
         if metric is None:
-            return points[lowest(cost)[:, 0]] * sign
-        best = lowest(cost, SHORTLIST)
-        units = points[best] * sign[:, None]
+            points = self.points_on(target.device)
+            square = weight @ (points**2).T  # [K] or [N, K]
+            return points[lowest(torch.addmm(square, pull, points.T, alpha=-2))[:, 0]] * sign
         # The coordinate nearest zero may do better on the other side.
         other = sign.scatter(1, pull.argmin(1, keepdim=True), -sign.gather(1, pull.argmin(1, keepdim=True)))
-        units = torch.cat((units, points[best] * other[:, None]), dim=1)
-        error = units - target[:, None]
-        cost = stack.quadratic(error, metric)
-        return units.gather(1, cost.argmin(1)[:, None, None].expand(-1, 1, self.step))[:, 0]
+        return self._least(Form.of(metric, target), torch.stack((sign, other), dim=1))
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
         points = self.points_on(groups.device)

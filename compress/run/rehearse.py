@@ -114,7 +114,7 @@ class _Block:
 
 def rehearse(plan: Plan, device: str | None = None) -> Rehearsal:
     """Estimate a run by doing a little of it in a temporary folder. Raises what a run raises."""
-    placement = Placement.choose(device)
+    placement = Placement.choose(device).multiplying(plan.recipe.precision, plan.own_codec)
     checkpoint = open_original(plan)
     try:
         with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, torch.inference_mode():
@@ -151,9 +151,10 @@ def _rehearse(plan: Plan, checkpoint: Checkpoint, journal: Journal, placement: P
     job = Job(load, plan.transforms, plan.recipe.seed, placement, original_inputs=plan.original_inputs)
     kinds = _kinds(plan)
     chosen = walk(spec, load, placement, layers=[layer for _, layer in kinds])
-    measured = {
-        kind: _block(plan, block, job, journal, streams) for (kind, _), block in zip(kinds, chosen, strict=True)
-    }
+    with placement.observing():
+        measured = {
+            kind: _block(plan, block, job, journal, streams) for (kind, _), block in zip(kinds, chosen, strict=True)
+        }
     blocks = [measured.get(_kind(plan, layer)) or _like(plan, layer, measured) for layer in range(spec.layers)]
     outer = sum(_outer_solve(t, load) for t in plan.tensors if t.spec.layer is None and t.method is not None)
     check = sum(DECODES * b.decode + 2 * CHECK_TOKENS * b.token for b in blocks)

@@ -44,6 +44,7 @@ PURE_MAY_IMPORT = {
     "codecs": (
         "codecs.base",
         "codecs.stack",
+        "codecs.forms",
         "codecs.scales",
         "codecs.grid",
         "codecs.refit",
