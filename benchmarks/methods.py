@@ -104,7 +104,7 @@ def scheme(name: str, solver: str = "gptq", before: str = "") -> tuple[str, ...]
 
 
 TWO_MLP, THREE_MLP = "2 bits, feed-forward", "3 bits, feed-forward"
-AWQ, ROTATE, SMOOTH = "{awq: {grid: 20}}, ", "{rotate: {kinds: [R1, R2]}}, ", "{smooth: {alpha: 0.5}}, "
+AWQ, ROTATE = "{awq: {grid: 20}}, ", "{rotate: {kinds: [R1, R2]}}, "
 DENSE = (
     Case(TWO_MLP, "int2-g64-asym rtn", "quip-2bit", experts("int2-g64-asym", "rtn")),
     Case(TWO_MLP, "int2-g64-asym gptq", "quip-2bit", experts("int2-g64-asym")),
@@ -126,8 +126,7 @@ DENSE = (
     Case(FOUR, "iq4_nl gptq", "quip-2bit", groups("iq4_nl")),
     Case(FOUR, "e8p4 gptq, feed-forward", "quip-2bit", experts("e8p4", LATTICE)),
     Case(EIGHT, "int8-w8a16", "int8-w8a16", groups("int8-g64")),
-    Case(EIGHT, "int8-w8a8", "int8-w8a8"),
-    Case(EIGHT, "int8-w8a8 without smoothing", "int8-w8a8", scheme("W8A8")),
+    Case(EIGHT, "int8-w8a8", "int8-w8a8"),  # without smoothing the gate refuses it
     Case(FILES, "Q4_0", "gguf-q4-k-m", ("steps[0].quantize.scheme=Q4_0",)),
     Case(FILES, "IQ4_NL", "gguf-q4-k-m", ("steps[0].quantize.scheme=IQ4_NL",)),
     Case(FILES, "gguf-q4-k-m", "gguf-q4-k-m"),

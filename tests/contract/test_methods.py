@@ -38,6 +38,8 @@ SHARED = {
     "names",
     "bits",
     "lattice",
+    "forms",
+    "stack",
     "packing",
     "grid",
     "lookup",
