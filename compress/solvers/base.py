@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import frexp
 
@@ -99,21 +100,13 @@ def damped_stack(grams: Tensor, damping: float, step: int | None, tries: int = 8
 
     Damping is raised for those that cannot be factorised, as `damped_gram` does, and NumericalError raised where none helps.
     """
-    wide = grams.double()
-    if not torch.isfinite(wide).all():
+    if not torch.isfinite(grams).all():
         raise NumericalError("gram is not finite; calibration activations overflowed")
-    means = [mean if (mean := float(gram.diagonal().mean())) > 0 else 1.0 for gram in wide]
-    dampings, retries, damped = [damping] * len(wide), [0] * len(wide), torch.empty_like(wide)
-    left = list(range(len(wide)))
+    dampings, retries = [damping] * len(grams), [0] * len(grams)
     for _ in range(tries):
-        for b in left:
-            damped[b] = wide[b]
-            damped[b].diagonal().add_(dampings[b] * means[b])
-            _to_size_one(damped[b])
-        hessian = damped.float()
-        order = _natural(hessian) if step is None else energy_order(hessian, step)
-        ordered = damped.gather(1, order[:, :, None].expand_as(damped)).gather(2, order[:, None].expand_as(damped))
+        hessian, order, ordered = _in_order(grams, dampings, step)
         upper, failed = inverse_factor(ordered)
+        del ordered
         left = failed.nonzero()[:, 0].tolist()
         if not left:
             return DampedStack(hessian, order, upper.float(), tuple(dampings), tuple(retries))
@@ -122,6 +115,20 @@ def damped_stack(grams: Tensor, damping: float, step: int | None, tries: int = 8
     raise NumericalError(
         f"gram cannot be factorised even with damping {dampings[left[0]]:g}; check the calibration data"
     )
+
+
+def _in_order(grams: Tensor, dampings: Sequence[float], step: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped grams in float32, the orders of their columns, and the grams in these, float64: the only such copy that stays, since
+    those of wide layers take gigabytes."""
+    damped = grams.to(torch.float64, copy=True)
+    for own, damping in zip(damped, dampings, strict=True):
+        mean = float(own.diagonal().mean())
+        own.diagonal().add_(damping * (mean if mean > 0 else 1.0))
+        _to_size_one(own)
+    hessian = damped.float()
+    order = _natural(hessian) if step is None else energy_order(hessian, step)
+    damped = damped.gather(1, order[:, :, None].expand_as(damped))
+    return hessian, order, damped.gather(2, order[:, None].expand_as(damped))
 
 
 def energy_order(hessian: Tensor, step: int) -> Tensor:
