@@ -229,16 +229,13 @@ def watched(
             for found in (result.packed, result.outcomes, result.weights):
                 found[other.name] = found[twin]  # type: ignore[index]
 
-    def several(tasks: Sequence[Task], seed: int = 0) -> Any:
+    def several(problems: Sequence[Sequence[Task]], seed: int = 0) -> Any:
         own = Stage()
         with counted(own, FLOAT32):
-            outcomes = together(tasks, seed)
-        inputs = {task.planned.spec.input: task.weight.shape[1] for task in tasks}
+            outcomes = together(problems, seed)
+        factors = sum(4 / 3 * members[0].weight.shape[1] ** 3 for members in problems)
         with lock:
-            for name, count in (
-                (FLOAT32, own.operations[FLOAT32]),
-                (DOUBLE, sum(4 / 3 * n**3 for n in inputs.values())),
-            ):
+            for name, count in ((FLOAT32, own.operations[FLOAT32]), (DOUBLE, factors)):
                 current.operations[name] = current.operations.get(name, 0.0) + count
         return outcomes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from compress.plan.tensor import PlannedTensor
 from compress.run.collect import Site, collect, counted, stage_groups, statistics_of
 from compress.run.scaling import Folded, scale_sublayer
 from compress.solve.tensor import Outcome, Shipped, Solved, as_stored
-from compress.solve.together import Task, batches, solve_together
-from compress.statistics import Moments, Statistics
+from compress.solve.together import Task, solve_together, stacks_of
+from compress.statistics import Moments
 from compress.streaming.placement import CPU, Placement
 from compress.streaming.walk import Streams
 from compress.transforms.options import TransformOptions
@@ -171,21 +172,18 @@ def _solve(
     observed = len(result.packed) + len(group) / 2
     solved: dict[str, tuple[Outcome | Shipped, Packed, Tensor]] = {}
 
-    def some(batch: Sequence[PlannedTensor]) -> dict[str, tuple[Outcome | Shipped, Packed, Tensor]]:
-        seen: dict[tuple[str | None, float], Statistics | None] = {}
-        tasks = []
-        for planned in batch:
-            key = (planned.spec.input, planned.asks.shrinkage)
-            if key not in seen:
-                seen[key] = statistics_of(branch, planned, moments)
-            tasks.append(Task(planned, result.original[planned.name], seen[key]))
+    def some(stack: Sequence[Sequence[PlannedTensor]]) -> dict[str, tuple[Outcome | Shipped, Packed, Tensor]]:
+        problems = []
+        for members in stack:  # of one input and one method, and so with the same statistics
+            seen = statistics_of(branch, members[0], moments)
+            problems.append([Task(planned, result.original[planned.name], seen) for planned in members])
         found = {}
-        for task, outcome in zip(tasks, solve_together(tasks, job.seed), strict=True):
+        for planned, outcome in zip(chain.from_iterable(stack), solve_together(problems, job.seed), strict=True):
             packed = outcome.pack()
-            found[task.planned.name] = outcome, packed, job.placement.put(decode(packed))
+            found[planned.name] = outcome, packed, job.placement.put(decode(packed))
         return found
 
-    work = batches(group, job.placement.solvers, job.placement.solve_bytes)
+    work = stacks_of(group, job.placement.solvers, job.placement.solve_bytes)
     with job.placement.workers(len(work)) as workers, ThreadPoolExecutor(workers) as pool:
         for found in pool.map(some, work):
             solved |= found

@@ -22,33 +22,33 @@ from compress.solvers.base import Solution, relative_error
 from compress.solvers.options import solve_bytes
 from compress.statistics import Statistics
 
-ROWS_A_COLUMN = 2
-"""Rows of a problem at most: with more, its gram weighs little beside them, and memory is better spent on one tensor."""
-
 if TYPE_CHECKING:
     from compress.plan.tensor import PlannedTensor
+
+ROWS_A_COLUMN = 2
+"""Rows of a problem at most: with more, its gram weighs little beside them, and memory is better spent on one tensor."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A tensor to be solved: its plan, weight float32 [m, n], and what its method receives; the very same statistics for all
-    that share an input."""
+    """A tensor to be solved: its plan, weight float32 [m, n], and what its method receives, alike for all of a problem."""
 
     planned: PlannedTensor
     weight: Tensor
     statistics: Statistics | None
 
 
-def batches(tensors: Sequence[PlannedTensor], jobs: int, memory: int) -> list[list[PlannedTensor]]:
-    """Tensors in groups that `solve_together` takes, at least `jobs` of them where there are as many problems.
+def stacks_of(tensors: Sequence[PlannedTensor], jobs: int, memory: int) -> list[list[list[PlannedTensor]]]:
+    """Stacks of problems that `solve_together` takes, at least `jobs` of them where there are as many problems. A problem is tensors
+    that share an input, or a single one.
 
     memory: bytes that a stack may take while it is solved; what a single problem takes is not asked.
     """
     problems: dict[Any, list[list[PlannedTensor]]] = {}
-    alone: list[list[PlannedTensor]] = []
+    alone: list[list[list[PlannedTensor]]] = []
     for planned in tensors:
         if not _stacks(planned):
-            alone.append([planned])
+            alone.append([[planned]])
             continue
         spec = planned.spec
         key = (spec.input, planned.codec, planned.solver, planned.incoherence and spec.signs, planned.incoherence)
@@ -57,14 +57,14 @@ def batches(tensors: Sequence[PlannedTensor], jobs: int, memory: int) -> list[li
             found.append([])
         found[-1].append(planned)
     alike: dict[Any, list[list[PlannedTensor]]] = {}
-    for members in (members for found in problems.values() for members in found):
+    for members in chain.from_iterable(problems.values()):
         first, shapes = members[0], tuple(planned.spec.shape for planned in members)
         alike.setdefault((shapes, first.codec, first.solver, first.incoherence), []).append(members)
-    groups = []
-    for stack in alike.values():
-        size = min(max(1, memory // problem_bytes(stack[0])), -(-len(stack) // jobs))
-        groups += [list(chain.from_iterable(stack[start : start + size])) for start in range(0, len(stack), size)]
-    return [*groups, *alone]
+    stacks = []
+    for same in alike.values():
+        size = min(max(1, memory // problem_bytes(same[0])), -(-len(same) // jobs))
+        stacks += [same[start : start + size] for start in range(0, len(same), size)]
+    return [*stacks, *alone]
 
 
 def problem_bytes(members: Sequence[PlannedTensor]) -> int:
@@ -81,19 +81,17 @@ def _stacks(planned: PlannedTensor) -> bool:
     return block_codec(planned.codec, planned.spec.shape[-1]).stacks
 
 
-def solve_together(tasks: Sequence[Task], seed: int = 0) -> list[Outcome | Shipped]:
-    """Solve one group of `batches`. seed: the recipe's, from which random signs are drawn."""
+def solve_together(problems: Sequence[Sequence[Task]], seed: int = 0) -> list[Outcome | Shipped]:
+    """Solve one stack of `stacks_of`: an outcome a task, in their order. seed: the recipe's, from which random signs are drawn."""
+    tasks = list(chain.from_iterable(problems))
     if len(tasks) == 1 or any(task.statistics is None for task in tasks):
         return [solve_tensor(task.planned, task.weight, task.statistics, seed) for task in tasks]
     started = time.perf_counter()
-    problems: dict[int, list[Task]] = {}
-    for task in tasks:
-        problems.setdefault(id(task.statistics), []).append(task)
-    ready = [_problem(members, seed) for members in problems.values()]
-    first, (_, columns) = tasks[0].planned, tasks[0].weight.shape
+    ready = [_problem(members, seed) for members in problems]
+    first = tasks[0].planned
     assert first.solver is not None
     weights, grams = (torch.stack(parts) for parts in zip(*((p.weight, p.gram) for p in ready), strict=True))
-    codec = block_codec(first.codec, columns)
+    codec = block_codec(first.codec, weights.shape[2])
     solutions = first.solver.implementation.solve_alike(weights, grams, codec, first.solver)
     del weights, grams
     found = [

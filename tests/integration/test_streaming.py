@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +234,10 @@ def test_expert_that_sees_no_token(lopsided: Path, tmp_path: Path, monkeypatch: 
     given: dict[str, Statistics] = {}
     solve = sublayer.solve_together
 
-    def noting(tasks: Sequence[Task], seed: int = 0) -> Any:
+    def noting(problems: Sequence[Sequence[Task]], seed: int = 0) -> Any:
+        tasks = chain.from_iterable(problems)
         given.update({task.planned.name: task.statistics for task in tasks if task.statistics is not None})
-        return solve(tasks, seed)
+        return solve(problems, seed)
 
     with monkeypatch.context() as patch:
         patch.setattr(sublayer, "solve_together", noting)
@@ -281,9 +283,10 @@ def test_expert_without_tokens_borrows_even_without_shrinkage(
     given: dict[str, Statistics] = {}
     solve = sublayer.solve_together
 
-    def noting(tasks: Sequence[Task], seed: int = 0) -> Any:
+    def noting(problems: Sequence[Sequence[Task]], seed: int = 0) -> Any:
+        tasks = chain.from_iterable(problems)
         given.update({task.planned.name: task.statistics for task in tasks if task.statistics is not None})
-        return solve(tasks, seed)
+        return solve(problems, seed)
 
     monkeypatch.setattr(sublayer, "solve_together", noting)
     carry_out(recipe)

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.models.spec import TensorSpec
 from compress.plan.tensor import PlannedTensor
 from compress.solve.tensor import Outcome, solve_tensor
-from compress.solve.together import Task, batches, problem_bytes, solve_together
+from compress.solve.together import Task, problem_bytes, solve_together, stacks_of
 from compress.solvers.options import GptqOptions, RtnOptions
 from compress.statistics import Statistics
 from compress.weights import Pattern
@@ -40,8 +40,10 @@ def weight(rows: int, seed: int) -> Tensor:
 EXPERTS = [planned(f"experts.{e}.{leaf}", 32, f"experts.{e}.in") for e in range(5) for leaf in ("gate", "up")]
 
 
-def names(groups: list[list[PlannedTensor]]) -> list[list[str]]:
-    return [[p.name.removeprefix("model.layers.0.").removesuffix(".weight") for p in group] for group in groups]
+def names(stacks: list[list[list[PlannedTensor]]]) -> list[list[str]]:
+    """Of each stack's tensors, whichever problems they are in."""
+    flat = [[planned.name for problem in stack for planned in problem] for stack in stacks]
+    return [[name.removeprefix("model.layers.0.").removesuffix(".weight") for name in stack] for stack in flat]
 
 
 @pytest.mark.parametrize(("codec", "incoherence"), [("q2_k", False), ("int4-g64-asym", False), ("e8p", True)])
@@ -49,7 +51,7 @@ def test_together_is_as_each_alone(codec: str, incoherence: bool) -> None:
     lines = [replace(p, codec=codec, values=codec, incoherence=incoherence) for p in EXPERTS[:4]]
     seen = {f"experts.{e}.in": statistics(e) for e in range(2)}
     tasks = [Task(p, weight(32, i), seen[p.spec.input or ""]) for i, p in enumerate(lines)]
-    together = solve_together(tasks, seed=7)
+    together = solve_together([tasks[:2], tasks[2:]], seed=7)
     for task, found in zip(tasks, together, strict=True):
         alone = solve_tensor(task.planned, task.weight, task.statistics, seed=7)
         assert isinstance(found, Outcome) and found.report == alone.report, "seconds aside"
@@ -61,10 +63,22 @@ def test_together_is_as_each_alone(codec: str, incoherence: bool) -> None:
 def test_what_shares_an_input_stays_together_and_stacks_fill_the_memory() -> None:
     memory = 2 * problem_bytes(EXPERTS[:2])
     pairs = [[f"experts.{e}.gate", f"experts.{e}.up"] for e in range(5)]
-    assert names(batches(EXPERTS, 1, memory)) == [pairs[0] + pairs[1], pairs[2] + pairs[3], pairs[4]]
-    assert names(batches(EXPERTS, 1, 0)) == pairs, "one problem is solved whatever it takes"
-    assert names(batches(EXPERTS, 2, 1 << 40)) == [pairs[0] + pairs[1] + pairs[2], pairs[3] + pairs[4]]
-    assert len(batches(EXPERTS, 8, 1 << 40)) == 5, "no core is left idle for the sake of a larger stack"
+    assert names(stacks_of(EXPERTS, 1, memory)) == [pairs[0] + pairs[1], pairs[2] + pairs[3], pairs[4]]
+    assert names(stacks_of(EXPERTS, 1, 0)) == pairs, "one problem is solved whatever it takes"
+    assert names(stacks_of(EXPERTS, 2, 1 << 40)) == [pairs[0] + pairs[1] + pairs[2], pairs[3] + pairs[4]]
+    assert len(stacks_of(EXPERTS, 8, 1 << 40)) == 5, "no core is left idle for the sake of a larger stack"
+
+
+def test_experts_too_wide_to_share_a_problem_are_stacked_as_they_are() -> None:
+    """Two tensors of one input are two problems then, of which a stack may have any number."""
+    lines = [planned(f"experts.{e}.{leaf}", 320, f"experts.{e}.in") for e in range(3) for leaf in ("gate", "up")]
+    stacks = stacks_of(lines, 2, 1 << 40)
+    assert [[len(problem) for problem in stack] for stack in stacks] == [[1, 1, 1], [1, 1, 1]]
+    seen = {f"experts.{e}.in": statistics(e) for e in range(3)}
+    tasks = [Task(p, weight(320, i), seen[p.spec.input or ""]) for i, p in enumerate(lines[:3])]
+    for task, found in zip(tasks, solve_together([[task] for task in tasks]), strict=True):
+        alone = solve_tensor(task.planned, task.weight, task.statistics).pack().parts
+        assert all(torch.equal(part, alone[name]) for name, part in found.pack().parts.items())
 
 
 def test_what_differs_is_solved_apart() -> None:
@@ -79,7 +93,7 @@ def test_what_differs_is_solved_apart() -> None:
         planned("looked_up", 32, None),
         planned("sweeps", 32, "experts.0.in", solver=GptqOptions(sweeps=1)),
     ]
-    groups = names(batches([*EXPERTS[:4], *others], 1, 1 << 40))
+    groups = names(stacks_of([*EXPERTS[:4], *others], 1, 1 << 40))
     assert groups[0] == ["experts.0.gate", "experts.0.up", "experts.1.gate", "experts.1.up"]
     assert ["down", "wide"] in groups
     assert sorted(groups[2:]) == [[name] for name in sorted(p.spec.name.split(".")[3] for p in others[2:])]
