@@ -37,6 +37,7 @@ from compress.models.spec import Branch
 from compress.plan import make_plan
 from compress.plan.plan import Plan
 from compress.plan.tensor import PlannedTensor
+from compress.products import linear, rounded
 from compress.recipe import load_recipe
 from compress.run.collect import Site
 from compress.run.sublayer import Job, Result
@@ -54,6 +55,7 @@ QWEN = {
     "rope_theta": 1e6, "norm_topk_prob": True, "tie_word_embeddings": True, "dtype": "bfloat16", "hidden_act": "silu",
     "rms_norm_eps": 1e-6, "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
+DEMO = data_root("models") / "tiny-qwen3-moe"
 SHAPES = {"qwen3-30b-a3b": QWEN, "demo": None}
 LENGTH = 512
 FLOAT32, ROUNDED, DOUBLE = "float32", "bfloat16 factors", "float64"
@@ -74,9 +76,8 @@ def random_model(folder: Path, config: dict[str, Any]) -> Path:
     """A checkpoint of one random block, in bfloat16, with the demo model's tokenizer."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    demo = data_root("models") / "tiny-qwen3-moe"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo / name, folder)
+        shutil.copy(DEMO / name, folder)
     spec, generator = load_spec(config), torch.Generator().manual_seed(0)
     tensors = {}
     for tensor in spec.tensors():
@@ -90,7 +91,6 @@ def ceilings() -> dict[str, float]:
     """Measured limits: products in operations a second, copies in memory in bytes a second."""
     a, b = torch.randn(4096, 2048), torch.randn(2048, 2048)
     wide = b.double()
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
     def best(call: Callable[[], object]) -> float:
         call()
@@ -101,10 +101,10 @@ def ceilings() -> dict[str, float]:
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    found = {FLOAT32: 2 * 4096 * 2048**2 / best(lambda: a @ b), DOUBLE: 2 * 2048**3 / best(lambda: wide @ wide)}
-    settings.fp32_precision = "bf16"
-    found[ROUNDED] = 2 * 4096 * 2048**2 / best(lambda: a @ b)
-    settings.fp32_precision = "none"
+    product = 2 * 4096 * 2048**2
+    found = {FLOAT32: product / best(lambda: linear(a, b)), DOUBLE: 2 * 2048**3 / best(lambda: wide @ wide)}
+    with rounded():
+        found[ROUNDED] = product / best(lambda: linear(a, b))
     target = torch.empty(1 << 26)
     source = torch.ones(1 << 26)
     found["memory"] = 2 * 4 * (1 << 26) / best(lambda: target.copy_(source))
@@ -136,8 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compress-stages-") as scratch, torch.inference_mode():
         folder, config = Path(scratch), SHAPES[args.shape]
-        demo = data_root("models") / "tiny-qwen3-moe"
-        model = demo if config is None else random_model(folder / "model", config)
+        model = DEMO if config is None else random_model(folder / "model", config)
         recipe = load_recipe(args.recipe, [f"calibration.samples={args.tokens // LENGTH}"], model=str(model))
         plan = make_plan(recipe)
         placement = Placement.choose().multiplying(args.precision, plan.own_codec)

@@ -1,8 +1,8 @@
 """Mixed-precision products: factors rounded to bfloat16, sums in float32, where a processor has units for that.
 
 AMX on CPUs multiplies so at several times the speed of float32; on CUDA the tensor cores do, with the ten bits of TF32. Only
-what goes through this module is rounded, and only inside `rounded()`: the linears of a forward and the sums of moments. Position
-angles, softmax, routing, solvers and scores stay float32.
+what goes through this module is rounded, and only inside `rounded()`: the linears of our own forwards, routers among them, and the
+sums of moments. Position angles, softmax, what transformers' modules compute, solvers and scores stay float32.
 """
 
 from __future__ import annotations

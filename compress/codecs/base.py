@@ -99,7 +99,8 @@ class BlockCodec(Codec, Generic[G]):
 
         target: [N, step] in unit space, `(x + offset) / scale`; weight: [step] or [N, step] non-negative importance of
         each coordinate in that space; metric: optional [step, step] positive definite form that overrides `weight`
-        in the final choice, or [B, step, step], one for every N / B targets; zero: [N] zero points where the codec has them. Returns float32 units minus zero, [N, step].
+        in the final choice, or [B, step, step], one for every N / B targets; zero: [N] zero points where the codec has
+        them. Returns float32 units minus zero, [N, step].
         """
 
     @abstractmethod

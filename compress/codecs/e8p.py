@@ -278,7 +278,7 @@ class E8PCodec(BlockCodec[ScaleGrid]):
         chunks = zip(target.split(CHUNK), weight.split(CHUNK), strict=True)
         return torch.cat([self._search(x, w) for x, w in chunks])
 
-    def _search(self, target: Tensor, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+    def _search(self, target: Tensor, weight: Tensor) -> Tensor:
         """Of a chunk of targets."""
         return _nearest_diagonal(target, weight)
 

@@ -163,9 +163,9 @@ class LatticeCodec(TableCodec[G]):
         return units
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        magnitude, odd = groups.abs(), (((groups < 0).sum(1) & 1).bool())[:, None]
+        magnitude = groups.abs()
         if self.points.shape[1] == 8:
-            return [self._exact(magnitude, weight, odd[:, 0])]
+            return [self._exact(magnitude, weight, ((groups < 0).sum(1) & 1).bool())]
         points, pull = self.points_on(groups.device), weight * magnitude
         halves = (slice(0, 4), slice(4, 8))
         return [(pull[:, h] @ points.T, weight[:, h] @ (points**2).T) for h in halves]
@@ -261,7 +261,8 @@ class FreeSignCodec(TableCodec[G]):
             square = weight @ (points**2).T  # [K] or [N, K]
             return points[lowest(torch.addmm(square, pull, points.T, alpha=-2))[:, 0]] * sign
         # The coordinate nearest zero may do better on the other side.
-        other = sign.scatter(1, pull.argmin(1, keepdim=True), -sign.gather(1, pull.argmin(1, keepdim=True)))
+        least = pull.argmin(1, keepdim=True)
+        other = sign.scatter(1, least, -sign.gather(1, least))
         return self._least(Form.of(metric, target), torch.stack((sign, other), dim=1))
 
     def _tables(self, groups: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:

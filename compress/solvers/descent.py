@@ -61,8 +61,9 @@ def sweep_codes(weight: Tensor, units: Tensor, grid: Grid, hessian: Tensor, code
     """One pass in which every step of columns takes the codes nearest its optimum. weight, units: [R, n] -> [R, n]; hessian as in
     `descend`."""
     rows, n = weight.shape
-    columns = Columns(codec, grid, torch.arange(n, device=weight.device).expand(len(stack.stacked(hessian)), n))
-    single = stack.spread(stack.stacked(hessian).diagonal(dim1=1, dim2=2), rows)
+    hessian = stack.stacked(hessian)
+    columns = Columns(codec, grid, torch.arange(n, device=weight.device).expand(len(hessian), n))
+    single = stack.spread(hessian.diagonal(dim1=1, dim2=2), rows)
     quantized = codec.decode(units, grid).T.contiguous()
     units = units.T.contiguous()
 

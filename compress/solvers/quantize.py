@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.codecs import stack
 from compress.codecs.base import BlockCodec
-from compress.codecs.grid import rows_joined
+from compress.codecs.grid import Grid, rows_joined
 from compress.solvers.base import Solution, check_prunable, damped_stack, relative_error
 from compress.solvers.descent import NO_EXCHANGES, Exchanges, sweep_codes, sweep_kept
 from compress.solvers.feedback import Columns, round_columns
@@ -36,55 +36,51 @@ def quantize(
     passes over the codes. Raises NumericalError when the gram cannot be factorised, ValueError for a mask with a codec
     that has no zero.
     """
-    if mask is None and sparse is None:
-        return quantize_alike(weight[None], gram[None], codec, options)[0]
-    check_prunable(codec)
-    weight = weight.contiguous()
-    damped = damped_stack(gram[None], options.damping, codec.step if options.act_order else None)
-    hessian, order, natural = damped.hessian[0], damped.order[0], torch.arange(weight.shape[1], device=weight.device)
-    if sparse is None:
-        assert mask is not None
-        sparse = _settled(weight, mask, hessian)
-    target, mask = sparse.values, sparse.mask
-    grid = codec.fit(target, hessian.diagonal())
-    columns = Columns(codec, grid, order, mask.T[order].contiguous())
-    units = round_columns(target.T[order].contiguous(), damped.upper, columns)
-    units = units[order.argsort()].T.contiguous()
-    for _ in range(options.refits):
-        grid = codec.refit(weight, units, grid, hessian)
-    for _ in range(options.sweeps):
-        units, mask = _sweep_kept_codes(weight, units, mask, Columns(codec, grid, natural), hessian, exchanges)
-        grid = codec.refit(weight, units, grid, hessian)
-    error = relative_error(weight, codec.decode(units, grid), gram.float())
-    return Solution(units, grid, codec, damped.damping[0], damped.retries[0], error, mask)
+    return quantize_alike(weight[None], gram[None], codec, options, mask, sparse, exchanges)[0]
 
 
-def quantize_alike(weights: Tensor, grams: Tensor, codec: BlockCodec, options: GptqOptions) -> list[Solution]:
+def quantize_alike(
+    weights: Tensor,
+    grams: Tensor,
+    codec: BlockCodec,
+    options: GptqOptions,
+    mask: Tensor | None = None,
+    sparse: Masked | None = None,
+    exchanges: Exchanges = NO_EXCHANGES,
+) -> list[Solution]:
     """B matrices of one shape side by side, each as `quantize` alone would solve it.
 
-    weights: float32 [B, R, n]; grams: [B, n, n]. One matrix for any codec, several for those that stack.
+    weights: float32 [B, R, n]; grams: [B, n, n]. One matrix for any codec, several for those that stack; mask, sparse, exchanges:
+    as there, of one matrix.
     """
+    if mask is not None or sparse is not None:
+        check_prunable(codec)
     count, rows, n = weights.shape
     damped = damped_stack(grams, options.damping, codec.step if options.act_order else None)
-    order, weight = damped.order, weights.reshape(-1, n).contiguous()
-    fitted = [codec.fit(own.contiguous(), h.diagonal()) for own, h in zip(weights, damped.hessian, strict=True)]
-    grid = fitted[0] if count == 1 else rows_joined(fitted)
-    x = stack.in_order(weight.T, order).contiguous()
-    units = round_columns(x, damped.upper, Columns(codec, grid, order))
-    units = stack.in_order(units, order.argsort(1)).T.contiguous()
     hessian = damped.hessian if count > 1 else damped.hessian[0]
+    order, weight = damped.order, weights.reshape(-1, n).contiguous()
+    if sparse is None and mask is not None:
+        sparse = _settled(weight, mask, hessian)
+    target, mask = (weight, None) if sparse is None else (sparse.values, sparse.mask)
+    fitted = [codec.fit(own, h.diagonal()) for own, h in zip(target.split(rows), damped.hessian, strict=True)]
+    grid = fitted[0] if count == 1 else rows_joined(fitted)
+    columns = Columns(codec, grid, order, None if mask is None else stack.in_order(mask.T, order).contiguous())
+    units = round_columns(stack.in_order(target.T, order).contiguous(), damped.upper, columns)
+    units = stack.in_order(units, order.argsort(1)).T.contiguous()
     for _ in range(options.refits):
         grid = codec.refit(weight, units, grid, hessian)
     for _ in range(options.sweeps):
-        units = sweep_codes(weight, units, grid, hessian, codec)
+        if mask is None:
+            units = sweep_codes(weight, units, grid, hessian, codec)
+        else:
+            units, mask = _sweep_kept_codes(weight, units, mask, grid, codec, hessian, exchanges)
         grid = codec.refit(weight, units, grid, hessian)
-    dense = codec.decode(units, grid)
-    found = []
-    for b, (own, gram) in enumerate(zip(weights, grams, strict=True)):
+    dense, found = codec.decode(units, grid), []
+    for b, gram in enumerate(grams):
         at = slice(b * rows, (b + 1) * rows)
-        error = relative_error(own, dense[at], gram.float())
-        part = grid if count == 1 else grid.rows(at)
-        found.append(Solution(units[at], part, codec, damped.damping[b], damped.retries[b], error))
+        error = relative_error(weight[at], dense[at], gram.float())
+        own = grid if count == 1 else grid.rows(at)
+        found.append(Solution(units[at], own, codec, damped.damping[b], damped.retries[b], error, mask))
     return found
 
 
@@ -98,9 +94,16 @@ def _settled(weight: Tensor, mask: Tensor, hessian: Tensor) -> Masked:
 
 
 def _sweep_kept_codes(
-    weight: Tensor, units: Tensor, mask: Tensor, columns: Columns, hessian: Tensor, exchanges: Exchanges
+    weight: Tensor,
+    units: Tensor,
+    mask: Tensor,
+    grid: Grid,
+    codec: BlockCodec,
+    hessian: Tensor,
+    exchanges: Exchanges,
 ) -> tuple[Tensor, Tensor]:
-    """`sweep_kept` on a grid laid out in natural order: units and mask [R, n] -> new ones."""
+    """`sweep_kept` on a grid: units and mask [R, n] -> new ones."""
+    columns = Columns(codec, grid, torch.arange(weight.shape[1], device=weight.device))
     values = (units.T * columns.scale).contiguous()
     kept = mask.T.clone(memory_format=torch.contiguous_format)
 
